@@ -1,0 +1,57 @@
+# Every set-up, test and check of the project. `make quickstart` and `make test` work on a fresh machine with Python 3.11.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
+SETUP := pyproject.toml constraints.txt
+
+.PHONY: help quickstart test test-all check format bench-startup bench-attention clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
+
+quickstart: $(VENV)/.installed  ## install, train on real scans, evaluate, predict, write a report
+	@$(BIN)/python examples/quickstart.py
+
+test: $(VENV)/.installed-test  ## the tests CI runs
+	$(BIN)/python -m pytest -n 2 -m "not slow"
+
+test-all: $(VENV)/.installed-test  ## those and the long ones
+	$(BIN)/python -m pytest -n 2
+
+check: $(VENV)/.installed-check  ## format, lint, types and the rooms' import contract
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-check  ## rewrite the code in the project's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench-startup: $(VENV)/.installed  ## time of `crossvit --help` beyond a bare interpreter
+	$(BIN)/python benchmarks/startup.py
+
+bench-attention: $(VENV)/.installed  ## fused against plain attention on this machine
+	$(BIN)/python benchmarks/attention.py
+
+clean:  ## remove the environment and what tools left behind
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crossvit needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(SETUP) | $(VENV)/bin/python
+	@echo "installing into $(VENV) (torch is large: about two minutes)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(SETUP) | $(VENV)/.installed
+	@$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-check: $(SETUP) | $(VENV)/.installed
+	@$(PIP) -e '.[check]'
+	@touch $@

@@ -1,0 +1,77 @@
+"""CrossViT: multi-scale vision transformers that exchange information by cross-attention.
+
+    model = crossvit.create_model("crossvit_15_dagger_240")
+    result = crossvit.fit(crossvit.load_recipe("small", data="photos/", out="runs/photos"))
+    crossvit.Predictor("runs/photos")(["new.jpg"])
+
+Every name below is imported when it is first used, so `import crossvit` loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from crossvit.errors import CrossViTError
+    from crossvit.evaluation import evaluate
+    from crossvit.factory import create_model
+    from crossvit.model.config import BranchConfig, CrossViTConfig
+    from crossvit.model.crossvit import CrossViT
+    from crossvit.model.presets import list_models
+    from crossvit.prediction import Predictor
+    from crossvit.results import Evaluation, Prediction, TrainingResult
+    from crossvit.train.loop import fit
+    from crossvit.train.recipe import Recipe, load_recipe
+    from crossvit.weights.load import load_weights
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "BranchConfig": "crossvit.model.config",
+    "CrossViT": "crossvit.model.crossvit",
+    "CrossViTConfig": "crossvit.model.config",
+    "CrossViTError": "crossvit.errors",
+    "Evaluation": "crossvit.results",
+    "Prediction": "crossvit.results",
+    "Predictor": "crossvit.prediction",
+    "Recipe": "crossvit.train.recipe",
+    "TrainingResult": "crossvit.results",
+    "create_model": "crossvit.factory",
+    "evaluate": "crossvit.evaluation",
+    "fit": "crossvit.train.loop",
+    "list_models": "crossvit.model.presets",
+    "load_recipe": "crossvit.train.recipe",
+    "load_weights": "crossvit.weights.load",
+}
+
+__all__ = [
+    "BranchConfig",
+    "CrossViT",
+    "CrossViTConfig",
+    "CrossViTError",
+    "Evaluation",
+    "Prediction",
+    "Predictor",
+    "Recipe",
+    "TrainingResult",
+    "__version__",
+    "create_model",
+    "evaluate",
+    "fit",
+    "list_models",
+    "load_recipe",
+    "load_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'crossvit' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,131 @@
+"""What people see in the terminal: progress on stderr, results on stdout."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from crossvit.train.watch import Watch
+
+if TYPE_CHECKING:
+    from crossvit.results import Epoch, Evaluation, Prediction, TrainingResult
+
+
+class TerminalWatch(Watch):
+    """Draws a training run on stderr: a bar while it goes on, one line an epoch."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.task: TaskID | None = None
+        self.epochs = 0
+
+    def __enter__(self) -> TerminalWatch:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        self.progress.stop()
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False)
+
+    def checking(self, total: int) -> None:
+        self._show("checking images", total)
+
+    def checked(self) -> None:
+        assert self.task is not None
+        self.progress.advance(self.task)
+
+    def started(self, lines: Sequence[str], *, epochs: int, done: int, steps: int) -> None:
+        for line in lines:
+            self.say(line)
+        self.epochs = epochs
+        self._show("training", epochs * steps, completed=done * steps)
+
+    def stepped(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
+        assert self.task is not None
+        figures = f"loss {loss:.3f}  top-1 {100 * top1:5.1f} %  {images_per_second:,.0f} img/s"
+        self.progress.update(self.task, advance=1, description=f"epoch {epoch + 1}/{self.epochs}", figures=figures)
+
+    def epoch_done(self, entry: Epoch) -> None:
+        epoch = f"epoch {entry.epoch:>{len(str(self.epochs))}}/{self.epochs}"
+        accuracy = f"train {100 * entry.train_top1:5.1f} %  held out {100 * entry.val_top1:5.1f} %"
+        self.say(f"{epoch}  loss {entry.loss:.3f}  {accuracy}  {entry.images_per_second:,.0f} img/s  {entry.seconds:.1f} s")
+
+    def _show(self, description: str, total: int, *, completed: int = 0) -> None:
+        if self.task is not None:
+            self.progress.remove_task(self.task)
+        self.task = self.progress.add_task(description, total=total, completed=completed, figures="")
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr for work that calls back with (done, total)."""
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def print_training(result: TrainingResult) -> None:
+    print(f"top-1  {_percent(result.top1)} of {result.n:,} {result.evaluation.split} images ({result.seconds:.0f} s of training)")
+    print(f"run    {result.run}")
+    print(f"look   {result.run}/report.html")
+
+
+def print_evaluation(result: Evaluation) -> None:
+    right = round(result.top1 * result.n)
+    print(f"top-1  {_percent(result.top1)}  ({right:,} of {result.n:,} {result.split} images of {result.data})")
+    if len(result.classes) > 5:
+        print(f"top-5  {_percent(result.top5)}")
+    print(f"F1     {_percent(result.macro_f1)}  (mean over the classes)")
+    for branch in result.branches:
+        print(f"branch {branch.name} alone  {_percent(branch.top1)}  ({branch.patch}-pixel patches)")
+    hardest = sorted((score for score in result.classes if score.n), key=lambda score: score.f1)[:3]
+    print("hardest classes  " + ", ".join(f"{score.label} (F1 {_percent(score.f1)})" for score in hardest))
+
+
+def print_prediction(prediction: Prediction) -> None:
+    if prediction.error is not None:
+        print(f"{prediction.image}  error: {prediction.error.removeprefix(prediction.image + ': ')}")
+        return
+    first, *others = prediction.top
+    rest = ", ".join(f"{label.label} {_percent(label.probability)}" for label in others if label.probability >= 0.0005)
+    print(f"{prediction.image}  {first.label}  {_percent(first.probability)}" + (f"  ({rest})" if rest else ""))
+
+
+def print_models(rows: Sequence[dict[str, Any]]) -> None:
+    table = Table("model", "input", box=None, pad_edge=False, header_style="bold")
+    for heading in ("parameters", "MACs", "paper top-1"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        height, width = row["image_size"]
+        top1 = "" if row["paper_top1"] is None else f"{row['paper_top1']:.1f} %"
+        table.add_row(row["name"], f"{height}x{width}", f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.3f} G", top1)
+    Console(highlight=False).print(table)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

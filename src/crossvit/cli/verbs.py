@@ -1,0 +1,262 @@
+"""The verbs, each one typed function: its signature is its options, its docstring its help."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+
+from crossvit import __version__
+
+app = App(
+    name="crossvit",
+    version=f"crossvit {__version__}",
+    help="Multi-scale vision transformers (CrossViT) from a folder of images to a trained, evaluated classifier.",
+    help_format="plaintext",
+)
+
+
+@app.command
+def train(
+    data: str,
+    /,
+    *,
+    out: str,
+    recipe: str | None = None,
+    model: str | None = None,
+    weights: str | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    image_size: int | None = None,
+    seed: int | None = None,
+    precision: str | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    skip_bad: Annotated[bool | None, Parameter(negative=())] = None,
+    resume: Annotated[bool, Parameter(negative=())] = False,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Train a classifier on a folder of images and evaluate it.
+
+    Parameters
+    ----------
+    data
+        `digits` (real scans, built in), or a folder of class folders, or one with train/ and val/ or test/ that hold them.
+    out
+        The run folder to make: weights, log, checkpoints and report.html.
+    recipe
+        A shipped recipe (small, quickstart) or a TOML file. Default: small.
+    model
+        A name from `crossvit models`. Default: one that suits the size and number of the images.
+    weights
+        A run folder or weight file to start from; a classifier for other classes is made anew.
+    epochs
+        Passes over the training images.
+    batch_size
+        Images a step.
+    lr
+        The highest learning rate.
+    image_size
+        Side of the model's input in pixels. Default: the model's own.
+    seed
+        Another number gives another split, start and order; the same one gives the same run.
+    precision
+        auto, fp32 or bf16. auto is bf16 where the processor or GPU computes in it.
+    device
+        auto, cpu, cuda or mps.
+    workers
+        Processes that read and augment images; 0 does it in this one.
+    skip_bad
+        Leave out images that cannot be decoded instead of stopping before training.
+    resume
+        Go on with the run in --out from its last checkpoint.
+    overwrite
+        Replace the run in --out.
+    json
+        Print one JSON object on stdout; everything else goes to stderr.
+    """
+    from crossvit.cli.terminal import TerminalWatch, print_training
+    from crossvit.report.page import run_page
+    from crossvit.results import to_json
+    from crossvit.run import Run, write_atomically
+    from crossvit.train.loop import fit
+    from crossvit.train.recipe import Recipe, load_recipe
+
+    changes: dict[str, Any] = {
+        "data": data, "out": out, "model": model, "weights": weights, "epochs": epochs, "batch_size": batch_size,
+        "lr": lr, "image_size": image_size, "seed": seed, "precision": precision, "device": device, "workers": workers,
+        "skip_bad": skip_bad,
+    }  # fmt: skip
+    run = Run(out)
+    if resume and run.exists() and recipe is None:
+        plan = Recipe.from_dict(run.record()["recipe"]).changed(**changes)
+    else:
+        plan = load_recipe(recipe or "small", **changes)
+    with TerminalWatch() as watch:
+        try:
+            result = fit(plan, resume=resume, overwrite=overwrite, watch=watch)
+        except KeyboardInterrupt:
+            if not run.exists():
+                raise
+            watch.stop()
+            print(f"crossvit: stopped; go on with `crossvit train {data} --out {out} --resume`", file=sys.stderr)
+            return 130
+    write_atomically(run.report_path, run_page(result).encode())
+    if json:
+        _print_json(to_json(result))
+    else:
+        print_training(result)
+    return 0
+
+
+@app.command
+def evaluate(
+    run: str,
+    data: str,
+    /,
+    *,
+    split: str | None = None,
+    batch_size: int = 64,
+    precision: str = "auto",
+    device: str = "auto",
+    skip_bad: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Measure a run on labelled images.
+
+    Parameters
+    ----------
+    run
+        A run folder made by `crossvit train`.
+    data
+        As for `train`. Of data with val/ or test/ that part is taken, of the data the run was split from its held-out
+        part, otherwise every image.
+    split
+        Take this part instead: train, val, test, all or held-out.
+    batch_size
+        Images a step.
+    precision
+        auto (fp32), fp32 or bf16.
+    device
+        auto, cpu, cuda or mps.
+    skip_bad
+        Leave out images that cannot be decoded instead of stopping.
+    json
+        Print one JSON object on stdout.
+    """
+    import crossvit
+    from crossvit.cli.terminal import counting, print_evaluation
+    from crossvit.results import to_json
+
+    with counting("evaluating") as progress:
+        result = crossvit.evaluate(
+            run,
+            data,
+            split=split,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
+            skip_bad=skip_bad,
+            progress=progress,
+        )
+    if json:
+        _print_json(_top1_first(to_json(result)))
+    else:
+        print_evaluation(result)
+    return 0
+
+
+@app.command
+def predict(
+    run: str,
+    /,
+    *paths: str,
+    top_k: int = 5,
+    precision: str = "auto",
+    device: str = "auto",
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Classify images. Exits with 1 if one of them could not be read; the others are classified all the same.
+
+    Parameters
+    ----------
+    run
+        A run folder made by `crossvit train`.
+    paths
+        Image files, folders (searched through) or globs.
+    top_k
+        Classes to name for each image, the surest first.
+    precision
+        auto (fp32), fp32 or bf16.
+    device
+        auto, cpu, cuda or mps.
+    json
+        Print one JSON object on stdout.
+    """
+    from crossvit.cli.terminal import print_prediction
+    from crossvit.errors import UsageError
+    from crossvit.prediction import Predictor, find_images
+    from crossvit.results import to_json
+
+    if not paths:
+        raise UsageError("no image given: `crossvit predict RUN photo.jpg`, a folder, or a glob")
+    images = find_images(paths)
+    predictor = Predictor(run, top_k=top_k, device=device, precision=precision)
+    failed = 0
+    found = []
+    for prediction in predictor.stream(images):
+        failed += prediction.error is not None
+        if json:
+            found.append(to_json(prediction))
+        else:
+            print_prediction(prediction)
+    if json:
+        _print_json({"run": run, "n": len(images), "failed": failed, "predictions": found})
+    return 1 if failed else 0
+
+
+@app.command
+def models(*, json: Annotated[bool, Parameter(negative=())] = False) -> int:
+    """List the models: name, input, parameters, multiply-accumulates of one image, and top-1 on ImageNet-1k in the paper.
+
+    Parameters
+    ----------
+    json
+        Print one JSON object on stdout.
+    """
+    from crossvit.cli.terminal import print_models
+    from crossvit.model.cost import cost
+    from crossvit.model.presets import PRESETS
+
+    rows = []
+    for preset in PRESETS.values():
+        total = cost(preset.config)["total"]
+        rows.append(
+            {
+                "name": preset.name,
+                "alias": preset.alias,
+                "image_size": list(preset.config.image_size),
+                "parameters": total.parameters,
+                "macs": total.macs,
+                "paper_top1": preset.paper_top1,
+                "timm_top1": preset.timm_top1,
+            }
+        )
+    if json:
+        _print_json({"models": rows})
+    else:
+        print_models(rows)
+    return 0
+
+
+def _top1_first(record: dict[str, Any]) -> dict[str, Any]:
+    first = ("top1", "n", "run", "data")
+    return {key: record[key] for key in first} | {key: value for key, value in record.items() if key not in first}
+
+
+def _print_json(record: dict[str, Any]) -> None:
+    print(json.dumps(record, ensure_ascii=False))

@@ -1,0 +1,1 @@
+"""Images in: where they come from, how they are read, checked, prepared, augmented and ordered."""

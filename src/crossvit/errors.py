@@ -1,0 +1,74 @@
+"""Every error this package raises for people, and the exit status each one ends the command with.
+
+```
+CrossViTError              base: one plain line that names the thing and the fix
+├── UsageError             exit 2: the call was wrong
+│   ├── ConfigError        a model or recipe field cannot work (also a ValueError)
+│   └── UnknownNameError   no such model, recipe, split or column (also a LookupError)
+└── WorkError              exit 1: the work failed
+    ├── DataError          images or labels that cannot be used
+    ├── WeightsError       a weight file that does not fit or cannot be read
+    ├── CheckpointError    a training checkpoint that cannot be used
+    └── RunError           a run folder that is locked, damaged or written by a newer version
+```
+
+Invariants of the code itself are `assert`s, not errors of this tree.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class CrossViTError(Exception):
+    """Base of every error meant for people. `exit_status` is what the command ends with."""
+
+    exit_status = 1
+
+
+class UsageError(CrossViTError):
+    """The call was wrong: nothing was started."""
+
+    exit_status = 2
+
+
+class ConfigError(UsageError, ValueError):
+    """A field of a model or recipe cannot work; the message has the field, the value and what would be right."""
+
+
+class UnknownNameError(UsageError, LookupError):
+    """A name that is not in a table; the message has the nearest names."""
+
+
+class WorkError(CrossViTError):
+    """The call was right and the work failed."""
+
+
+class DataError(WorkError):
+    """Images or labels that cannot be used."""
+
+
+class WeightsError(WorkError):
+    """A weight file that cannot be read or does not fit the model."""
+
+
+class CheckpointError(WorkError):
+    """A training checkpoint that cannot be used."""
+
+
+class RunError(WorkError):
+    """A run folder that is locked, damaged or made by a newer version."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], *, listing: str = "") -> UnknownNameError:
+    """The error for `name` not being one of `known`: it suggests the nearest names, or points to `listing`."""
+    known = list(known)
+    nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    if nearest:
+        fix = f"did you mean {' or '.join(nearest)}?"
+    elif listing:
+        fix = f"see {listing}"
+    else:
+        fix = f"known: {', '.join(sorted(known))}"
+    return UnknownNameError(f"unknown {kind} {name!r}: {fix}")

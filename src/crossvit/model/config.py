@@ -1,0 +1,188 @@
+"""What a CrossViT is made of: frozen, validated records that go to and from a plain dict.
+
+Standard library only. Branch 0 is the paper's S (small patches, the complement), branch 1 its L (large patches, the
+primary): the order of the released weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from crossvit.errors import ConfigError
+
+TOKENISERS = ("linear", "dagger", "halving")
+INITIALISATIONS = ("paper", "xavier")
+DAGGER_PATCHES = (12, 16)  # the paper gives its convolution stem for these two patch sizes only (PAPER, section 1)
+
+
+class Convolution(NamedTuple):
+    """One convolution of a stem: square kernel, stride and padding in pixels of its input."""
+
+    in_channels: int
+    out_channels: int
+    kernel: int
+    stride: int
+    padding: int
+
+    def output_side(self, side: int) -> int:
+        return (side + 2 * self.padding - self.kernel) // self.stride + 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BranchConfig:
+    """One branch: how it sees the image and the transformer that reads it.
+
+    patch: side of a patch in pixels of this branch's own image.
+    dim: width D of its tokens.  heads: attention heads, a divisor of `dim`.
+    depth: transformer blocks in each multi-scale encoder (the paper's N for S and M for L).
+    mlp_ratio: hidden width of the MLP over `dim` (the paper's r).
+    image_scale: side of this branch's image over the model's input side (the paper: 1 for S, 224/240 for L).
+    tokeniser: `linear` patch projection, the paper's `dagger` convolutions (patch 12 or 16), or `halving`: as many
+        stride-2 convolutions as it takes to reach a power-of-two patch, for small data.
+    """
+
+    patch: int
+    dim: int
+    heads: int
+    depth: int
+    mlp_ratio: float = 4.0
+    image_scale: float = 1.0
+    tokeniser: str = "linear"
+
+    def __post_init__(self) -> None:
+        for field in ("patch", "dim", "heads"):
+            _require(_is_int(getattr(self, field)) and getattr(self, field) >= 1, self, field, "an integer of 1 or more")
+        _require(_is_int(self.depth) and self.depth >= 0, self, "depth", "an integer of 0 or more")
+        _require(self.dim % self.heads == 0, self, "heads", f"a divisor of dim={self.dim}")
+        _require(self.mlp_ratio > 0 and int(self.dim * self.mlp_ratio) >= 1, self, "mlp_ratio", "a positive number")
+        _require(0 < self.image_scale <= 8, self, "image_scale", "a number above 0 and at most 8")
+        _require(self.tokeniser in TOKENISERS, self, "tokeniser", f"one of {', '.join(TOKENISERS)}")
+        if self.tokeniser == "dagger":
+            _require(self.patch in DAGGER_PATCHES, self, "patch", "12 or 16 with tokeniser='dagger'")
+            _require(self.dim % 4 == 0, self, "dim", "a multiple of 4 with tokeniser='dagger'")
+        if self.tokeniser == "halving":
+            _require(self.patch >= 2 and self.patch.bit_count() == 1, self, "patch", "a power of two with tokeniser='halving'")
+
+    @property
+    def mlp_dim(self) -> int:
+        return int(self.dim * self.mlp_ratio)
+
+    def stem(self, in_channels: int) -> list[Convolution]:
+        """The convolutions that turn the branch's image into its grid of patches; a ReLU stands between two.
+
+        linear: one whose stride is its kernel. dagger: the paper's three, widths D/4 → D/2 → D (PAPER, section 1).
+        halving: stride-2 3x3 ones down to one patch, widths doubling up to D (16 at least), then a 3x3 one.
+        """
+        if self.tokeniser == "linear":
+            return [Convolution(in_channels, self.dim, self.patch, self.patch, 0)]
+        if self.tokeniser == "dagger":
+            quarter, half = self.dim // 4, self.dim // 2
+            first = Convolution(in_channels, quarter, 7, 4, 3)
+            if self.patch == 12:
+                return [first, Convolution(quarter, half, 3, 3, 0), Convolution(half, self.dim, 3, 1, 1)]
+            return [first, Convolution(quarter, half, 3, 2, 1), Convolution(half, self.dim, 3, 2, 1)]
+        halvings = self.patch.bit_length() - 1
+        widths = [in_channels, *(max(self.dim >> remaining, 16) for remaining in reversed(range(halvings)))]
+        down = [Convolution(width, wider, 3, 2, 1) for width, wider in itertools.pairwise(widths)]
+        return [*down, Convolution(widths[-1], self.dim, 3, 1, 1)]
+
+    def image_size(self, model_size: tuple[int, int]) -> tuple[int, int]:
+        """(H, W) at which this branch sees an input of `model_size`: the nearest non-zero multiple of the patch to
+        `image_scale` times each side."""
+        height, width = (max(1, math.floor(self.image_scale * side / self.patch + 0.5)) * self.patch for side in model_size)
+        return height, width
+
+    def grid(self, model_size: tuple[int, int]) -> tuple[int, int]:
+        """(rows, columns) of patches for an input of `model_size`."""
+        height, width = self.image_size(model_size)
+        return height // self.patch, width // self.patch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossViTConfig:
+    """A whole model. `image_size` is (height, width) in pixels; an int is taken as a square.
+
+    stages: multi-scale encoders (the paper's K).
+    drop_path: the highest stochastic-depth rate; it grows linearly over the stages (PAPER, section 1).
+    drop, attention_drop: dropout after the projections and the MLP, and on the attention weights (0 in the paper).
+    init: `paper` (truncated normal, 0.02) or `xavier` (Xavier-uniform linear layers, He convolutions: for small data).
+    """
+
+    branches: tuple[BranchConfig, ...]
+    image_size: tuple[int, int] = (240, 240)
+    num_classes: int = 1000
+    in_channels: int = 3
+    stages: int = 3
+    drop: float = 0.0
+    attention_drop: float = 0.0
+    drop_path: float = 0.0
+    init: str = "paper"
+
+    def __post_init__(self) -> None:
+        if _is_int(self.image_size):
+            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        object.__setattr__(self, "image_size", tuple(self.image_size))
+        object.__setattr__(self, "branches", tuple(self.branches))
+        _require(
+            len(self.image_size) == 2 and all(_is_int(side) and side >= 1 for side in self.image_size),
+            self,
+            "image_size",
+            "a positive integer or a pair (height, width) of them",
+        )
+        if len(self.branches) != 2:
+            raise ConfigError(f"branches has {len(self.branches)} entries: a CrossViT of this version has exactly 2")
+        for index, branch in enumerate(self.branches):
+            if not isinstance(branch, BranchConfig):
+                raise ConfigError(f"branches[{index}] = {branch!r}: should be a BranchConfig")
+            for side in self.image_size:
+                if side < branch.patch:
+                    raise ConfigError(
+                        f"image_size = {self.image_size[0]}x{self.image_size[1]}: a side is shorter than the "
+                        f"{branch.patch}-pixel patch of branch {index}; use {branch.patch} or more"
+                    )
+        for field in ("num_classes", "in_channels", "stages"):
+            _require(_is_int(getattr(self, field)) and getattr(self, field) >= 1, self, field, "an integer of 1 or more")
+        for field in ("drop", "attention_drop", "drop_path"):
+            _require(0.0 <= getattr(self, field) < 1.0, self, field, "a number from 0 up to (not including) 1")
+        _require(self.init in INITIALISATIONS, self, "init", f"one of {', '.join(INITIALISATIONS)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dict (numbers, strings, lists) from which `from_dict` makes an equal config."""
+        record = dataclasses.asdict(self)
+        record["image_size"] = list(self.image_size)
+        record["branches"] = list(record["branches"])
+        return record
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> CrossViTConfig:
+        """The config of `to_dict`'s record. An unknown or missing field is a ConfigError that names it."""
+        fields = dict(record)
+        fields["branches"] = tuple(_build(BranchConfig, branch) for branch in fields.get("branches", ()))
+        return _build(cls, fields)
+
+
+T = TypeVar("T")
+
+
+def _build(kind: type[T], fields: Mapping[str, Any]) -> T:
+    known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(fields) - known)
+    if unknown:
+        raise ConfigError(f"unknown field of {kind.__name__}: {', '.join(unknown)}")
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ConfigError(f"{kind.__name__}: {error}") from None
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _require(holds: bool, record: object, field: str, right: str) -> None:
+    if not holds:
+        raise ConfigError(f"{field} = {getattr(record, field)!r}: should be {right}")

@@ -1,0 +1,125 @@
+"""CrossViT (Chen, Fan, Panda, ICCV 2021, arXiv 2103.14899), to be read beside the paper's Figure 2, from the bottom up.
+
+    image ─► Tokens per branch ─► K x MultiScaleEncoder ─► LayerNorm and head per branch ─► mean of the logits
+
+Shapes: B batch, C channels, H x W pixels, n patches, D width; one entry a branch, S (small patches) first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from crossvit.model.attention import SelfAttention
+from crossvit.model.config import BranchConfig, CrossViTConfig
+from crossvit.model.drop_path import DropPath, drop_path_rates
+from crossvit.model.fusion import NORM_EPS, CrossAttentionFusion
+from crossvit.model.tokens import Tokens
+
+
+class MLP(nn.Sequential):
+    """Linear → GELU → Linear, dropout after each. (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, hidden: int, *, drop: float) -> None:
+        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(drop), nn.Linear(hidden, dim), nn.Dropout(drop))
+
+
+class EncoderBlock(nn.Module):
+    """Equation 1, pre-norm: y = x + MSA(LN(x)); z = y + MLP(LN(y)). (B, 1 + n, D) -> (B, 1 + n, D)."""
+
+    def __init__(self, branch: BranchConfig, *, drop: float, attention_drop: float, drop_path: float) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(branch.dim, eps=NORM_EPS)
+        self.attention = SelfAttention(branch.dim, branch.heads, drop=drop, attention_drop=attention_drop)
+        self.mlp_norm = nn.LayerNorm(branch.dim, eps=NORM_EPS)
+        self.mlp = MLP(branch.dim, branch.mlp_dim, drop=drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attention(self.attention_norm(x)))
+        return x + self.drop_path(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+
+
+class MultiScaleEncoder(nn.Module):
+    """One of the K encoders: each branch's own blocks (N for S, M for L), then the fusion. Tokens in, tokens out."""
+
+    def __init__(self, config: CrossViTConfig, *, drop_path: Sequence[float]) -> None:
+        super().__init__()
+        drops = {"drop": config.drop, "attention_drop": config.attention_drop}
+        self.blocks = nn.ModuleList(
+            nn.Sequential(*(EncoderBlock(branch, drop_path=drop_path[index], **drops) for index in range(branch.depth)))
+            for branch in config.branches
+        )
+        self.fusion = CrossAttentionFusion(config.branches, drop_path=drop_path[-1], **drops)
+
+    def forward(self, tokens: Sequence[Tensor]) -> list[Tensor]:
+        encoded = [blocks(branch_tokens) for blocks, branch_tokens in zip(self.blocks, tokens, strict=True)]
+        return self.fusion(encoded)  # type: ignore[no-any-return]
+
+
+class CrossViT(nn.Module):
+    """The two-branch vision transformer. `model(images)` gives logits (B, num_classes).
+
+    images: (B, C, H, W) float, normalised as the weights expect, at `config.image_size`.
+    """
+
+    def __init__(self, config: CrossViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.tokens = nn.ModuleList(
+            Tokens(branch, in_channels=config.in_channels, image_size=config.image_size, drop=config.drop)
+            for branch in config.branches
+        )
+        steps = max(1, *(branch.depth for branch in config.branches))  # blocks of the deepest branch in one encoder
+        rates = drop_path_rates(config.drop_path, config.stages * steps)
+        self.encoders = nn.ModuleList(
+            MultiScaleEncoder(config, drop_path=rates[stage * steps : (stage + 1) * steps]) for stage in range(config.stages)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(branch.dim, eps=NORM_EPS) for branch in config.branches)
+        self.heads = nn.ModuleList(nn.Linear(branch.dim, config.num_classes) for branch in config.branches)
+        initialise(self, config.init)
+
+    def forward_features(self, images: Tensor) -> list[Tensor]:
+        """The last encoder's tokens after each branch's LayerNorm: one (B, 1 + n, D) a branch, class token first."""
+        if images.ndim != 4 or images.shape[1] != self.config.in_channels or images.shape[2:] != self.config.image_size:
+            height, width = self.config.image_size
+            raise ValueError(
+                f"images are {tuple(images.shape)}: this model takes (B, {self.config.in_channels}, {height}, {width}); "
+                f"resize them or build the model with image_size=(height, width)"
+            )
+        tokens = [embed(images) for embed in self.tokens]
+        for encoder in self.encoders:
+            tokens = encoder(tokens)
+        return [norm(branch_tokens) for norm, branch_tokens in zip(self.norms, tokens, strict=True)]
+
+    def branch_logits(self, images: Tensor) -> Tensor:
+        """Each branch's own logits, (branches, B, num_classes): the paper's "L only" and "S only" (Table 6)."""
+        tokens = self.forward_features(images)
+        return torch.stack([head(branch_tokens[:, 0]) for head, branch_tokens in zip(self.heads, tokens, strict=True)])
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits (B, num_classes): the mean of the branches' logits, as released."""
+        return self.branch_logits(images).mean(dim=0)
+
+
+def initialise(model: nn.Module, scheme: str) -> None:
+    """Fill every parameter. `paper`: truncated normal 0.02 for linear weights, class tokens and positions, zero biases,
+    torch's own default for convolutions (as released). `xavier`: Xavier-uniform linear weights and He-normal
+    convolutions, zero biases, so that small data trains from scratch (SPEED, small data)."""
+    for module in model.modules():
+        match module:
+            case nn.Linear():
+                if scheme == "paper":
+                    nn.init.trunc_normal_(module.weight, std=0.02)
+                else:
+                    nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+            case nn.Conv2d() if scheme == "xavier":
+                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            case Tokens():
+                nn.init.trunc_normal_(module.class_token, std=0.02)
+                nn.init.trunc_normal_(module.positions, std=0.02)

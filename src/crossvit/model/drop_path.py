@@ -1,0 +1,27 @@
+"""Stochastic depth (Huang et al., 2016): a residual branch is dropped for whole samples."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class DropPath(nn.Module):
+    """x ↦ x·m/(1 − rate), m one Bernoulli(1 − rate) draw a sample; the identity in evaluation. Shape (B, ...)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.rate == 0.0:
+            return x
+        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1.0 - self.rate)
+        return x * keep / (1.0 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
+def drop_path_rates(highest: float, steps: int) -> list[float]:
+    """`steps` rates growing linearly from 0 to `highest` (the paper's schedule over all K·M blocks)."""
+    return [highest * step / max(steps - 1, 1) for step in range(steps)]

@@ -1,0 +1,130 @@
+"""The records that verbs return: frozen, plain, and the same for people (`crossvit ...`) and programs (`--json`).
+
+Standard library and NumPy only; pictures are kept as encoded bytes and left out of JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def to_json(record: Any) -> Any:
+    """A record, nested as it may be, as dicts, lists, numbers and strings in the order of its fields. Bytes are left out."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        fields = ((field.name, getattr(record, field.name)) for field in dataclasses.fields(record))
+        return {name: to_json(value) for name, value in fields if not isinstance(value, bytes)}
+    if isinstance(record, np.ndarray):
+        return record.tolist()
+    if isinstance(record, np.generic):
+        return record.item()
+    if isinstance(record, dict):
+        return {str(key): to_json(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [to_json(value) for value in record]
+    return record
+
+
+@dataclasses.dataclass(frozen=True)
+class Label:
+    """A class and its probability, 0 to 1."""
+
+    label: str
+    probability: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model says of one image: the surest classes first; or why there is no answer, in `error`."""
+
+    image: str
+    top: tuple[Label, ...] = ()
+    error: str | None = None
+
+    @property
+    def label(self) -> str | None:
+        """The surest class, None if the image could not be read."""
+        return self.top[0].label if self.top else None
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchScore:
+    """One branch alone: its patch in pixels and the accuracy of its own head, 0 to 1 (the paper's Table 6 columns)."""
+
+    name: str
+    patch: int
+    top1: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassScore:
+    """One class: images, precision, recall and F1, 0 to 1 (0 where nothing was predicted or present)."""
+
+    label: str
+    n: int
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Mistake:
+    """A wrong answer: the true and the predicted class, how sure the model was (0 to 1), and the picture as PNG bytes."""
+
+    image: str
+    label: str
+    predicted: str
+    probability: float
+    picture: bytes = dataclasses.field(default=b"", repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """Accuracy of a run on labelled images. top1, top5, macro_f1: 0 to 1; loss: mean cross-entropy in nats.
+
+    confusion: (classes, classes) counts, rows true, columns predicted. mistakes: the surest first.
+    """
+
+    top1: float
+    n: int
+    run: str
+    data: str
+    split: str
+    top5: float
+    macro_f1: float
+    loss: float
+    branches: tuple[BranchScore, ...]
+    classes: tuple[ClassScore, ...]
+    confusion: NDArray[np.int64]
+    mistakes: tuple[Mistake, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """One line of a run's log. Accuracies are 0 to 1, `lr` is the last step's, `seconds` are of training alone."""
+
+    epoch: int
+    step: int
+    loss: float
+    train_top1: float
+    val_top1: float
+    val_loss: float
+    lr: float
+    seconds: float
+    images_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """A finished run: where it is, its record (`run.json`), its epochs and its evaluation on the held-out images."""
+
+    run: str
+    top1: float
+    n: int
+    seconds: float
+    record: dict[str, Any]
+    epochs: tuple[Epoch, ...]
+    evaluation: Evaluation

@@ -1,0 +1,155 @@
+"""The RUN folder: what training leaves behind and every other verb reads. Standard library only.
+
+    RUN/run.json            schema version, model config, recipe, classes, preprocessing, precision, versions, data, result
+    RUN/model.safetensors   the weights
+    RUN/checkpoints/        what `--resume` goes on from
+    RUN/log.jsonl           one line an epoch
+    RUN/report.html         the page to look at
+
+Files are written whole or not at all. The lock is an flock, so a killed process leaves none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from crossvit.errors import RunError, UsageError
+
+SCHEMA = 1  # of run.json; raised when a field changes its meaning
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """`path` holds `content` whole, on disk, or is as it was: written beside it, synced, then renamed.
+
+    RunError in one line (a full disk, no permission) leaves the old file and nothing half-written.
+    """
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with open(beside, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error
+
+
+class Run:
+    """A run folder. Making one of these touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        self.record_path = self.path / "run.json"
+        self.weights_path = self.path / "model.safetensors"
+        self.checkpoints = self.path / "checkpoints"
+        self.log_path = self.path / "log.jsonl"
+        self.report_path = self.path / "report.html"
+
+    def exists(self) -> bool:
+        return self.record_path.is_file()
+
+    def record(self) -> dict[str, Any]:
+        """run.json. UsageError if this is not a run folder; RunError if the file is damaged or newer than this version."""
+        if not self.exists():
+            raise UsageError(f"{self.path} is not a run folder (no run.json): give one made by `crossvit train DATA --out RUN`")
+        try:
+            record: dict[str, Any] = json.loads(self.record_path.read_text(encoding="utf-8"))
+            schema = record["schema"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(f"{self.record_path} is damaged ({error}): train again with --overwrite") from error
+        if schema > SCHEMA:
+            raise RunError(
+                f"{self.path} was made by a newer crossvit (schema {schema}, this one reads {SCHEMA}): upgrade crossvit"
+            )
+        return record
+
+    def finished_record(self) -> dict[str, Any]:
+        """`record()` of a run whose training has ended, so that it has weights."""
+        record = self.record()
+        if not record.get("result"):
+            raise UsageError(f"{self.path} has not finished training: go on with `crossvit train ... --out {self.path} --resume`")
+        return record
+
+    def refuse_occupied(self, *, overwrite: bool) -> None:
+        """UsageError if something is in the way: anything at all, or with `overwrite` anything that is not a run."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UsageError(f"{self.path} is a file: choose another --out")
+        occupied = self.path.is_dir() and not all(self._is_blank(entry) for entry in self.path.iterdir())
+        if occupied and not overwrite:
+            raise UsageError(
+                f"{self.path} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out"
+            )
+        if occupied and not self.exists():
+            raise UsageError(f"{self.path} is not a run, so it is left alone: choose another --out")
+
+    def prepare(self, *, overwrite: bool) -> None:
+        """Make an empty run folder. UsageError if something is there already (unless `overwrite`, and it is a run)."""
+        self.refuse_occupied(overwrite=overwrite)
+        with _writing(self.path):
+            for entry in (self.record_path, self.weights_path, self.log_path, self.report_path):
+                entry.unlink(missing_ok=True)
+            if self.checkpoints.is_dir():
+                shutil.rmtree(self.checkpoints)
+            self.checkpoints.mkdir(parents=True)
+
+    @staticmethod
+    def _is_blank(entry: Path) -> bool:
+        """What a process that was killed before it wrote a record may have left."""
+        return (
+            entry.name == ".lock" or entry.name.endswith(".partial") or (entry.name == "checkpoints" and not any(entry.iterdir()))
+        )
+
+    def write_record(self, record: dict[str, Any]) -> None:
+        write_atomically(self.record_path, (json.dumps({"schema": SCHEMA, **record}, indent=1) + "\n").encode())
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append one line to log.jsonl."""
+        with _writing(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def entries(self) -> list[dict[str, Any]]:
+        """The lines of log.jsonl; a last line cut short by a kill is left out."""
+        entries = []
+        if self.log_path.is_file():
+            for line in self.log_path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):
+                    entries.append(json.loads(line))
+        return entries
+
+    def rewrite_log(self, entries: list[dict[str, Any]]) -> None:
+        write_atomically(self.log_path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run for writing. RunError if another process does."""
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = open(self.path / ".lock", "w")  # noqa: SIM115  # held until the lock is let go
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(f"{self.path} is being trained by another process: wait for it or choose another --out") from None
+            yield
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error

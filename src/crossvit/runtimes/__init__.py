@@ -1,0 +1,1 @@
+"""Engines: normalised images in, each branch's logits out."""

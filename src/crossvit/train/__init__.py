@@ -1,0 +1,1 @@
+"""Training: the recipe, the optimiser and its schedule, checkpoints, and the loop."""

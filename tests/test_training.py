@@ -1,0 +1,363 @@
+"""Recipes, schedule, parameter groups, checkpoints, and runs that stop, resume and refuse."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import crossvit
+from conftest import TINY
+from crossvit.errors import CheckpointError, ConfigError, RunError, UnknownNameError, UsageError
+from crossvit.results import Epoch, TrainingResult
+from crossvit.run import Run, write_atomically
+from crossvit.train.checkpoint import checkpoint_path, load_checkpoint, newest_checkpoint, save_checkpoint
+from crossvit.train.loop import duration, fit, step_seed
+from crossvit.train.optim import learning_rate, parameter_groups
+from crossvit.train.recipe import OptimiserRecipe, Recipe, load_recipe, shipped_recipes
+from crossvit.train.watch import Watch
+
+
+def recipe(data: Path | str, out: Path, **changes: object) -> Recipe:
+    return load_recipe("small", data=str(data), out=str(out), **(TINY | changes))
+
+
+def weights_of(run: Path | str) -> dict[str, torch.Tensor]:
+    return load_file(Path(run) / "model.safetensors")
+
+
+def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+# ---------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_load_and_come_back_equal(name: str) -> None:
+    loaded = load_recipe(name)
+    assert Recipe.from_dict(json.loads(json.dumps(loaded.to_dict()))) == loaded
+
+
+def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    for text, error, says in (
+        ("epoch = 3", UnknownNameError, "unknown recipe key 'epoch': did you mean epochs"),
+        ("[optimiser]\nlearning = 1", UnknownNameError, "unknown recipe key 'learning'"),
+        ("epochs = 'ten'", ConfigError, "recipe key epochs = 'ten': should be a int"),
+        ("epochs = -1", ConfigError, "epochs = -1: should be a whole number of 1 or more"),
+        ("epochs = ", ConfigError, "is not TOML"),
+    ):
+        path.write_text(text)
+        with pytest.raises(error, match=says):
+            load_recipe(str(path))
+    with pytest.raises(UnknownNameError, match="unknown recipe 'smal': did you mean small"):
+        load_recipe("smal")
+
+
+def test_changes_are_laid_over_a_recipe() -> None:
+    changed = load_recipe("small", epochs=3, lr=0.5, model=None)
+    assert (changed.epochs, changed.optimiser.lr, changed.model) == (3, 0.5, None)
+    assert changed.optimiser.weight_decay == load_recipe("small").optimiser.weight_decay
+
+
+# ---------------------------------------------------------------- optimiser and schedule
+
+
+def test_the_schedule_at_its_analytic_values() -> None:
+    recipe = OptimiserRecipe(lr=1.0, warmup=0.1, final_lr=0.2)
+    rates = [learning_rate(step, steps=101, recipe=recipe) for step in range(101)]
+    assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 2)))  # half way down
+    assert rates[100] == pytest.approx(0.2)
+    assert learning_rate(0, steps=1, recipe=recipe) == 1.0
+
+
+def test_every_parameter_is_in_one_group_and_what_should_not_decay_does_not() -> None:
+    model = crossvit.create_model("crossvit_pico_32")
+    decayed, undecayed = parameter_groups(model, 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [{names[id(parameter)] for parameter in group["params"]} for group in (decayed, undecayed)]
+    assert groups[0] | groups[1] == set(names.values())
+    assert not groups[0] & groups[1]
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.05, 0.0)
+    assert {"tokens.0.class_token", "tokens.1.positions", "norms.0.weight", "heads.1.bias"} <= groups[1]
+    assert all(name.endswith(".weight") for name in groups[0])
+
+
+def test_step_seeds_differ() -> None:
+    assert len({step_seed(seed, step) for seed in range(3) for step in range(100)}) == 300
+    assert [duration(seconds) for seconds in (0.2, 45, 200, 8000)] == ["1 s", "45 s", "3 min", "2 h 13 min"]
+
+
+# ---------------------------------------------------------------- checkpoints and atomic writes
+
+
+def test_checkpoints_come_back_to_the_bit_and_the_newest_two_are_kept(tmp_path: Path) -> None:
+    for epoch in (1, 2, 3):
+        save_checkpoint(tmp_path, {"epoch": epoch, "x": torch.arange(5.0) * epoch}, epoch=epoch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-00002.ckpt", "epoch-00003.ckpt"]
+    state, passed_over = newest_checkpoint(tmp_path)
+    assert state is not None
+    assert (state["epoch"], passed_over) == (3, [])
+    assert torch.equal(state["x"], torch.arange(5.0) * 3)
+
+
+def test_a_torn_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path: Path) -> None:
+    for epoch in (1, 2):
+        save_checkpoint(tmp_path, {"epoch": epoch, "x": torch.zeros(100)}, epoch=epoch)
+    newest = checkpoint_path(tmp_path, 2)
+    whole = newest.read_bytes()
+    for torn in (whole[: len(whole) // 2], b"", whole[:-1], whole[:200] + b"?" + whole[201:]):
+        newest.write_bytes(torn)
+        state, passed_over = newest_checkpoint(tmp_path)
+        assert state is not None
+        assert state["epoch"] == 1
+        assert "epoch-00002.ckpt is torn" in passed_over[0]
+    checkpoint_path(tmp_path, 1).write_bytes(b"")
+    with pytest.raises(CheckpointError, match="no whole checkpoint in .*; start again with --overwrite"):
+        newest_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="is torn"):
+        load_checkpoint(newest)
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "replace"])
+def test_a_failing_write_keeps_the_old_file_and_leaves_nothing(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "x"
+    write_atomically(target, b"old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if call == "write":
+        real = open
+
+        def opening(path: object, mode: str = "r", **options: object) -> object:
+            file = real(path, mode, **options)  # type: ignore[call-overload]
+            if mode == "wb":
+                file.close()
+                fail()
+            return file
+
+        monkeypatch.setattr("builtins.open", opening)
+    else:
+        monkeypatch.setattr(os, call, fail)
+    with pytest.raises(RunError, match="cannot write .*: No space left on device; what was there before is kept"):
+        write_atomically(target, b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+    assert target.read_bytes() == b"old"
+
+
+def test_a_full_disk_ends_training_with_one_line_and_the_last_checkpoint(scans: Path, tmp_path: Path) -> None:
+    """A real limit on file size in a process of its own: the first write over it fails as a full disk does."""
+    out = tmp_path / "run"
+    code = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
+        "from crossvit.cli import main; main(sys.argv[1:])"
+    )
+    words = ["train", str(scans), "--out", str(out), "--model", "crossvit_pico_32", "--epochs", "1", "--precision", "fp32"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("crossvit: cannot write")
+    assert "File too large" in last
+    assert not list((out / "checkpoints").iterdir())  # nothing half-written
+    assert Run(out).record()["result"] is None
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_run_has_everything_and_is_the_same_to_the_bit_when_repeated(scans: Path, tmp_path: Path) -> None:
+    results = [fit(recipe(scans, tmp_path / name)) for name in ("one", "two")]
+    assert sorted(path.name for path in (tmp_path / "one").iterdir() if path.name != ".lock") == [
+        "checkpoints",
+        "log.jsonl",
+        "model.safetensors",
+        "run.json",
+    ]
+    assert same_bits(weights_of(tmp_path / "one"), weights_of(tmp_path / "two"))
+    assert results[0].evaluation.loss == results[1].evaluation.loss
+    record = Run(tmp_path / "one").record()
+    assert record["schema"] == 1
+    assert record["classes"] == ["0", "1", "2"]
+    assert record["result"]["n"] == 12
+    assert len(record["data"]["held_out"]) == 12
+    assert record["precision"] == "fp32"
+    assert len(Run(tmp_path / "one").entries()) == 1
+
+
+class Stop(Watch):
+    """Interrupts after some epochs, or in the middle of one."""
+
+    def __init__(self, *, epochs: int, steps: int = 0) -> None:
+        self.epochs, self.steps, self.lines = epochs, steps, []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def epoch_done(self, entry: Epoch) -> None:
+        if entry.epoch == self.epochs and not self.steps:
+            raise KeyboardInterrupt
+
+    def stepped(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
+        if epoch == self.epochs and self.steps:
+            self.steps -= 1
+            if not self.steps:
+                raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("steps_into_the_next", [0, 2])
+def test_a_resumed_run_equals_one_never_stopped(steps_into_the_next: int, scans: Path, tmp_path: Path) -> None:
+    plan = {"epochs": 3, "drop_path": 0.3}
+    fit(recipe(scans, tmp_path / "whole", **plan))
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe(scans, tmp_path / "cut", **plan), watch=Stop(epochs=1, steps=steps_into_the_next))
+    watch = Stop(epochs=99)
+    result = fit(recipe(scans, tmp_path / "cut", **plan), resume=True, watch=watch)
+    assert "going on after epoch 1 of 3" in watch.lines
+    assert same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
+    assert [entry.epoch for entry in result.epochs] == [1, 2, 3]
+    logged = [[line["loss"] for line in Run(tmp_path / name).entries()] for name in ("whole", "cut")]
+    assert logged[0] == logged[1]
+
+
+def test_resume_goes_on_from_the_checkpoint_before_a_torn_one(scans: Path, tmp_path: Path) -> None:
+    plan = {"epochs": 3}
+    fit(recipe(scans, tmp_path / "whole", **plan))
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe(scans, tmp_path / "cut", **plan), watch=Stop(epochs=2))
+    newest = checkpoint_path(tmp_path / "cut" / "checkpoints", 2)
+    newest.write_bytes(newest.read_bytes()[:1000])
+    watch = Stop(epochs=99)
+    fit(recipe(scans, tmp_path / "cut", **plan), resume=True, watch=watch)
+    assert any("epoch-00002.ckpt is torn" in line and "using the one before it" in line for line in watch.lines)
+    assert same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
+
+
+def test_resume_from_nothing_starts_and_on_a_finished_run_returns(scans: Path, tmp_path: Path) -> None:
+    first = fit(recipe(scans, tmp_path / "run"), resume=True)
+    before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    again = fit(recipe(scans, tmp_path / "run"), resume=True)
+    assert (again.top1, again.seconds, again.epochs) == (first.top1, first.seconds, first.epochs)
+    assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_resume_refuses_changes_by_name(tiny_run: TrainingResult, scans: Path, own_scans: Path) -> None:
+    out = Path(tiny_run.run)
+    with pytest.raises(UsageError, match=r"--resume cannot change --epochs 9 \(the run has 1\), --lr 0.5 \(the run has 0.001\)"):
+        fit(recipe(scans, out, epochs=9, lr=0.5), resume=True)
+    with pytest.raises(UsageError, match="--resume cannot change --data"):
+        fit(recipe(own_scans, out), resume=True)
+
+
+def test_resume_refuses_data_that_has_changed(own_scans: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe(own_scans, tmp_path / "run", epochs=2), watch=Stop(epochs=1))
+    next((own_scans / "0").iterdir()).unlink()
+    with pytest.raises(UsageError, match="are not those .* was trained on"):
+        fit(recipe(own_scans, tmp_path / "run", epochs=2), resume=True)
+
+
+def test_a_folder_that_is_taken_is_refused_or_replaced(scans: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    fit(recipe(scans, out))
+    with pytest.raises(UsageError, match="exists: add --resume to go on with it, --overwrite to replace it"):
+        fit(recipe(scans, out))
+    fit(recipe(scans, out, seed=1), overwrite=True)
+    assert Run(out).record()["recipe"]["seed"] == 1
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "dear.txt").write_text("keep me")
+    with pytest.raises(UsageError, match="is not a run, so it is left alone"):
+        fit(recipe(scans, tmp_path / "photos"), overwrite=True)
+    assert (tmp_path / "photos" / "dear.txt").read_text() == "keep me"
+
+
+def test_two_processes_cannot_train_into_one_run(scans: Path, tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with run.lock(), pytest.raises(RunError, match="is being trained by another process"):
+        fit(recipe(scans, tmp_path / "run"))
+
+
+def test_starting_from_another_runs_weights_takes_its_model(tiny_run: TrainingResult, own_scans: Path, tmp_path: Path) -> None:
+    for path in list((own_scans / "2").iterdir()):
+        path.unlink()
+    (own_scans / "2").rmdir()
+    watch = Stop(epochs=99)
+    result = fit(recipe(own_scans, tmp_path / "run", model=None, weights=tiny_run.run), watch=watch)
+    assert result.record["model"] == "crossvit_pico_32"
+    assert any("new classifier: 2 classes in place of 3" in line for line in watch.lines)
+    started, before = weights_of(tmp_path / "run"), weights_of(tiny_run.run)
+    moved = (started["tokens.0.positions"] - before["tokens.0.positions"]).abs().max()
+    assert moved < 0.02  # one epoch away from where it began, not a new draw
+
+
+def test_bad_images_stop_training_before_it_starts_or_are_skipped(own_scans: Path, tmp_path: Path) -> None:
+    (own_scans / "0" / "zero.png").write_bytes(b"")
+    (own_scans / "1" / "text.jpg").write_text("hello")
+    with pytest.raises(crossvit.CrossViTError, match=r"cannot be decoded: .*Mend or remove them, or add --skip-bad"):
+        fit(recipe(own_scans, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    watch = Stop(epochs=99)
+    result = fit(recipe(own_scans, tmp_path / "run", skip_bad=True), watch=watch)
+    skipped = " ".join(line for line in watch.lines if line.startswith("skipped"))
+    assert "zero.png: the file is empty (0 bytes)" in skipped
+    assert "text.jpg: not an image" in skipped
+    assert result.record["data"]["train"] + result.n == 24
+
+
+def test_the_first_lines_say_what_was_found_the_model_and_the_time(scans: Path, tmp_path: Path) -> None:
+    class Listen(Stop):
+        def started(self, lines: list[str], **_: object) -> None:  # type: ignore[override]
+            self.lines += lines
+
+    watch = Listen(epochs=99)
+    fit(recipe(scans, tmp_path / "run", model=None), watch=watch)
+    text = "\n".join(watch.lines)
+    assert "3 classes, 60 images (48 train, 12 held out), 8x8 pixels" in text
+    assert "crossvit_pico_32: 1.1" in text
+    assert "chosen for 48 images with sides around 8 (--model takes another)" in text
+    assert "1 epochs of 3 steps, batch 16, fp32 on cpu" in text
+    assert "about " in text
+
+
+@pytest.mark.parametrize("moment", [signal.SIGINT, signal.SIGKILL])
+def test_a_stopped_process_resumes_to_the_same_bits(moment: signal.Signals, scans: Path, tmp_path: Path) -> None:
+    words = ["--model", "crossvit_pico_32", "--epochs", "4", "--batch-size", "16", "--precision", "fp32", "--device", "cpu"]
+
+    def start(name: str, *more: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "crossvit", "train", str(scans), "--out", str(tmp_path / name), *words, *more]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    whole = start("whole")
+    stopped = start("cut")
+    log = tmp_path / "cut" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") >= 1) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    stopped.send_signal(moment)
+    _, errors = stopped.communicate(timeout=120)
+    if moment == signal.SIGINT:
+        assert stopped.returncode == 130
+        assert "crossvit: stopped; go on with `crossvit train" in errors
+        assert "Traceback" not in errors
+    assert not (tmp_path / "cut" / "model.safetensors").exists()
+    resumed = start("cut", "--resume")
+    for process in (whole, resumed):
+        out, errors = process.communicate(timeout=240)
+        assert process.returncode == 0, errors
+    assert "top-1" in out
+    assert same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
