@@ -256,6 +256,17 @@ def test_resume_from_nothing_starts_and_on_a_finished_run_returns(scans: Path, t
     assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_a_run_killed_before_its_first_checkpoint_starts_from_its_weights_again(
+    tiny_run: TrainingResult, scans: Path, tmp_path: Path
+) -> None:
+    plan = {"weights": tiny_run.run, "epochs": 1}
+    fit(recipe(scans, tmp_path / "whole", **plan))
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe(scans, tmp_path / "cut", **plan), watch=Stop(epochs=0, steps=1))
+    fit(recipe(scans, tmp_path / "cut", **plan), resume=True)
+    assert same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
+
+
 def test_resume_refuses_changes_by_name(tiny_run: TrainingResult, scans: Path, own_scans: Path) -> None:
     out = Path(tiny_run.run)
     with pytest.raises(UsageError, match=r"--resume cannot change --epochs 9 \(the run has 1\), --lr 0.5 \(the run has 0.001\)"):
@@ -330,7 +341,7 @@ def test_the_first_lines_say_what_was_found_the_model_and_the_time(scans: Path, 
     assert "3 classes, 60 images (48 train, 12 held out), 8x8 pixels" in text
     assert "crossvit_pico_32: 1.1" in text
     assert "chosen for 48 images with sides around 8 (--model takes another)" in text
-    assert "1 epochs of 3 steps, batch 16, fp32 on cpu" in text
+    assert "1 x 3 steps, batch 16, fp32 on cpu" in text
     assert "about " in text
 
 

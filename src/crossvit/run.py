@@ -43,9 +43,10 @@ def write_atomically(path: Path, content: bytes) -> None:
         finally:
             os.close(folder)
     except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error
+    finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error
 
 
 class Run:

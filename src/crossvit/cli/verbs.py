@@ -164,7 +164,7 @@ def evaluate(
             progress=progress,
         )
     if json:
-        _print_json(_top1_first(to_json(result)))
+        _print_json(to_json(result))
     else:
         print_evaluation(result)
     return 0
@@ -251,11 +251,6 @@ def models(*, json: Annotated[bool, Parameter(negative=())] = False) -> int:
     else:
         print_models(rows)
     return 0
-
-
-def _top1_first(record: dict[str, Any]) -> dict[str, Any]:
-    first = ("top1", "n", "run", "data")
-    return {key: record[key] for key in first} | {key: value for key, value in record.items() if key not in first}
 
 
 def _print_json(record: dict[str, Any]) -> None:

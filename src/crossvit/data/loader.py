@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -88,6 +89,7 @@ class TrainingLoader:
             collate_fn=_stack,
             persistent_workers=workers > 0,
             multiprocessing_context="spawn" if workers else None,
+            worker_init_fn=_leave_interrupts_to_the_main_process if workers else None,
         )
 
     def __len__(self) -> int:
@@ -98,6 +100,10 @@ class TrainingLoader:
         self.batches.epoch = epoch
         for pixels, labels in self.loader:
             yield torch.from_numpy(self.preprocessing.normalise(pixels)), torch.from_numpy(labels)
+
+
+def _leave_interrupts_to_the_main_process(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _stack(items: list[tuple[NDArray[np.uint8], int]]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

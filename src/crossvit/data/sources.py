@@ -69,16 +69,8 @@ class Data:
     location: str
     classes: tuple[str, ...]
     parts: dict[str, ImageSet]
+    fingerprint: str  # sha256 over every file's name and size: the same for the same files, wherever they lie
     ignored: int = 0  # files without an image's name ending
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 over the names in every part: tells whether two DATA are the same files, wherever they lie."""
-        digest = hashlib.sha256()
-        for part, images in sorted(self.parts.items()):
-            for name in images.names:
-                digest.update(f"{part}/{name}\n".encode("utf-8", "surrogateescape"))
-        return digest.hexdigest()
 
     def split(self, *, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
         """(train, held-out) images: the parts DATA has, or a stratified split of all of them."""
@@ -111,7 +103,8 @@ def open_data(location: str | Path) -> Data:
     """
     if str(location) == BUILT_IN:  # a folder of that name is ./digits
         images = _digits()
-        return Data(BUILT_IN, images.classes, {"all": images})
+        assert images.pixels is not None
+        return Data(BUILT_IN, images.classes, {"all": images}, hashlib.sha256(images.pixels.tobytes()).hexdigest())
     root = Path(location).expanduser()
     if not root.is_dir():
         raise UsageError(f"no folder {root}: give a folder of class folders, or `{BUILT_IN}`")
@@ -122,13 +115,14 @@ def open_data(location: str | Path) -> Data:
         raise UsageError(
             f"{root} has no class folders: put each class's images in a folder of its name, {root}/<class>/photo.jpg"
         )
-    sets, ignored = {}, 0
-    for part, folder in layout.items():
-        sets[part], skipped = _read_folder(folder, classes)
+    sets, ignored, digest = {}, 0, hashlib.sha256()
+    for part, folder in sorted(layout.items()):
+        digest.update(f"{part}\n".encode())
+        sets[part], skipped = _read_folder(folder, classes, digest)
         ignored += skipped
     if not any(len(images) for images in sets.values()):
         raise UsageError(f"{root} has no images: put them in {root}/<class>/ (read here: {' '.join(SUFFIXES)})")
-    return Data(str(root), classes, sets, ignored)
+    return Data(str(root), classes, sets, digest.hexdigest(), ignored)
 
 
 def stratified_split(images: ImageSet, *, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
@@ -154,7 +148,8 @@ def _folders(root: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
 
 
-def _read_folder(root: Path, classes: tuple[str, ...]) -> tuple[ImageSet, int]:
+def _read_folder(root: Path, classes: tuple[str, ...], digest: hashlib._Hash) -> tuple[ImageSet, int]:
+    """(images, files passed over); every image's name and size goes into `digest`."""
     extra = sorted(set(_folders(root)) - set(classes))
     if extra:
         raise UsageError(f"{root} has classes that train/ does not have: {', '.join(extra)}; rename or remove them")
@@ -167,6 +162,7 @@ def _read_folder(root: Path, classes: tuple[str, ...]) -> tuple[ImageSet, int]:
                 ignored += 1
                 continue
             names.append(path.relative_to(root).as_posix())
+            digest.update(f"{names[-1]} {path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
             labels.append(label)
     return ImageSet(str(root), classes, tuple(names), tuple(labels)), ignored
 

@@ -52,15 +52,17 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, watch:
         raise UsageError(
             f"the files in {recipe.data} are not those {run.path} was trained on: put them back, or train anew with --overwrite"
         )
-    training = Training(recipe, plan, run, watch)
-    if not going_on:
+    precision = run.record()["precision"] if going_on else recipe.precision
+    training = Training(recipe, plan, run, watch, precision=precision)
+    state = training.newest_state() if going_on else None
+    if state is None:
         training.load_starting_weights()
     with run.lock():
         if not going_on:
             run.prepare(overwrite=overwrite)
         if going_on and run.record()["result"]:
             return training.finished()
-        training.start()
+        training.start(state)
         for epoch in range(training.epoch, recipe.epochs):
             training.one_epoch(epoch)
         return training.finish()
@@ -89,13 +91,13 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
 class Training:
     """The state of a run in progress and the steps that change it."""
 
-    def __init__(self, recipe: Recipe, plan: Plan, run: Run, watch: Watch) -> None:
+    def __init__(self, recipe: Recipe, plan: Plan, run: Run, watch: Watch, *, precision: str) -> None:
         self.recipe = recipe
         self.plan = plan
         self.run = run
         self.watch = watch
         self.device = resolve_device(recipe.device)
-        self.precision = resolve_precision(recipe.precision, self.device)
+        self.precision = resolve_precision(precision, self.device)
         torch.manual_seed(recipe.seed)
         self.model = create_model(plan.config).to(self.device)
         self.optimiser = make_optimiser(self.model, recipe.optimiser)
@@ -115,11 +117,15 @@ class Training:
             for note in load_weights(self.model, self.recipe.weights, head="new"):
                 self.watch.say(f"note   {note}")
 
-    def start(self) -> None:
-        """Restore the newest checkpoint, or write the record of a new run; then estimate the time that is left."""
+    def newest_state(self) -> dict[str, Any] | None:
+        """The newest whole checkpoint of the run, None if there is none yet."""
         state, passed_over = newest_checkpoint(self.run.checkpoints)
         for line in passed_over:
             self.watch.say(f"{line}; using the one before it")
+        return state
+
+    def start(self, state: dict[str, Any] | None) -> None:
+        """Go on from `state`, or write the record of a new run; then say what is trained and how long it will take."""
         if state is not None:
             self._restore(state)
             self.watch.say(f"going on after epoch {self.epoch} of {self.recipe.epochs}")
@@ -198,7 +204,7 @@ class Training:
         left = self._estimate() * (recipe.epochs - self.epoch)
         return [
             f"model  {plan.model_name}: {parameters / 1e6:.2f} M parameters at {height}x{width}{plan.why_model}",
-            f"train  {recipe.epochs} epochs of {len(self.loader)} steps, batch {recipe.batch_size}, "
+            f"train  {recipe.epochs} x {len(self.loader)} steps, batch {recipe.batch_size}, "
             f"{self.precision} on {self.device.type} with {torch.get_num_threads()} threads, about {duration(left)}",
         ]
 

@@ -1,4 +1,4 @@
-"""The long ones: real accuracy from scratch, and a wheel that works by itself."""
+"""What people get: real accuracy from scratch, and a wheel that works by itself."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ import torch
 
 import crossvit
 
-pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -25,6 +23,7 @@ def test_the_quickstart_gets_at_least_99_percent_of_the_held_out_scans(tmp_path:
     assert result.top1 >= 0.99
 
 
+@pytest.mark.slow
 def test_hands_from_scratch_reach_97_percent(pack: Callable[[str], Path], tmp_path: Path) -> None:
     torch.set_num_threads(2)
     result = crossvit.fit(crossvit.load_recipe("small", data=str(pack("sign_digits_64")), out=str(tmp_path / "run")))
