@@ -9,9 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from crossvit import BranchConfig, CrossViTConfig, create_model, list_models
 from crossvit.errors import ConfigError, UnknownNameError
+from crossvit.model.config import FUSIONS
+from crossvit.model.cost import cost
 from crossvit.model.crossvit import CrossViT
 from crossvit.model.presets import ALIASES, PRESETS
 
@@ -26,7 +29,8 @@ GOOD = BranchConfig(patch=4, dim=16, heads=2, depth=1)
         ({"depth": -1}, r"depth = -1: should be an integer of 0 or more"),
         ({"mlp_ratio": 0}, r"mlp_ratio = 0: should be a positive number"),
         ({"image_scale": 0}, r"image_scale = 0"),
-        ({"tokeniser": "magic"}, r"tokeniser = 'magic': should be one of linear, dagger, halving"),
+        ({"tokeniser": "magic"}, r"tokeniser = 'magic': should be one of linear, dagger, t2t, halving"),
+        ({"tokeniser": "t2t"}, r"patch = 4: should be 12 or 16 with tokeniser='t2t'"),
         ({"tokeniser": "dagger"}, r"patch = 4: should be 12 or 16 with tokeniser='dagger'"),
         ({"tokeniser": "halving", "patch": 6}, r"patch = 6: should be a power of two with tokeniser='halving'"),
     ],
@@ -39,7 +43,17 @@ def test_bad_branch(change: dict[str, object], says: str) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"branches": ()}, "branches has 0 entries"),
+        ({"branches": ()}, "branches has 0 entries: a CrossViT has one to 4"),
+        ({"branches": (GOOD,) * 5}, "branches has 5 entries"),
+        ({"branches": (GOOD,)}, "fusion = 'cross-attention': should be 'none' with a single branch"),
+        (
+            {"branches": (GOOD, dataclasses.replace(GOOD, class_token=False))},
+            "class_token = True, False over the branches: should be the same in every branch",
+        ),
+        ({"fusion": "magic"}, "fusion = 'magic': should be one of none, all-attention"),
+        ({"fusion": "none", "as_released": True}, "fusion = 'none': should be 'cross-attention' with as_released=True"),
+        ({"fusion_depth": 0}, "fusion_depth = 0: should be an integer of 1 or more"),
+        ({"keys_values": "eager"}, "keys_values = 'eager': should be one of lazy, materialised"),
         ({"branches": (GOOD, "large")}, r"branches\[1\] = 'large': should be a BranchConfig"),
         ({"image_size": 3}, "image_size = 3x3: a side is shorter than the 4-pixel patch of branch 0; use 4 or more"),
         ({"image_size": (32,)}, "image_size"),
@@ -76,35 +90,66 @@ def test_presets_come_back_equal_from_json(name: str) -> None:
 
 
 @st.composite
-def branches(draw: st.DrawFn) -> BranchConfig:
+def branches(draw: st.DrawFn, class_token: bool) -> BranchConfig:
     heads = draw(st.integers(1, 3))
-    tokeniser = draw(st.sampled_from(["linear", "halving"]))
+    tokeniser = draw(st.sampled_from(["linear", "dagger", "t2t", "halving"]))
+    patches = {"linear": [2, 3, 5, 8], "halving": [2, 4, 8]}.get(tokeniser, [12, 16])
     return BranchConfig(
-        patch=draw(st.sampled_from([2, 4, 8] if tokeniser == "halving" else [2, 3, 5, 8])),
-        dim=heads * draw(st.integers(1, 4)) * 2,
+        patch=draw(st.sampled_from(patches)),
+        dim=heads * draw(st.integers(1, 3)) * 4,
         heads=heads,
         depth=draw(st.integers(0, 2)),
         mlp_ratio=draw(st.sampled_from([0.5, 1.0, 3.0])),
         image_scale=draw(st.sampled_from([0.5, 0.9, 1.0, 1.3])),
         tokeniser=tokeniser,
+        class_token=class_token,
     )
 
 
-@settings(max_examples=25, deadline=None)
-@given(
-    pair=st.tuples(branches(), branches()),
-    size=st.tuples(st.integers(8, 21), st.integers(8, 21)),
-    stages=st.integers(1, 2),
-    in_channels=st.integers(1, 4),
-    init=st.sampled_from(["paper", "xavier"]),
-)
-def test_any_legal_config_builds_runs_learns_and_comes_back(
-    pair: tuple[BranchConfig, BranchConfig], size: tuple[int, int], stages: int, in_channels: int, init: str
-) -> None:
-    config = CrossViTConfig(branches=pair, image_size=size, stages=stages, in_channels=in_channels, num_classes=3, init=init)
+@st.composite
+def configs(draw: st.DrawFn) -> CrossViTConfig:
+    class_token = draw(st.booleans())
+    chosen = draw(st.lists(branches(class_token), min_size=1, max_size=4))
+    fusion = "none" if len(chosen) == 1 else draw(st.sampled_from(FUSIONS))
+    return CrossViTConfig(
+        branches=tuple(chosen),
+        image_size=(draw(st.integers(16, 30)), draw(st.integers(16, 30))),
+        num_classes=draw(st.integers(1, 3)),
+        in_channels=draw(st.integers(1, 4)),
+        stages=draw(st.integers(1, 2)),
+        init=draw(st.sampled_from(["paper", "xavier"])),
+        dynamic_size=draw(st.booleans()),
+        fusion=fusion,
+        fusion_depth=draw(st.integers(1, 2)),
+        as_released=fusion == "cross-attention" and draw(st.booleans()),
+        keys_values=draw(st.sampled_from(["lazy", "materialised"])),
+        projection_norm=draw(st.booleans()),
+        projection_gelu=draw(st.booleans()),
+        projection_identity=draw(st.booleans()),
+        projection_shared=draw(st.booleans()),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs())
+def test_any_legal_config_builds_runs_learns_costs_and_comes_back(config: CrossViTConfig) -> None:
     model = CrossViT(config)
-    loss = model(torch.randn(2, in_channels, *size)).square().sum()
+    loss = model(torch.randn(2, config.in_channels, *config.image_size)).square().sum()
     loss.backward()
     assert torch.isfinite(loss)
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert CrossViTConfig.from_dict(config.to_dict()) == config
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert cost(config)["total"].parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert CrossViTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@settings(max_examples=25, deadline=None)
+@given(configs())
+def test_closed_form_macs_equal_a_counter(config: CrossViTConfig) -> None:
+    with torch.device("meta"):
+        model = CrossViT(config).eval()
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, config.in_channels, *config.image_size))
+    counted, closed = counter.get_total_flops() // 2, cost(config)["total"].macs
+    # The counter also takes q·b_k of the lazy form, a bias: D multiply–adds a read, left out of the closed form.
+    biases = config.stages * config.fusion_depth * sum(branch.dim for branch in config.branches)
+    assert 0 <= counted - closed <= (biases if config.fusion == "cross-attention" and config.keys_values == "lazy" else 0)

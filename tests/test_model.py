@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from crossvit import BranchConfig, CrossViTConfig, create_model
-from crossvit.model.attention import CrossAttention, attention
+from crossvit.errors import ConfigError
+from crossvit.model.attention import CrossAttention, attention, attention_kernel, record_attention
 from crossvit.model.crossvit import CrossViT
 from crossvit.model.drop_path import DropPath, drop_path_rates
+from crossvit.model.tokens import resample_positions
 
 SMALL = CrossViTConfig(
     image_size=(24, 36),
@@ -23,27 +24,19 @@ SMALL = CrossViTConfig(
 )
 
 
-def papers_cross_attention(module: CrossAttention, x: Tensor) -> Tensor:
-    """Equation 6 as printed, keys and values built for every token."""
-    batch, _, dim = x.shape
-    shape = (batch, -1, module.num_heads, dim // module.num_heads)
-    query = module.query(x[:, :1]).reshape(shape).transpose(1, 2)
-    key = module.key(x).reshape(shape).transpose(1, 2)
-    value = module.value(x).reshape(shape).transpose(1, 2)
-    weights = (query @ key.transpose(-2, -1) / (dim // module.num_heads) ** 0.5).softmax(dim=-1)
-    return module.out((weights @ value).transpose(1, 2).reshape(batch, 1, dim))
-
-
 @pytest.mark.parametrize("tokens", [1, 2, 17])
-def test_lazy_cross_attention_equals_the_papers(tokens: int) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_lazy_cross_attention_equals_the_papers(tokens: int, dropout: float) -> None:
     torch.manual_seed(0)
-    module = CrossAttention(24, 3).double()
+    module = CrossAttention(24, 3, drop=dropout, attention_drop=dropout).double().train()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(2, tokens, 24, dtype=torch.float64, requires_grad=True)
     results = []
-    for form in (module, lambda x: papers_cross_attention(module, x)):
-        output = form(x)
+    for form in ("lazy", "materialised"):
+        module.keys_values = form
+        torch.manual_seed(1)  # the same weights are dropped
+        output = module(x)
         inputs = [x, *module.parameters()]
         results.append((output, torch.autograd.grad(output.square().sum(), inputs)))
     (lazy, lazy_gradients), (paper, paper_gradients) = results
@@ -79,8 +72,9 @@ def test_patches_in_another_order_change_nothing_without_positions() -> None:
     model = CrossViT(SMALL).double().eval()
     tokens = [torch.randn(2, 1 + 6 * 9, 16, dtype=torch.float64), torch.randn(2, 1 + 4 * 5, 24, dtype=torch.float64)]
     shuffled = [torch.cat((own[:, :1], own[:, 1:][:, torch.randperm(own.shape[1] - 1)]), dim=1) for own in tokens]
+    grids = [(6, 9), (4, 5)]
     for encoder in model.encoders:
-        tokens, shuffled = encoder(tokens), encoder(shuffled)
+        tokens, shuffled = encoder(tokens, grids), encoder(shuffled, grids)
     for own, other in zip(tokens, shuffled, strict=True):
         torch.testing.assert_close(own[:, 0], other[:, 0], rtol=1e-10, atol=1e-10)
 
@@ -101,7 +95,7 @@ def test_each_direction_of_the_fusion_reads_the_other_branch() -> None:
     torch.manual_seed(0)
     fusion = CrossViT(SMALL).encoders[0].fusion
     tokens = [torch.randn(1, 55, 16, requires_grad=True), torch.randn(1, 21, 24, requires_grad=True)]
-    small, large = fusion(tokens)
+    small, large = fusion(tokens, [(6, 9), (4, 5)])
     torch.testing.assert_close(small[:, 1:], tokens[0][:, 1:])  # patches are handed on as they are
     read_by_small = torch.autograd.grad(small[:, 0].sum(), tokens, retain_graph=True)
     assert read_by_small[0][:, 1:].abs().sum() == 0
@@ -141,7 +135,9 @@ def test_drop_path_rates_grow_over_all_blocks_and_fusion_takes_the_last() -> Non
         small, large = encoder.blocks
         assert [block.drop_path.rate for block in small] == pytest.approx([step * 3 * stage])
         assert [block.drop_path.rate for block in large] == pytest.approx([step * (3 * stage + i) for i in range(3)])
-        assert [read.drop_path.rate for read in encoder.fusion.reads] == pytest.approx([step * (3 * stage + 2)] * 2)
+        assert [block.drop_path.rate for read in encoder.fusion.reads for block in read.blocks] == pytest.approx(
+            [step * (3 * stage + 2)] * 2
+        )
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
@@ -171,3 +167,292 @@ def test_same_seed_same_model() -> None:
         torch.manual_seed(3)
         models.append(create_model("crossvit_pico_32"))
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
+# ---------------------------------------------------------------- every scheme of the paper
+
+
+def equations_2_to_4(config: CrossViTConfig, fusion: torch.nn.Module, tokens: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The fusion schemes written out beside the paper for two branches on one grid, with the module's own f, g and MSA."""
+    small, large = tokens
+    if config.fusion == "all-attention":
+        joined = torch.cat((fusion.project[0](small), fusion.project[1](large)), dim=1)
+        joined = joined + fusion.attentions[0](fusion.norms[0](joined))
+        return [fusion.restore[0](joined[:, : small.shape[1]]), fusion.restore[1](joined[:, small.shape[1] :])]
+    if config.fusion == "class-token":
+        total = fusion.project[0](small[:, :1]) + fusion.project[1](large[:, :1])
+        return [torch.cat((restore(total), own[:, 1:]), dim=1) for restore, own in zip(fusion.restore, tokens, strict=True)]
+    total = fusion.project[0].patches(small) + fusion.project[1].patches(large)
+    return [restore.patches(total) for restore in fusion.restore]
+
+
+@pytest.mark.parametrize("scheme", ["all-attention", "class-token", "pairwise"])
+def test_fusion_schemes_are_the_papers_equations(scheme: str) -> None:
+    torch.manual_seed(0)
+    branches = tuple(BranchConfig(patch=4, dim=dim, heads=2, depth=1) for dim in (8, 12))
+    config = CrossViTConfig(branches=branches, image_size=12, stages=1, num_classes=2, fusion=scheme)
+    fusion = CrossViT(config).double().encoders[0].fusion
+    tokens = [torch.randn(2, 10, 8, dtype=torch.float64), torch.randn(2, 10, 12, dtype=torch.float64)]
+    for ours, theirs in zip(fusion(tokens, [(3, 3), (3, 3)]), equations_2_to_4(config, fusion, tokens), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_pairwise_meets_patches_where_they_lie_over_each_other() -> None:
+    """A constant field stays constant through both interpolations, and a left half stays left."""
+    branches = tuple(BranchConfig(patch=patch, dim=8, heads=2, depth=0) for patch in (2, 4))
+    config = CrossViTConfig(branches=branches, image_size=16, stages=1, fusion="pairwise", projection_identity=True)
+    fusion = CrossViT(config).encoders[0].fusion
+    left = torch.zeros(1, 65, 8)
+    left[:, 1:] = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0]).repeat(8)[None, :, None]
+    small, large = fusion([left, torch.ones(1, 17, 8)], [(8, 8), (4, 4)])
+    image = large[0, 1:, 0].reshape(4, 4)
+    assert torch.equal(image, torch.tensor([2.0, 2.0, 1.0, 1.0]).expand(4, 4))
+    assert small[0, 1:, 0].reshape(8, 8)[:, :3].eq(2).all()
+
+
+def test_none_leaves_the_branches_apart() -> None:
+    torch.manual_seed(0)
+    config = CrossViTConfig(**{**vars(SMALL), "fusion": "none"})
+    model = CrossViT(config).eval()
+    images = torch.randn(2, 3, 24, 36)
+    before = model.branch_logits(images)
+    with torch.no_grad():
+        model.tokens[1].positions.add_(1.0)
+    after = model.branch_logits(images)
+    torch.testing.assert_close(after[0], before[0])
+    assert not torch.allclose(after[1], before[1])
+
+
+def with_fusion_depth(depth: int, **changes: object) -> CrossViT:
+    torch.manual_seed(0)
+    return CrossViT(CrossViTConfig(**{**vars(SMALL), "fusion_depth": depth, **changes})).eval()
+
+
+def test_every_fusion_block_sees_the_other_branchs_patches() -> None:
+    right, released = with_fusion_depth(2), with_fusion_depth(2, as_released=True)
+    images = torch.randn(1, 3, 24, 36)
+    with record_attention(right) as maps, record_attention(released) as old_maps:
+        right(images), released(images)
+    spans = [[found.weights.shape[-1] for found in kept if found.kind == "cross"] for kept in (maps, old_maps)]
+    assert spans[0] == [1 + 20, 1 + 20, 1 + 54, 1 + 54] * 2
+    assert spans[1] == [1 + 20, 1, 1 + 54, 1] * 2
+    one = with_fusion_depth(1), with_fusion_depth(1, as_released=True)
+    torch.testing.assert_close(one[0](images), one[1](images))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("gelu", [True, False])
+def test_projections_have_the_parts_they_are_given(shared: bool, norm: bool, gelu: bool) -> None:
+    config = CrossViTConfig(
+        **{**vars(SMALL), "fusion": "pairwise", "projection_shared": shared, "projection_norm": norm, "projection_gelu": gelu}
+    )
+    project = CrossViT(config).encoders[0].fusion.project[0]
+    kinds = [type(layer).__name__ for layer in project.patches]
+    assert kinds == ["LayerNorm"] * norm + ["GELU"] * gelu + ["Linear"]
+    assert (project.class_token is None) == shared
+
+
+def test_without_class_tokens_every_patch_gets_what_was_read() -> None:
+    torch.manual_seed(0)
+    branches = tuple(BranchConfig(patch=4, dim=dim, heads=2, depth=1, class_token=False) for dim in (8, 12))
+    model = CrossViT(CrossViTConfig(branches=branches, image_size=12, stages=1, num_classes=2)).eval()
+    assert not any("class_token" in name for name, _ in model.named_parameters())
+    fusion = model.encoders[0].fusion
+    tokens = [torch.randn(1, 9, 8), torch.randn(1, 9, 12)]
+    for own, fused in zip(tokens, fusion(tokens, [(3, 3)] * 2), strict=True):
+        added = fused - own
+        torch.testing.assert_close(added, added[:, :1].expand_as(added))
+        assert added.abs().max() > 0
+    features = model.forward_features(torch.randn(1, 3, 12, 12))
+    assert [tuple(own.shape) for own in features] == [(1, 9, 8), (1, 9, 12)]
+
+
+@pytest.mark.parametrize("scheme", ["none", "all-attention", "class-token", "pairwise", "cross-attention"])
+@pytest.mark.parametrize("count", [3, 4])
+def test_more_than_two_branches(scheme: str, count: int) -> None:
+    torch.manual_seed(0)
+    branches = tuple(BranchConfig(patch=3 + index, dim=8 + 4 * index, heads=2, depth=1) for index in range(count))
+    model = CrossViT(CrossViTConfig(branches=branches, image_size=24, stages=2, num_classes=3, fusion=scheme))
+    model(torch.randn(2, 3, 24, 24)).square().sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_a_ring_of_three_reads_from_the_next() -> None:
+    torch.manual_seed(0)
+    branches = tuple(BranchConfig(patch=4, dim=8, heads=2, depth=1) for _ in range(3))
+    fusion = CrossViT(CrossViTConfig(branches=branches, image_size=12, stages=1)).encoders[0].fusion
+    tokens = [torch.randn(1, 10, 8, requires_grad=True) for _ in range(3)]
+    for index, fused in enumerate(fusion(tokens, [(3, 3)] * 3)):
+        gradients = torch.autograd.grad(fused[:, 0].sum(), tokens, allow_unused=True)
+        read = [other for other, gradient in enumerate(gradients) if gradient is not None and gradient[:, 1:].abs().sum() > 0]
+        assert read == [(index + 1) % 3]
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def test_resampling_positions_to_the_same_grid_is_the_identity() -> None:
+    positions = torch.randn(1, 1 + 12, 8)
+    assert resample_positions(positions, (3, 4), (3, 4)) is positions
+    other = resample_positions(positions, (3, 4), (6, 5))
+    assert other.shape == (1, 31, 8)
+    assert torch.equal(other[:, 0], positions[:, 0])
+    flat = resample_positions(torch.ones(1, 12, 8), (3, 4), (7, 2))
+    torch.testing.assert_close(flat, torch.ones(1, 14, 8))
+
+
+@pytest.mark.parametrize("size", [(24, 36), (36, 24), (25, 61), (6, 6)])
+def test_any_size_and_aspect(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = CrossViT(CrossViTConfig(**{**vars(SMALL), "dynamic_size": True})).eval()
+    images = torch.randn(2, 3, *size)
+    assert model(images).shape == (2, 5)
+    grids = [branch.grid(size) for branch in SMALL.branches]
+    assert [own.shape[1] for own in model.forward_features(images)] == [1 + rows * columns for rows, columns in grids]
+
+
+def test_dynamic_size_changes_nothing_at_the_models_own_size_and_refuses_less_than_a_patch() -> None:
+    torch.manual_seed(0)
+    fixed = CrossViT(SMALL).eval()
+    dynamic = CrossViT(CrossViTConfig(**{**vars(SMALL), "dynamic_size": True})).eval()
+    dynamic.load_state_dict(fixed.state_dict())
+    images = torch.randn(2, 3, 24, 36)
+    assert torch.equal(fixed(images), dynamic(images))
+    with pytest.raises(ValueError, match="with sides of 6 or more"):
+        dynamic(torch.randn(1, 3, 5, 36))
+
+
+# ---------------------------------------------------------------- inside
+
+
+def test_recorded_attention_sums_to_one_and_changes_nothing() -> None:
+    torch.manual_seed(0)
+    model = CrossViT(SMALL).double().eval()
+    images = torch.randn(2, 3, 24, 36, dtype=torch.float64)
+    plain = model(images)
+    with record_attention(model) as maps:
+        recorded = model(images)
+    torch.testing.assert_close(recorded, plain, rtol=1e-12, atol=1e-12)
+    assert [(found.kind, found.stage, found.branch, found.block) for found in maps] == [
+        (kind, stage, branch, block)
+        for stage in (0, 1)
+        for kind, branch, block in [("self", 0, 0), ("self", 1, 0), ("self", 1, 1), ("cross", 0, 0), ("cross", 1, 0)]
+    ]
+    for found in maps:
+        torch.testing.assert_close(found.weights.sum(dim=-1), torch.ones(found.weights.shape[:-1], dtype=torch.float64))
+        assert (found.weights >= 0).all()
+    assert maps[0].weights.shape == (2, 2, 55, 55)
+    assert maps[3].weights.shape == (2, 3, 1, 21)  # S reads L: L's heads, [itself ‖ L's 20 patches]
+    model(images)
+    assert len(maps) == 10  # nothing is recorded outside
+
+
+def test_recorded_weights_are_those_of_both_forms() -> None:
+    torch.manual_seed(0)
+    lazy = CrossViT(SMALL).double().eval()
+    built = CrossViT(CrossViTConfig(**{**vars(SMALL), "keys_values": "materialised"})).double().eval()
+    built.load_state_dict(lazy.state_dict())
+    images = torch.randn(1, 3, 24, 36, dtype=torch.float64)
+    with record_attention(lazy) as ours, record_attention(built) as papers:
+        torch.testing.assert_close(lazy(images), built(images), rtol=1e-10, atol=1e-10)
+    for own, paper in zip(ours, papers, strict=True):
+        torch.testing.assert_close(own.weights, paper.weights, rtol=1e-10, atol=1e-10)
+
+
+def test_intermediate_tokens_end_in_the_features() -> None:
+    torch.manual_seed(0)
+    model = CrossViT(SMALL).eval()
+    images = torch.randn(1, 3, 24, 36)
+    stages = model.intermediate_tokens(images)
+    assert [len(stage) for stage in stages] == [2, 2]
+    for norm, last, feature in zip(model.norms, stages[-1], model.forward_features(images), strict=True):
+        assert torch.equal(norm(last), feature)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients() -> None:
+    torch.manual_seed(0)
+    model = CrossViT(CrossViTConfig(**{**vars(SMALL), "drop_path": 0.5, "drop": 0.1})).train()
+    images = torch.randn(4, 3, 24, 36)
+    gradients = []
+    for enabled in (False, True):
+        model.set_gradient_checkpointing(enabled)
+        model.zero_grad()
+        torch.manual_seed(7)
+        model(images).square().sum().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for once, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(once, again)
+
+
+def test_kernels_agree_and_an_unknown_one_is_refused() -> None:
+    torch.manual_seed(0)
+    model = CrossViT(SMALL).double().eval()
+    images = torch.randn(1, 3, 24, 36, dtype=torch.float64)
+    logits = []
+    for kernel in ("fused", "plain"):
+        with attention_kernel(kernel):
+            logits.append(model(images))
+    torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ConfigError, match="kernel = 'flash': should be one of auto, fused, plain"), attention_kernel("flash"):
+        pass
+
+
+def test_one_branch_equals_timms_plain_vit_with_the_same_weights() -> None:
+    timm = pytest.importorskip("timm", reason="the peers extra is not installed")
+    torch.manual_seed(0)
+    branch = BranchConfig(patch=8, dim=24, heads=3, depth=2, mlp_ratio=2)
+    config = CrossViTConfig(branches=(branch,), image_size=32, stages=2, num_classes=5, fusion="none")
+    ours = CrossViT(config).double().eval()
+    theirs = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=3, mlp_ratio=2, num_classes=5
+    ).double()
+    names = {"attention_norm": "norm1", "attention.qkv": "attn.qkv", "attention.out": "attn.proj", "mlp_norm": "norm2"}
+    names |= {"mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
+    state = {
+        "cls_token": ours.tokens[0].class_token,
+        "pos_embed": ours.tokens[0].positions,
+        "patch_embed.proj.weight": ours.tokens[0].patches.weight,
+        "patch_embed.proj.bias": ours.tokens[0].patches.bias,
+        "norm.weight": ours.norms[0].weight,
+        "norm.bias": ours.norms[0].bias,
+        "head.weight": ours.heads[0].weight,
+        "head.bias": ours.heads[0].bias,
+    }
+    for index in range(4):
+        block = ours.encoders[index // 2].blocks[0][index % 2].state_dict()
+        for own, their in names.items():
+            state |= {f"blocks.{index}.{their}.{end}": block[f"{own}.{end}"] for end in ("weight", "bias")}
+    theirs.load_state_dict(state)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_pure_bf16_and_autocast_stay_near_full_precision(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = CrossViT(SMALL).eval()
+    images = torch.randn(4, 3, 24, 36)
+    exact = model(images)
+    if dtype is torch.bfloat16:
+        logits = CrossViT(SMALL).to(dtype)
+        logits.load_state_dict(model.state_dict())
+        rough = logits.eval()(images.to(dtype)).float()
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = model(images).float()
+    assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
+
+
+@pytest.mark.parametrize("scheme", ["none", "all-attention", "class-token", "pairwise", "cross-attention"])
+def test_compile_has_no_graph_break_and_export_gives_the_same(scheme: str) -> None:
+    torch.manual_seed(0)
+    model = CrossViT(CrossViTConfig(**{**vars(SMALL), "fusion": scheme})).eval()
+    images = torch.randn(2, 3, 24, 36)
+    expected = model(images)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images), expected)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
+    more = torch.randn(5, 3, 24, 36)
+    torch.testing.assert_close(exported.module()(more), model(more))

@@ -11,7 +11,7 @@ from crossvit.weights.keys import timm_name, to_ours
 
 timm = pytest.importorskip("timm", reason="the peers extra is not installed")
 
-RELEASED = [name for name, preset in PRESETS.items() if preset.paper_top1 is not None]
+RELEASED = [name for name, preset in PRESETS.items() if preset.released]
 
 
 def scale_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from crossvit.train.watch import Watch
 
 if TYPE_CHECKING:
+    from crossvit.model.paper import Row
     from crossvit.results import Epoch, Evaluation, Prediction, TrainingResult
 
 
@@ -125,6 +126,37 @@ def print_models(rows: Sequence[dict[str, Any]]) -> None:
         top1 = "" if row["paper_top1"] is None else f"{row['paper_top1']:.1f} %"
         table.add_row(row["name"], f"{height}x{width}", f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.3f} G", top1)
     Console(highlight=False).print(table)
+
+
+def print_paper(rows: Sequence[Row], tables: Mapping[str, str]) -> None:
+    """Each table of the paper: printed figures, ours behind them, a mark and the reason where they differ."""
+    console = Console(highlight=False)
+    for name, subject in tables.items():
+        table = Table(
+            Column("row", no_wrap=True),
+            Column("model", no_wrap=True),
+            box=None,
+            pad_edge=False,
+            header_style="bold",
+            title=f"{name}: {subject}",
+            title_justify="left",
+        )
+        for heading in ("top-1", "GMACs", "ours", "M params", "ours"):
+            table.add_column(heading, justify="right")
+        reasons = []
+        for row in rows:
+            if row.table != name:
+                continue
+            ours, printed, differing = row.ours(), row.printed(), row.differing()
+            cells = [f"{row.top1:.1f}"]
+            for heading, value in printed.items():
+                cells += [f"{value:.1f}", f"{ours[heading]:.1f}{'*' if heading in differing else ' '}"]
+            table.add_row(row.label, row.model, *cells)
+            reasons += [f"* {row.label}, {heading}: {reason}" for heading, reason in differing.items()]
+        console.print(table)
+        for line in reasons:
+            console.print(line, soft_wrap=True, markup=False)
+        console.print()
 
 
 def _percent(share: float) -> str:

@@ -220,21 +220,32 @@ def predict(
 
 
 @app.command
-def models(*, json: Annotated[bool, Parameter(negative=())] = False) -> int:
+def models(
+    *, paper: Annotated[bool, Parameter(negative=())] = False, json: Annotated[bool, Parameter(negative=())] = False
+) -> int:
     """List the models: name, input, parameters, multiply-accumulates of one image, and top-1 on ImageNet-1k in the paper.
 
     Parameters
     ----------
+    paper
+        Print the paper's tables of models with our counts beside its own, and why a cell differs.
     json
         Print one JSON object on stdout.
     """
-    from crossvit.cli.terminal import print_models
+    from crossvit.cli.terminal import print_models, print_paper
     from crossvit.model.cost import cost
+    from crossvit.model.paper import ROWS, TABLES
     from crossvit.model.presets import PRESETS
 
+    if paper and json:
+        _print_json({"tables": [row.to_dict() for row in ROWS]})
+        return 0
+    if paper:
+        print_paper(ROWS, TABLES)
+        return 0
     rows = []
     for preset in PRESETS.values():
-        total = cost(preset.config)["total"]
+        total = cost(preset.config, keys_values="materialised")["total"]  # as the paper counts
         rows.append(
             {
                 "name": preset.name,

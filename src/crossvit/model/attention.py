@@ -1,15 +1,40 @@
-"""Attention, written once: self-attention over a branch, and the cross-attention of the paper with lazy keys and values.
+"""Attention, written once: self-attention over tokens, and the cross-attention of the paper with lazy keys and values.
 
-Shapes: B batch, N tokens (the class token first), D width, H heads, K = D / H width of a head.
+Shapes: B batch, N tokens (the class token first), n patches, D width, H heads, K = D / H width of a head.
 """
 
 from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossvit.errors import ConfigError
+
+KERNELS = ("auto", "fused", "plain")
+Listener = Callable[[Tensor], object]
+
 _HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+_kernel = "auto"
+
+
+@contextlib.contextmanager
+def attention_kernel(name: str) -> Iterator[None]:
+    """Inside, `attention` takes the kernel `name`: `fused`, `plain`, or `auto` (the default, by device and precision)."""
+    global _kernel  # noqa: PLW0603  # one setting for the process, like torch's own
+    if name not in KERNELS:
+        raise ConfigError(f"kernel = {name!r}: should be one of {', '.join(KERNELS)}")
+    before, _kernel = _kernel, name
+    try:
+        yield
+    finally:
+        _kernel = before
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
@@ -18,18 +43,25 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0
     query, key, value: (B, H, N, K), one floating dtype. Returns (B, H, N, K) in that dtype. `dropout` is the chance of
     dropping an attention weight. Two products and a softmax are taken where they beat the fused kernel, which is on a CPU
     in reduced precision, with a backward pass or without AMX (`make bench-attention`); the fused kernel elsewhere.
+    `attention_kernel` overrides the choice.
     """
     reduced = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
-    if reduced and (query.requires_grad or not _HAS_AMX):
-        with torch.autocast("cpu", enabled=False):  # autocast would widen the softmax to fp32 and lose the gain
-            scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)  # (B, H, N, N)
-            weights = F.dropout(scores.softmax(dim=-1), dropout)
-            return weights @ value
+    plain = reduced and (query.requires_grad or not _HAS_AMX) if _kernel == "auto" else _kernel == "plain"
+    if plain:
+        # In reduced precision autocast would widen the softmax to fp32 and lose the gain.
+        with torch.autocast(query.device.type, enabled=False) if reduced else contextlib.nullcontext():
+            return F.dropout(attention_weights(query, key), dropout) @ value
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
 
 
+def attention_weights(query: Tensor, key: Tensor) -> Tensor:
+    """softmax(q kᵀ / √K): (B, H, M, K), (B, H, N, K) -> (B, H, M, N), rows that sum to one."""
+    scores = (query / math.sqrt(query.shape[-1])) @ key.transpose(-2, -1)
+    return scores.softmax(dim=-1)
+
+
 class SelfAttention(nn.Module):
-    """Multi-head self-attention of Vaswani et al. (2017): every token of a branch reads every other.
+    """Multi-head self-attention of Vaswani et al. (2017): every token reads every other.
 
     (B, N, D) -> (B, N, D). `drop` is dropout after the output projection, `attention_drop` on the attention weights.
     """
@@ -41,44 +73,130 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.drop = nn.Dropout(drop)
+        self.listener: Listener | None = None  # is given the weights (B, H, N, N); see `record_attention`
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, K)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, K) each
-        mixed = attention(query, key, value, dropout=self.attention_drop if self.training else 0.0)
+        dropout = self.attention_drop if self.training else 0.0
+        if self.listener is None:
+            mixed = attention(query, key, value, dropout=dropout)
+        else:
+            weights = attention_weights(query, key)
+            self.listener(weights)
+            mixed = F.dropout(weights, dropout) @ value
         return self.drop(self.out(mixed.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]  # (B, N, D)
 
 
 class CrossAttention(nn.Module):
-    """Equation 6 of the paper: the class token asks, every token answers, in time linear in N.
+    """Equation 6 of the paper: the first token asks, every token answers, in time linear in N.
 
     With x the normalised [class ‖ patches], q = x_0 W_q, k = x W_k, v = x W_v:
         softmax(q kᵀ / √K) v W_o,   x: (B, N, D) -> (B, 1, D).
-    There is one query, so k and v never need to be built:
+    There is one query, so k and v never need to be built (`keys_values="lazy"`, the default):
         q·(x_j W_k + b_k) = (q W_kᵀ)·x_j + q·b_k   and   Σ p_j (x_j W_v + b_v) = (Σ p_j x_j) W_v + (Σ p_j) b_v,
     which takes 2·H·N·D multiply–adds in place of 2·N·D². The term q·b_k is the same for every j, so it cancels in the
     softmax; it is kept so that the bias has a gradient (zero). Σ p_j is 1 but under attention dropout.
+    `keys_values="materialised"` computes the paper's form with the same parameters.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, drop: float = 0.0, attention_drop: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, drop: float = 0.0, attention_drop: float = 0.0, keys_values: str = "lazy"
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
+        self.keys_values = keys_values
         self.query = nn.Linear(dim, dim)
         self.key = nn.Linear(dim, dim)
         self.value = nn.Linear(dim, dim)
         self.out = nn.Linear(dim, dim)
         self.attention_drop = nn.Dropout(attention_drop)
         self.drop = nn.Dropout(drop)
+        self.listener: Listener | None = None  # is given the weights (B, H, 1, N); see `record_attention`
 
     def forward(self, x: Tensor) -> Tensor:
+        mixed = self._lazy(x) if self.keys_values == "lazy" else self._materialised(x)  # (B, H, K)
+        return self.drop(self.out(mixed.flatten(1).unsqueeze(1)))  # type: ignore[no-any-return]  # (B, 1, D)
+
+    def _lazy(self, x: Tensor) -> Tensor:
         heads = (self.num_heads, -1)
         query = self.query(x[:, 0]).unflatten(-1, heads)  # (B, H, K)
-        query = query * query.shape[-1] ** -0.5
+        query = query / math.sqrt(query.shape[-1])
         probe = torch.einsum("bhk,hkd->bhd", query, self.key.weight.unflatten(0, heads))
         offset = torch.einsum("bhk,hk->bh", query, self.key.bias.unflatten(0, heads))
         scores = probe @ x.transpose(1, 2) + offset.unsqueeze(-1)  # (B, H, N)
-        weights = self.attention_drop(scores.softmax(dim=-1))
+        weights = self._weights(scores.softmax(dim=-1))
         mixed = weights @ x  # (B, H, D)
-        value = torch.einsum("bhd,hkd->bhk", mixed, self.value.weight.unflatten(0, heads))
-        value = value + weights.sum(dim=-1, keepdim=True) * self.value.bias.unflatten(0, heads)
-        return self.drop(self.out(value.flatten(1).unsqueeze(1)))  # type: ignore[no-any-return]  # (B, 1, D)
+        value: Tensor = torch.einsum("bhd,hkd->bhk", mixed, self.value.weight.unflatten(0, heads))
+        return value + weights.sum(dim=-1, keepdim=True) * self.value.bias.unflatten(0, heads)
+
+    def _materialised(self, x: Tensor) -> Tensor:
+        heads = (self.num_heads, -1)
+        query = self.query(x[:, :1]).unflatten(-1, heads).transpose(1, 2)  # (B, H, 1, K)
+        key = self.key(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, N, K)
+        value = self.value(x).unflatten(-1, heads).transpose(1, 2)
+        weights = self._weights(attention_weights(query, key).squeeze(2))
+        mixed: Tensor = (weights.unsqueeze(2) @ value).squeeze(2)
+        return mixed
+
+    def _weights(self, weights: Tensor) -> Tensor:
+        """(B, H, N) weights, shown to whoever records them, with attention dropout."""
+        if self.listener is not None:
+            self.listener(weights.unsqueeze(2))
+        return self.attention_drop(weights)  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionMap:
+    """Weights of one attention of one forward pass; every row sums to one.
+
+    kind: `self` (a branch's block, (B, H, N, N)), `cross` (a fusion's read, (B, H, 1, N): the reading branch's query over
+    [itself ‖ the other branch's patches]) or `all` (all-attention fusion, over every branch's tokens in turn).
+    stage, block: counted from 0. branch: the one that is written, None for `all`.
+    """
+
+    kind: str
+    stage: int
+    branch: int | None
+    block: int
+    weights: Tensor
+
+
+_PATHS = {
+    "self": re.compile(r"encoders\.(?P<stage>\d+)\.blocks\.(?P<branch>\d+)\.(?P<block>\d+)\.attention"),
+    "cross": re.compile(r"encoders\.(?P<stage>\d+)\.fusion\.reads\.(?P<branch>\d+)\.blocks\.(?P<block>\d+)\.attention"),
+    "all": re.compile(r"encoders\.(?P<stage>\d+)\.fusion\.attentions\.(?P<block>\d+)"),
+}
+
+
+@contextlib.contextmanager
+def record_attention(model: nn.Module) -> Iterator[list[AttentionMap]]:
+    """Inside, every forward pass of `model` appends its attention maps to the list this gives, in the order computed.
+
+        with record_attention(model) as maps:
+            logits = model(images)
+
+    The weights are those that made the logits, before dropout and attached to the graph, so they can be differentiated.
+    Outside, nothing of this is computed and fused kernels are used.
+    """
+    maps: list[AttentionMap] = []
+    heard = []
+    for path, module in model.named_modules():
+        if isinstance(module, SelfAttention | CrossAttention):
+            module.listener = _listener(path, maps)
+            heard.append(module)
+    try:
+        yield maps
+    finally:
+        for module in heard:
+            module.listener = None
+
+
+def _listener(path: str, maps: list[AttentionMap]) -> Listener:
+    for kind, pattern in _PATHS.items():
+        if match := pattern.fullmatch(path):
+            found = match.groupdict()
+            branch = None if "branch" not in found else int(found["branch"])
+            stage, block = int(found["stage"]), int(found["block"])
+            return lambda weights: maps.append(AttentionMap(kind, stage, branch, block, weights))
+    raise AssertionError(f"no name for the attention at {path}")

@@ -14,9 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from crossvit.errors import ConfigError
 
-TOKENISERS = ("linear", "dagger", "halving")
+TOKENISERS = ("linear", "dagger", "t2t", "halving")
+FUSIONS = ("none", "all-attention", "class-token", "pairwise", "cross-attention")
+KEYS_VALUES = ("lazy", "materialised")
 INITIALISATIONS = ("paper", "xavier")
-DAGGER_PATCHES = (12, 16)  # the paper gives its convolution stem for these two patch sizes only (PAPER, section 1)
+PAPERS_PATCHES = (12, 16)  # the paper gives its convolution stem and its T2T tokeniser for these two only (PAPER, section 1)
+MOST_BRANCHES = 4
+T2T_DIM = 64  # width of the T2T tokens between two soft splits (PAPER, section 1)
 
 
 class Convolution(NamedTuple):
@@ -41,8 +45,9 @@ class BranchConfig:
     depth: transformer blocks in each multi-scale encoder (the paper's N for S and M for L).
     mlp_ratio: hidden width of the MLP over `dim` (the paper's r).
     image_scale: side of this branch's image over the model's input side (the paper: 1 for S, 224/240 for L).
-    tokeniser: `linear` patch projection, the paper's `dagger` convolutions (patch 12 or 16), or `halving`: as many
-        stride-2 convolutions as it takes to reach a power-of-two patch, for small data.
+    tokeniser: `linear` patch projection, the paper's `dagger` convolutions or `t2t` soft splits (patch 12 or 16), or
+        `halving`: as many stride-2 convolutions as it takes to reach a power-of-two patch, for small data.
+    class_token: whether the branch has one; without it the mean of its patches stands in (see `fusion.py`).
     """
 
     patch: int
@@ -52,6 +57,7 @@ class BranchConfig:
     mlp_ratio: float = 4.0
     image_scale: float = 1.0
     tokeniser: str = "linear"
+    class_token: bool = True
 
     def __post_init__(self) -> None:
         for field in ("patch", "dim", "heads"):
@@ -61,8 +67,9 @@ class BranchConfig:
         _require(self.mlp_ratio > 0 and int(self.dim * self.mlp_ratio) >= 1, self, "mlp_ratio", "a positive number")
         _require(0 < self.image_scale <= 8, self, "image_scale", "a number above 0 and at most 8")
         _require(self.tokeniser in TOKENISERS, self, "tokeniser", f"one of {', '.join(TOKENISERS)}")
+        if self.tokeniser in ("dagger", "t2t"):
+            _require(self.patch in PAPERS_PATCHES, self, "patch", f"12 or 16 with tokeniser={self.tokeniser!r}")
         if self.tokeniser == "dagger":
-            _require(self.patch in DAGGER_PATCHES, self, "patch", "12 or 16 with tokeniser='dagger'")
             _require(self.dim % 4 == 0, self, "dim", "a multiple of 4 with tokeniser='dagger'")
         if self.tokeniser == "halving":
             _require(self.patch >= 2 and self.patch.bit_count() == 1, self, "patch", "a power of two with tokeniser='halving'")
@@ -76,7 +83,10 @@ class BranchConfig:
 
         linear: one whose stride is its kernel. dagger: the paper's three, widths D/4 → D/2 → D (PAPER, section 1).
         halving: stride-2 3x3 ones down to one patch, widths doubling up to D (16 at least), then a 3x3 one.
+        t2t has none: see `soft_splits`.
         """
+        if self.tokeniser == "t2t":
+            return []
         if self.tokeniser == "linear":
             return [Convolution(in_channels, self.dim, self.patch, self.patch, 0)]
         if self.tokeniser == "dagger":
@@ -89,6 +99,12 @@ class BranchConfig:
         widths = [in_channels, *(max(self.dim >> remaining, 16) for remaining in reversed(range(halvings)))]
         down = [Convolution(width, wider, 3, 2, 1) for width, wider in itertools.pairwise(widths)]
         return [*down, Convolution(widths[-1], self.dim, 3, 1, 1)]
+
+    def soft_splits(self) -> list[tuple[int, int, int]]:
+        """(kernel, stride, padding) of the T2T tokeniser's three soft splits (PAPER, section 1); none for the others."""
+        if self.tokeniser != "t2t":
+            return []
+        return [(7, 4, 2), (3, 3, 1), (3, 1, 1)] if self.patch == 12 else [(7, 4, 2), (3, 2, 1), (3, 2, 1)]
 
     def image_size(self, model_size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) at which this branch sees an input of `model_size`: the nearest non-zero multiple of the patch to
@@ -106,7 +122,19 @@ class BranchConfig:
 class CrossViTConfig:
     """A whole model. `image_size` is (height, width) in pixels; an int is taken as a square.
 
+    branches: one to four, smallest patches first by convention. One branch is a plain ViT and takes fusion `none`.
     stages: multi-scale encoders (the paper's K).
+    dynamic_size: take images of any size; position embeddings are resampled to each (`image_size` is their own).
+
+    fusion: the paper's scheme at the end of each encoder: none, all-attention, class-token, pairwise, cross-attention.
+    fusion_depth: attention blocks in each fusion (the paper's L; all-attention and cross-attention have them).
+    as_released: in cross-attention, blocks after the first see the class token alone, as in the authors' code
+        (PAPER, "A fault worth knowing").
+    keys_values: how cross-attention is computed, `lazy` or `materialised` (the paper's form; see `CrossAttention`).
+    projection_norm, projection_gelu: whether LayerNorm and GELU stand before the linear map in f and g.
+    projection_identity: whether f and g between equal widths are the identity.
+    projection_shared: in all-attention and pairwise, whether class tokens and patches go through the same f and g.
+
     drop_path: the highest stochastic-depth rate; it grows linearly over the stages (PAPER, section 1).
     drop, attention_drop: dropout after the projections and the MLP, and on the attention weights (0 in the paper).
     init: `paper` (truncated normal, 0.02) or `xavier` (Xavier-uniform linear layers, He convolutions: for small data).
@@ -121,6 +149,15 @@ class CrossViTConfig:
     attention_drop: float = 0.0
     drop_path: float = 0.0
     init: str = "paper"
+    dynamic_size: bool = False
+    fusion: str = "cross-attention"
+    fusion_depth: int = 1
+    as_released: bool = False
+    keys_values: str = "lazy"
+    projection_norm: bool = True
+    projection_gelu: bool = True
+    projection_identity: bool = False
+    projection_shared: bool = True
 
     def __post_init__(self) -> None:
         if _is_int(self.image_size):
@@ -133,22 +170,32 @@ class CrossViTConfig:
             "image_size",
             "a positive integer or a pair (height, width) of them",
         )
-        if len(self.branches) != 2:
-            raise ConfigError(f"branches has {len(self.branches)} entries: a CrossViT of this version has exactly 2")
-        for index, branch in enumerate(self.branches):
-            if not isinstance(branch, BranchConfig):
-                raise ConfigError(f"branches[{index}] = {branch!r}: should be a BranchConfig")
-            for side in self.image_size:
-                if side < branch.patch:
-                    raise ConfigError(
-                        f"image_size = {self.image_size[0]}x{self.image_size[1]}: a side is shorter than the "
-                        f"{branch.patch}-pixel patch of branch {index}; use {branch.patch} or more"
-                    )
-        for field in ("num_classes", "in_channels", "stages"):
+        for field in ("num_classes", "in_channels", "stages", "fusion_depth"):
             _require(_is_int(getattr(self, field)) and getattr(self, field) >= 1, self, field, "an integer of 1 or more")
         for field in ("drop", "attention_drop", "drop_path"):
             _require(0.0 <= getattr(self, field) < 1.0, self, field, "a number from 0 up to (not including) 1")
-        _require(self.init in INITIALISATIONS, self, "init", f"one of {', '.join(INITIALISATIONS)}")
+        for field, known in (("init", INITIALISATIONS), ("fusion", FUSIONS), ("keys_values", KEYS_VALUES)):
+            _require(getattr(self, field) in known, self, field, f"one of {', '.join(known)}")
+        self._check_branches()
+
+    def _check_branches(self) -> None:
+        if not 1 <= len(self.branches) <= MOST_BRANCHES:
+            raise ConfigError(f"branches has {len(self.branches)} entries: a CrossViT has one to {MOST_BRANCHES}")
+        for index, branch in enumerate(self.branches):
+            if not isinstance(branch, BranchConfig):
+                raise ConfigError(f"branches[{index}] = {branch!r}: should be a BranchConfig")
+            if min(self.image_size) < branch.patch:
+                raise ConfigError(
+                    f"image_size = {self.image_size[0]}x{self.image_size[1]}: a side is shorter than the "
+                    f"{branch.patch}-pixel patch of branch {index}; use {branch.patch} or more"
+                )
+        if len({branch.class_token for branch in self.branches}) > 1:
+            given = ", ".join(str(branch.class_token) for branch in self.branches)
+            raise ConfigError(f"class_token = {given} over the branches: should be the same in every branch")
+        if len(self.branches) == 1:
+            _require(self.fusion == "none", self, "fusion", "'none' with a single branch")
+        if self.as_released:
+            _require(self.fusion == "cross-attention", self, "fusion", "'cross-attention' with as_released=True")
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict (numbers, strings, lists) from which `from_dict` makes an equal config."""

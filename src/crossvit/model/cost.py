@@ -1,45 +1,55 @@
 """What a model costs, in closed form: exact parameters and multiply–accumulates, per part.
 
 Counted as the paper counts: matrix products and convolutions of one image, attention's two products included, no bias,
-normalisation, activation or resize. `keys_values` says how cross-attention is computed: `materialised` is the paper's form
-(its tables), `lazy` is ours (see `CrossAttention`).
+normalisation, activation or interpolation. `keys_values` says how cross-attention is computed: `materialised` is the paper's
+form (its tables), `lazy` is ours (see `CrossAttention`).
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from crossvit.model.config import BranchConfig, CrossViTConfig
+from crossvit.model.config import T2T_DIM, BranchConfig, CrossViTConfig
+
+PARTS = ("tokens", "positions", "encoders", "fusion", "heads")
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
     """`parameters` and `macs` of one part; parts add up."""
 
-    parameters: int
-    macs: int
+    parameters: int = 0
+    macs: int = 0
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.parameters + other.parameters, self.macs + other.macs)
 
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.parameters * times, self.macs * times)
 
-def cost(config: CrossViTConfig, *, keys_values: str = "materialised") -> dict[str, Cost]:
-    """Cost per part (tokens, positions, encoders, fusion, heads) and `total`, for one image of `config.image_size`."""
-    parts = dict.fromkeys(("tokens", "positions", "encoders", "fusion", "heads"), Cost(0, 0))
-    ring = zip(config.branches, (*config.branches[1:], config.branches[0]), strict=True)
-    for own, other in ring:
-        rows, columns = own.grid(config.image_size)
-        tokens = 1 + rows * columns
-        other_rows, other_columns = other.grid(config.image_size)
-        parts["tokens"] += _stem(own, config.in_channels, config.image_size) + Cost(own.dim, 0)
-        parts["positions"] += Cost(tokens * own.dim, 0)
-        for _ in range(config.stages * own.depth):
-            parts["encoders"] += _block(own, tokens)
-        for _ in range(config.stages):
-            parts["fusion"] += _cross_read(own, other, 1 + other_rows * other_columns, lazy=keys_values == "lazy")
-        parts["heads"] += _norm(own.dim) + _linear(own.dim, config.num_classes, rows=1)
-    parts["total"] = sum(parts.values(), Cost(0, 0))
+
+NOTHING = Cost()
+
+
+def cost(config: CrossViTConfig, *, keys_values: str | None = None) -> dict[str, Cost]:
+    """Cost per part (tokens, positions, encoders, fusion, heads) and `total`, for one image of `config.image_size`.
+
+    keys_values: None counts the form that the config computes."""
+    parts = dict.fromkeys(PARTS, NOTHING)
+    for branch in config.branches:
+        tokens = _tokens(branch, config)
+        parts["tokens"] += _stem(branch, config) + Cost(branch.class_token * branch.dim)
+        parts["positions"] += Cost(tokens * branch.dim)
+        parts["encoders"] += _block(branch, tokens) * (config.stages * branch.depth)
+        parts["heads"] += _norm(branch.dim) + _linear(branch.dim, config.num_classes, rows=1)
+    parts["fusion"] = _fusion(config, keys_values or config.keys_values) * config.stages
+    parts["total"] = sum(parts.values(), NOTHING)
     return parts
+
+
+def _tokens(branch: BranchConfig, config: CrossViTConfig) -> int:
+    rows, columns = branch.grid(config.image_size)
+    return branch.class_token + rows * columns
 
 
 def _linear(dim: int, out: int, *, rows: int) -> Cost:
@@ -47,31 +57,87 @@ def _linear(dim: int, out: int, *, rows: int) -> Cost:
 
 
 def _norm(dim: int) -> Cost:
-    return Cost(2 * dim, 0)
+    return Cost(2 * dim)
+
+
+def _self_attention(dim: int, tokens: int) -> Cost:
+    """Query, key, value and output projections, q kᵀ and its product with v."""
+    products = Cost(0, 2 * tokens * tokens * dim)
+    return _linear(dim, 3 * dim, rows=tokens) + products + _linear(dim, dim, rows=tokens)
 
 
 def _block(branch: BranchConfig, tokens: int) -> Cost:
-    dim = branch.dim
-    projections = _linear(dim, 3 * dim, rows=tokens) + _linear(dim, dim, rows=tokens)
-    products = Cost(0, 2 * tokens * tokens * dim)
-    mlp = _linear(dim, branch.mlp_dim, rows=tokens) + _linear(branch.mlp_dim, dim, rows=tokens)
-    return _norm(dim) + projections + products + _norm(dim) + mlp
+    mlp = _linear(branch.dim, branch.mlp_dim, rows=tokens) + _linear(branch.mlp_dim, branch.dim, rows=tokens)
+    return _norm(branch.dim) * 2 + _self_attention(branch.dim, tokens) + mlp
 
 
-def _cross_read(own: BranchConfig, other: BranchConfig, tokens: int, *, lazy: bool) -> Cost:
-    dim = other.dim
-    project = _norm(own.dim) + _linear(own.dim, dim, rows=1)
-    restore = _norm(dim) + _linear(dim, own.dim, rows=1)
-    query_and_out = _linear(dim, dim, rows=1) + _linear(dim, dim, rows=1)
-    key_and_value = _linear(dim, dim, rows=1 if lazy else tokens) + _linear(dim, dim, rows=1 if lazy else tokens)
-    products = Cost(0, 2 * tokens * dim * (other.heads if lazy else 1))
-    return project + _norm(dim) + query_and_out + key_and_value + products + restore
-
-
-def _stem(branch: BranchConfig, in_channels: int, image_size: tuple[int, int]) -> Cost:
-    height, width = branch.image_size(image_size)
-    total = Cost(0, 0)
-    for convolution in branch.stem(in_channels):
+def _stem(branch: BranchConfig, config: CrossViTConfig) -> Cost:
+    height, width = branch.image_size(config.image_size)
+    total = NOTHING
+    for convolution in branch.stem(config.in_channels):
         height, width = convolution.output_side(height), convolution.output_side(width)
         total += _linear(convolution.in_channels * convolution.kernel**2, convolution.out_channels, rows=height * width)
+    channels = config.in_channels
+    splits = branch.soft_splits()
+    for index, (kernel, stride, padding) in enumerate(splits):
+        height, width = ((side + 2 * padding - kernel) // stride + 1 for side in (height, width))
+        window, rows = channels * kernel**2, height * width
+        if index == len(splits) - 1:
+            return total + _linear(window, branch.dim, rows=rows)
+        attention = _linear(window, 3 * T2T_DIM, rows=rows) + Cost(0, 2 * rows * rows * T2T_DIM)
+        total += _norm(window) + attention + _linear(T2T_DIM, T2T_DIM, rows=rows) * 3 + _norm(T2T_DIM)  # output, two of the MLP
+        channels = T2T_DIM
     return total
+
+
+# ---------------------------------------------------------------- one fusion, as in fusion.py
+
+
+def _projection(dim: int, out: int, config: CrossViTConfig, *, rows: int) -> Cost:
+    if dim == out and config.projection_identity:
+        return NOTHING
+    return _norm(dim) * config.projection_norm + _linear(dim, out, rows=rows)
+
+
+def _token_projection(dim: int, out: int, config: CrossViTConfig, *, class_rows: int, patches: int) -> Cost:
+    if class_rows and not config.projection_shared:
+        return _projection(dim, out, config, rows=class_rows) + _projection(dim, out, config, rows=patches)
+    return _projection(dim, out, config, rows=class_rows + patches)
+
+
+def _fusion(config: CrossViTConfig, keys_values: str) -> Cost:
+    """One fusion of all branches."""
+    widest = max(reversed(config.branches), key=lambda branch: branch.dim)
+    ring = list(zip(config.branches, (*config.branches[1:], config.branches[0]), strict=True))
+    if config.fusion == "none":
+        return NOTHING
+    if config.fusion == "cross-attention":
+        return sum((_cross_read(own, other, config, keys_values) for own, other in ring), NOTHING)
+    total = NOTHING
+    for branch in config.branches:
+        for dim, out in ((branch.dim, widest.dim), (widest.dim, branch.dim)):  # f, then g
+            if config.fusion == "class-token":
+                total += _projection(dim, out, config, rows=1)
+            else:
+                patches = _tokens(branch, config) - branch.class_token
+                total += _token_projection(dim, out, config, class_rows=int(branch.class_token), patches=patches)
+    if config.fusion == "all-attention":
+        tokens = sum(_tokens(branch, config) for branch in config.branches)
+        total += (_norm(widest.dim) + _self_attention(widest.dim, tokens)) * config.fusion_depth
+    return total
+
+
+def _cross_read(own: BranchConfig, other: BranchConfig, config: CrossViTConfig, keys_values: str) -> Cost:
+    patches = _tokens(other, config) - other.class_token
+    total = _projection(own.dim, other.dim, config, rows=1) + _projection(other.dim, own.dim, config, rows=1)
+    for index in range(config.fusion_depth):
+        tokens = 1 + (0 if config.as_released and index else patches)
+        total += _norm(other.dim) + _cross_attention(other.dim, other.heads, tokens, lazy=keys_values == "lazy")
+    return total
+
+
+def _cross_attention(dim: int, heads: int, tokens: int, *, lazy: bool) -> Cost:
+    """Query and output for one token; keys and values for every token, or once for the query and once for the answer."""
+    key_and_value = _linear(dim, dim, rows=1 if lazy else tokens) * 2
+    products = Cost(0, 2 * tokens * dim * (heads if lazy else 1))
+    return _linear(dim, dim, rows=1) * 2 + key_and_value + products

@@ -1,6 +1,6 @@
 """CrossViT (Chen, Fan, Panda, ICCV 2021, arXiv 2103.14899), to be read beside the paper's Figure 2, from the bottom up.
 
-    image ─► Tokens per branch ─► K x MultiScaleEncoder ─► LayerNorm and head per branch ─► mean of the logits
+    image ─► Tokens per branch ─► K x MultiScaleEncoder (blocks, fusion) ─► LayerNorm and head per branch ─► mean of the logits
 
 Shapes: B batch, C channels, H x W pixels, n patches, D width; one entry a branch, S (small patches) first.
 """
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from crossvit.model.attention import SelfAttention
 from crossvit.model.config import BranchConfig, CrossViTConfig
 from crossvit.model.drop_path import DropPath, drop_path_rates
-from crossvit.model.fusion import NORM_EPS, CrossAttentionFusion
+from crossvit.model.fusion import FUSIONS, NORM_EPS, Grid, summary
 from crossvit.model.tokens import Tokens
 
 
@@ -43,26 +44,42 @@ class EncoderBlock(nn.Module):
 
 
 class MultiScaleEncoder(nn.Module):
-    """One of the K encoders: each branch's own blocks (N for S, M for L), then the fusion. Tokens in, tokens out."""
+    """One of the K encoders: each branch's own blocks (N for S, M for L), then the fusion.
+
+    Tokens and grids of every branch in, tokens out. With `checkpointing` a block keeps its input only and computes the
+    rest again in the backward pass.
+    """
 
     def __init__(self, config: CrossViTConfig, *, drop_path: Sequence[float]) -> None:
         super().__init__()
         drops = {"drop": config.drop, "attention_drop": config.attention_drop}
         self.blocks = nn.ModuleList(
-            nn.Sequential(*(EncoderBlock(branch, drop_path=drop_path[index], **drops) for index in range(branch.depth)))
+            nn.ModuleList(EncoderBlock(branch, drop_path=drop_path[index], **drops) for index in range(branch.depth))
             for branch in config.branches
         )
-        self.fusion = CrossAttentionFusion(config.branches, drop_path=drop_path[-1], **drops)
+        self.fusion = FUSIONS[config.fusion](config, drop_path=drop_path[-1])
+        self.checkpointing = False
 
-    def forward(self, tokens: Sequence[Tensor]) -> list[Tensor]:
-        encoded = [blocks(branch_tokens) for blocks, branch_tokens in zip(self.blocks, tokens, strict=True)]
-        return self.fusion(encoded)  # type: ignore[no-any-return]
+    def forward(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
+        encoded = []
+        for blocks, own in zip(self.blocks, tokens, strict=True):
+            assert isinstance(blocks, nn.ModuleList)
+            for block in blocks:
+                own = self._run(block, own)  # noqa: PLW2901  # one stream of tokens, block after block
+            encoded.append(own)
+        return self.fusion(encoded, grids)  # type: ignore[no-any-return]
+
+    def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, tokens, use_reentrant=False)  # type: ignore[no-any-return]
+        return block(tokens)  # type: ignore[no-any-return]
 
 
 class CrossViT(nn.Module):
-    """The two-branch vision transformer. `model(images)` gives logits (B, num_classes).
+    """The multi-scale vision transformer. `model(images)` gives logits (B, num_classes).
 
-    images: (B, C, H, W) float, normalised as the weights expect, at `config.image_size`.
+    images: (B, C, H, W) float, normalised as the weights expect, at `config.image_size`, or of any size whose sides are
+    no shorter than a patch with `config.dynamic_size`.
     """
 
     def __init__(self, config: CrossViTConfig) -> None:
@@ -81,27 +98,52 @@ class CrossViT(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(branch.dim, config.num_classes) for branch in config.branches)
         initialise(self, config.init)
 
+    def set_gradient_checkpointing(self, enabled: bool = True) -> None:
+        """Whether each encoder block trades its activations for a second forward pass."""
+        for encoder in self.encoders:
+            assert isinstance(encoder, MultiScaleEncoder)
+            encoder.checkpointing = enabled
+
+    def intermediate_tokens(self, images: Tensor) -> list[list[Tensor]]:
+        """The tokens after each encoder, before any final LayerNorm: [stage][branch] of (B, 1 + n, D)."""
+        self._check(images)
+        grids = [branch.grid((images.shape[-2], images.shape[-1])) for branch in self.config.branches]
+        tokens = [embed(images) for embed in self.tokens]
+        stages = []
+        for encoder in self.encoders:
+            tokens = encoder(tokens, grids)
+            stages.append(tokens)
+        return stages
+
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """The last encoder's tokens after each branch's LayerNorm: one (B, 1 + n, D) a branch, class token first."""
-        if images.ndim != 4 or images.shape[1] != self.config.in_channels or images.shape[2:] != self.config.image_size:
-            height, width = self.config.image_size
-            raise ValueError(
-                f"images are {tuple(images.shape)}: this model takes (B, {self.config.in_channels}, {height}, {width}); "
-                f"resize them or build the model with image_size=(height, width)"
-            )
-        tokens = [embed(images) for embed in self.tokens]
-        for encoder in self.encoders:
-            tokens = encoder(tokens)
-        return [norm(branch_tokens) for norm, branch_tokens in zip(self.norms, tokens, strict=True)]
+        return [norm(own) for norm, own in zip(self.norms, self.intermediate_tokens(images)[-1], strict=True)]
 
     def branch_logits(self, images: Tensor) -> Tensor:
-        """Each branch's own logits, (branches, B, num_classes): the paper's "L only" and "S only" (Table 6)."""
+        """Each branch's own logits, (branches, B, num_classes): the paper's "L only" and "S only" (Table 6).
+
+        A head reads the class token, or the mean of the patches where there is none."""
         tokens = self.forward_features(images)
-        return torch.stack([head(branch_tokens[:, 0]) for head, branch_tokens in zip(self.heads, tokens, strict=True)])
+        has_class_token = self.config.branches[0].class_token
+        return torch.stack([head(summary(own, has_class_token)[:, 0]) for head, own in zip(self.heads, tokens, strict=True)])
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes): the mean of the branches' logits, as released."""
         return self.branch_logits(images).mean(dim=0)
+
+    def _check(self, images: Tensor) -> None:
+        height, width = self.config.image_size
+        channels = self.config.in_channels
+        shape = tuple(images.shape)
+        if self.config.dynamic_size:
+            patch = max(branch.patch for branch in self.config.branches)
+            if len(shape) != 4 or shape[1] != channels or min(shape[2:]) < patch:
+                raise ValueError(f"images are {shape}: this model takes (B, {channels}, H, W) with sides of {patch} or more")
+        elif len(shape) != 4 or shape[1:] != (channels, height, width):
+            raise ValueError(
+                f"images are {shape}: this model takes (B, {channels}, {height}, {width}); "
+                f"resize them, or build the model with image_size=(height, width) or dynamic_size=True"
+            )
 
 
 def initialise(model: nn.Module, scheme: str) -> None:
@@ -121,5 +163,6 @@ def initialise(model: nn.Module, scheme: str) -> None:
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             case Tokens():
-                nn.init.trunc_normal_(module.class_token, std=0.02)
                 nn.init.trunc_normal_(module.positions, std=0.02)
+                if module.class_token is not None:
+                    nn.init.trunc_normal_(module.class_token, std=0.02)

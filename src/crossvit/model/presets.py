@@ -1,8 +1,8 @@
-"""Every model by name, in one table: configuration, alias, test-time crop and the accuracy printed for it.
+"""Every model by name, in one table: configuration, alias, test-time crop and the figures printed for it.
 
-Released models carry timm's names; the authors' names are aliases. Accuracies are top-1 on ImageNet-1k in percent:
-`paper` is Table 1 (Table 4 at 408), `timm` is timm's re-evaluation of the released weights. The small-image presets are
-this project's own; dev/LOG.md has the measurements behind them.
+Released models carry timm's names; the authors' names are aliases. `crossvit_small_240_*` are the ablations of the paper
+(Tables 6 and 7, and its "no class tokens"), `vit_*` the single-branch twins of Table 8. The small-image presets are this
+project's own; dev/LOG.md has the measurements behind them. What the paper prints beside each is in `paper.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from crossvit.model.config import BranchConfig, CrossViTConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One row of the table. `crop` is the share of the resized picture kept by the centre crop at test time; None
-    means that the whole picture is resized to the input and nothing is cut off."""
+    """One row of the table. `crop` is the share of the resized picture kept by the centre crop at test time; None means
+    that the whole picture is resized to the input and nothing is cut off. `paper_top1` and `timm_top1` are top-1 on
+    ImageNet-1k in percent: printed in the paper, and timm's re-evaluation of the released weights."""
 
     name: str
     config: CrossViTConfig
@@ -26,18 +27,43 @@ class Preset:
     paper_top1: float | None = None
     timm_top1: float | None = None
 
+    @property
+    def released(self) -> bool:
+        """Whether its authors released weights."""
+        return self.alias is not None
 
-def _released(
-    name: str, alias: str, *, dims: tuple[int, int], heads: int, depth: int, mlp_ratio: float,
-    paper: float, timm: float, size: int = 240, large_size: int = 224,
-) -> Preset:  # fmt: skip
-    tokeniser = "dagger" if "dagger" in name else "linear"
-    shared: dict[str, Any] = {"heads": heads, "mlp_ratio": mlp_ratio, "tokeniser": tokeniser}
-    small = BranchConfig(patch=12, dim=dims[0], depth=1, **shared)
+
+def _two_branches(
+    *, dims: tuple[int, int], heads: int, depth: int, mlp_ratio: float, small_depth: int = 1, small_patch: int = 12,
+    size: int = 240, large_size: int = 224, tokeniser: str = "linear", class_token: bool = True, **model: Any,
+) -> CrossViTConfig:  # fmt: skip
+    shared: dict[str, Any] = {"heads": heads, "mlp_ratio": mlp_ratio, "tokeniser": tokeniser, "class_token": class_token}
+    small = BranchConfig(patch=small_patch, dim=dims[0], depth=small_depth, **shared)
     large = BranchConfig(patch=16, dim=dims[1], depth=depth, image_scale=large_size / size, **shared)
-    config = CrossViTConfig(branches=(small, large), image_size=(size, size))
-    crop = 0.875 if size == 240 else 1.0
-    return Preset(name=name, alias=alias, config=config, crop=crop, paper_top1=paper, timm_top1=timm)
+    return CrossViTConfig(branches=(small, large), image_size=(size, size), **model)
+
+
+def _paper(
+    name: str, alias: str | None, *, paper: float, timm: float | None = None, size: int = 240, **config: Any
+) -> Preset:  # fmt: skip
+    tokeniser = "dagger" if "dagger" in name else config.pop("tokeniser", "linear")
+    built = _two_branches(size=size, tokeniser=tokeniser, **config)
+    crop = 0.875 if size < 400 else 1.0  # timm's evaluation of the released weights
+    return Preset(name=name, alias=alias, config=built, crop=crop, paper_top1=paper, timm_top1=timm)
+
+
+def _small(change: str, *, paper: float, **config: Any) -> Preset:
+    """CrossViT-small with one change: an ablation of the paper."""
+    base = {"dims": (192, 384), "heads": 6, "depth": 4, "mlp_ratio": 4}
+    return _paper(f"crossvit_small_240_{change}", None, paper=paper, **{**base, **config})
+
+
+def _single_branch(name: str, *, dim: int, heads: int, depth: int, paper: float) -> Preset:
+    """A twin of Table 8: the L branch alone, at 224, all 3·M blocks in a row."""
+    tokeniser = "dagger" if "dagger" in name else "linear"
+    branch = BranchConfig(patch=16, dim=dim, heads=heads, depth=depth, mlp_ratio=3, tokeniser=tokeniser)
+    config = CrossViTConfig(branches=(branch,), image_size=(224, 224), fusion="none")
+    return Preset(name=name, config=config, crop=0.875, paper_top1=paper)
 
 
 def _small_image(
@@ -51,20 +77,44 @@ def _small_image(
     return Preset(name=name, config=CrossViTConfig(branches=branches, image_size=(size, size), stages=stages, init="xavier"))
 
 
+_LINEAR = {"projection_norm": False, "projection_gelu": False}  # how Table 6's rows were built (PAPER, section 4)
+
 # fmt: off
 _ROWS = (
-    #         name                      authors' name              dS/dL            heads    M        r                                  top-1
-    _released("crossvit_tiny_240", "crossvit_tiny_224", dims=(96, 192), heads=3, depth=4, mlp_ratio=4, paper=73.4, timm=73.352),
-    _released("crossvit_small_240", "crossvit_small_224", dims=(192, 384), heads=6, depth=4, mlp_ratio=4, paper=81.0, timm=81.036),
-    _released("crossvit_base_240", "crossvit_base_224", dims=(384, 768), heads=12, depth=4, mlp_ratio=4, paper=82.2, timm=82.212),
-    _released("crossvit_9_240", "crossvit_9_224", dims=(128, 256), heads=4, depth=3, mlp_ratio=3, paper=73.9, timm=73.994),
-    _released("crossvit_9_dagger_240", "crossvit_9_dagger_224", dims=(128, 256), heads=4, depth=3, mlp_ratio=3, paper=77.1, timm=76.990),
-    _released("crossvit_15_240", "crossvit_15_224", dims=(192, 384), heads=6, depth=5, mlp_ratio=3, paper=81.5, timm=81.522),
-    _released("crossvit_15_dagger_240", "crossvit_15_dagger_224", dims=(192, 384), heads=6, depth=5, mlp_ratio=3, paper=82.3, timm=82.302),
-    _released("crossvit_15_dagger_408", "crossvit_15_dagger_384", dims=(192, 384), heads=6, depth=5, mlp_ratio=3, paper=83.5, timm=83.842, size=408, large_size=384),
-    _released("crossvit_18_240", "crossvit_18_224", dims=(224, 448), heads=7, depth=6, mlp_ratio=3, paper=82.5, timm=82.390),
-    _released("crossvit_18_dagger_240", "crossvit_18_dagger_224", dims=(224, 448), heads=7, depth=6, mlp_ratio=3, paper=82.8, timm=82.494),
-    _released("crossvit_18_dagger_408", "crossvit_18_dagger_384", dims=(224, 448), heads=7, depth=6, mlp_ratio=3, paper=83.9, timm=84.198, size=408, large_size=384),
+    #      name                      authors' name              dS/dL            heads    M        r                                  top-1
+    _paper("crossvit_tiny_240", "crossvit_tiny_224", dims=(96, 192), heads=3, depth=4, mlp_ratio=4, paper=73.4, timm=73.352),
+    _paper("crossvit_small_240", "crossvit_small_224", dims=(192, 384), heads=6, depth=4, mlp_ratio=4, paper=81.0, timm=81.036),
+    _paper("crossvit_base_240", "crossvit_base_224", dims=(384, 768), heads=12, depth=4, mlp_ratio=4, paper=82.2, timm=82.212),
+    _paper("crossvit_9_240", "crossvit_9_224", dims=(128, 256), heads=4, depth=3, mlp_ratio=3, paper=73.9, timm=73.994),
+    _paper("crossvit_9_dagger_240", "crossvit_9_dagger_224", dims=(128, 256), heads=4, depth=3, mlp_ratio=3, paper=77.1, timm=76.990),
+    _paper("crossvit_15_240", "crossvit_15_224", dims=(192, 384), heads=6, depth=5, mlp_ratio=3, paper=81.5, timm=81.522),
+    _paper("crossvit_15_dagger_240", "crossvit_15_dagger_224", dims=(192, 384), heads=6, depth=5, mlp_ratio=3, paper=82.3, timm=82.302),
+    _paper("crossvit_15_dagger_408", "crossvit_15_dagger_384", dims=(192, 384), heads=6, depth=5, mlp_ratio=3, paper=83.5, timm=83.842, size=408, large_size=384),
+    _paper("crossvit_18_240", "crossvit_18_224", dims=(224, 448), heads=7, depth=6, mlp_ratio=3, paper=82.5, timm=82.390),
+    _paper("crossvit_18_dagger_240", "crossvit_18_dagger_224", dims=(224, 448), heads=7, depth=6, mlp_ratio=3, paper=82.8, timm=82.494),
+    _paper("crossvit_18_dagger_408", "crossvit_18_dagger_384", dims=(224, 448), heads=7, depth=6, mlp_ratio=3, paper=83.9, timm=84.198, size=408, large_size=384),
+    _paper("crossvit_18_dagger_504", None, dims=(224, 448), heads=7, depth=6, mlp_ratio=3, paper=84.1, size=504, large_size=480),
+    _paper("crossvit_18_t2t_240", None, dims=(224, 448), heads=7, depth=6, mlp_ratio=3, paper=83.0, tokeniser="t2t"),
+    # Table 6: fusion schemes
+    _small("none", paper=80.2, fusion="none"),
+    _small("all_attention", paper=80.0, fusion="all-attention", **_LINEAR),
+    _small("class_token", paper=80.3, fusion="class-token", projection_identity=True, **_LINEAR),
+    _small("pairwise", paper=80.3, fusion="pairwise", projection_identity=True, **_LINEAR),
+    # Table 7: one change at a time
+    _small("a", paper=80.8, small_patch=8, size=224),
+    _small("b", paper=80.1, dims=(384, 384), projection_identity=True),
+    _small("c", paper=80.7, small_depth=2),
+    _small("d", paper=81.0, fusion_depth=2),
+    _small("e", paper=80.9, depth=2, stages=6),
+    _small("no_class_token", paper=80.0, class_token=False),
+    # Table 8: single-branch twins
+    _single_branch("vit_9_224", dim=256, heads=4, depth=3, paper=72.9),
+    _single_branch("vit_9_dagger_224", dim=256, heads=4, depth=3, paper=75.6),
+    _single_branch("vit_15_224", dim=384, heads=6, depth=5, paper=80.8),
+    _single_branch("vit_15_dagger_224", dim=384, heads=6, depth=5, paper=81.7),
+    _single_branch("vit_18_224", dim=448, heads=7, depth=6, paper=81.4),
+    _single_branch("vit_18_dagger_224", dim=448, heads=7, depth=6, paper=81.2),
+    # Ours, for small images
     _small_image("crossvit_pico_32", size=32, patches=(4, 8), dims=(64, 128), heads=(2, 4), depths=(1, 2), stages=2),
     _small_image("crossvit_nano_64", size=64, patches=(8, 16), dims=(64, 128), heads=(2, 4), depths=(1, 2), stages=2),
     _small_image("crossvit_micro_96", size=96, patches=(8, 16), dims=(96, 192), heads=(3, 6), depths=(1, 3), stages=2),
@@ -84,5 +134,5 @@ def preset(name: str) -> Preset:
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` takes, released models first, in the order of the paper's tables."""
+    """The names that `create_model` takes: released models first, in the order of the paper's tables."""
     return list(PRESETS)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossvit.model.config import BranchConfig
+from crossvit.model.t2t import TokensToToken
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -19,8 +20,22 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
 
 
+def resample_positions(positions: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Position embeddings of `grid` for a grid of `size`: (1, [1 +] n, D) -> (1, [1 +] m, D), bicubic (the paper's way to
+    another resolution); a class token's row stays as it is, and the same grid is the identity."""
+    if grid == size:
+        return positions
+    rest = positions.shape[1] - grid[0] * grid[1]
+    image = positions[:, rest:].transpose(1, 2).unflatten(2, grid)  # (1, D, rows, columns)
+    resampled = F.interpolate(image.float(), size=size, mode="bicubic", align_corners=False).to(positions.dtype)
+    return torch.cat((positions[:, :rest], resampled.flatten(2).transpose(1, 2)), dim=1)
+
+
 def make_stem(branch: BranchConfig, in_channels: int) -> nn.Module:
-    """The branch's convolutions (`BranchConfig.stem`) with a ReLU between two: (B, C, H, W) -> (B, D, rows, columns)."""
+    """The branch's convolutions (`BranchConfig.stem`) with a ReLU between two, or its T2T tokeniser:
+    (B, C, H, W) -> (B, D, rows, columns)."""
+    if branch.tokeniser == "t2t":
+        return TokensToToken(branch, in_channels)
     layers: list[nn.Module] = []
     for inward, outward, kernel, stride, padding in branch.stem(in_channels):
         layers += [nn.Conv2d(inward, outward, kernel, stride=stride, padding=padding), nn.ReLU(inplace=True)]
@@ -29,22 +44,27 @@ def make_stem(branch: BranchConfig, in_channels: int) -> nn.Module:
 
 
 class Tokens(nn.Module):
-    """[c ‖ P] + positions for one branch: (B, C, H, W) -> (B, 1 + n, D).
+    """[c ‖ P] + positions for one branch: (B, C, H, W) -> (B, 1 + n, D), or (B, n, D) without a class token.
 
-    The images are the model's input; the branch resizes them to its own size (`BranchConfig.image_size`).
+    The images are the model's input; the branch resizes them to its own size (`BranchConfig.image_size`). Positions are
+    those of `image_size` and are resampled for an input of another size.
     """
 
     def __init__(self, branch: BranchConfig, *, in_channels: int, image_size: tuple[int, int], drop: float = 0.0) -> None:
         super().__init__()
-        self.image_size = branch.image_size(image_size)
-        rows, columns = branch.grid(image_size)
+        self.branch = branch
+        self.grid = branch.grid(image_size)
+        rows, columns = self.grid
         self.patches = make_stem(branch, in_channels)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, branch.dim))
-        self.positions = nn.Parameter(torch.zeros(1, 1 + rows * columns, branch.dim))
+        self.class_token = nn.Parameter(torch.zeros(1, 1, branch.dim)) if branch.class_token else None
+        self.positions = nn.Parameter(torch.zeros(1, branch.class_token + rows * columns, branch.dim))
         self.drop = nn.Dropout(drop)
 
     def forward(self, images: Tensor) -> Tensor:
-        grid = self.patches(resize(images, self.image_size))  # (B, D, rows, columns)
-        patches = grid.flatten(2).transpose(1, 2)  # (B, n, D)
-        class_token = self.class_token.expand(patches.shape[0], -1, -1)
-        return self.drop(torch.cat((class_token, patches), dim=1) + self.positions)  # type: ignore[no-any-return]
+        height, width = images.shape[-2:]
+        size = self.branch.image_size((height, width))
+        tokens = self.patches(resize(images, size)).flatten(2).transpose(1, 2)  # (B, n, D)
+        if self.class_token is not None:
+            tokens = torch.cat((self.class_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+        positions = resample_positions(self.positions, self.grid, self.branch.grid((height, width)))
+        return self.drop(tokens + positions)  # type: ignore[no-any-return]
