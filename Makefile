@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: help quickstart test test-all check format bench-startup bench-attention clean
+.PHONY: help quickstart test test-all check format bench-startup bench-attention bench-fusion clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -35,6 +35,9 @@ bench-startup: $(VENV)/.installed  ## time of `crossvit --help` beyond a bare in
 
 bench-attention: $(VENV)/.installed  ## fused against plain attention on this machine
 	$(BIN)/python benchmarks/attention.py
+
+bench-fusion: $(VENV)/.installed  ## lazy against materialised keys and values: time and peak memory
+	$(BIN)/python benchmarks/fusion.py
 
 clean:  ## remove the environment and what tools left behind
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist

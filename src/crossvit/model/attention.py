@@ -128,7 +128,8 @@ class CrossAttention(nn.Module):
         weights = self._weights(scores.softmax(dim=-1))
         mixed = weights @ x  # (B, H, D)
         value: Tensor = torch.einsum("bhd,hkd->bhk", mixed, self.value.weight.unflatten(0, heads))
-        return value + weights.sum(dim=-1, keepdim=True) * self.value.bias.unflatten(0, heads)
+        bias: Tensor = self.value.bias.unflatten(0, heads)
+        return value + weights.sum(dim=-1, keepdim=True) * bias
 
     def _materialised(self, x: Tensor) -> Tensor:
         heads = (self.num_heads, -1)
