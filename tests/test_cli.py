@@ -139,6 +139,9 @@ BAD_CALLS = {
     "no image": (["predict", "RUN"], 2, "no image given"),
     "image not here": (["predict", "RUN", "gone.jpg"], 2, "no image at gone.jpg"),
     "top-k of zero": (["predict", "RUN", "SCANS", "--top-k", "0"], 2, "top_k = 0: should be 1 or more"),
+    "batch of nothing": (["evaluate", "RUN", "SCANS", "--batch-size", "0"], 2, "batch_size = 0: should be 1 or more"),
+    "seed too large": (["train", "digits", "--out", "OUT", "--seed", "5000000000"], 2, "seed = 5000000000: should be"),
+    "resume and overwrite": (["train", "SCANS", "--out", "RUN", "--resume", "--overwrite"], 2, "give one of them"),
     "run exists": (["train", "digits", "--out", "RUN"], 2, "exists: add --resume"),
     "resume with a change": (
         ["train", "SCANS", "--out", "RUN", "--resume", "--epochs", "7"],
@@ -190,14 +193,50 @@ def test_debug_shows_the_traceback() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "crossvit", "predict", "gone", "x", "--debug"], capture_output=True, text=True, check=False
     )
+    assert done.returncode == 2
     assert "Traceback" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("crossvit: ")
 
 
-def test_standard_output_closed_early_is_no_error(tiny_run: TrainingResult, scans: Path) -> None:
-    shell = f"'{sys.executable}' -m crossvit predict '{tiny_run.run}' '{scans}' | head -n 1; exit ${{PIPESTATUS[0]}}"
+@pytest.mark.parametrize("words", ["predict 'RUN' 'SCANS'", "--help", "train --help", "models"])
+def test_standard_output_closed_early_is_no_error(words: str, tiny_run: TrainingResult, scans: Path) -> None:
+    words = words.replace("RUN", tiny_run.run).replace("SCANS", str(scans))
+    shell = f"'{sys.executable}' -m crossvit {words} | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(done.stdout.splitlines()) == 1
+
+
+def test_what_nobody_foresaw_is_one_line_too(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no\nsuch\nthing")
+
+    monkeypatch.setattr("crossvit.cli.terminal.print_models", fail)
+    assert command("models") == (1, "", "crossvit: RuntimeError: no such thing (--debug shows where)\n")
+
+
+def test_ctrl_c_anywhere_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("crossvit.cli.terminal.print_models", interrupt)
+    assert command("models") == (130, "", "crossvit: stopped\n")
+
+
+def test_tables_are_not_cut_in_a_narrow_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    for words in (["models"], ["models", "--paper"]):
+        out = command(*words)[1]
+        assert "crossvit_15_dagger_408" in out
+        assert "…" not in out
+
+
+def test_the_papers_tables_mark_every_difference_with_its_reason(command: Command) -> None:
+    out = command("models", "--paper")[1]
+    assert re.search(r"D: L = 2 +crossvit_small_240_d +81\.0 +5\.6 +5\.9\* ", out)
+    assert "* D: L = 2, GMACs: printed for the released code" in out
+    tables = json.loads(command("models", "--paper", "--json")[1])["tables"]
+    assert {row["table"] for row in tables} >= {"Table 1", "Table 6", "Table 7", "Table 8"}
 
 
 def test_every_command_in_the_readme_is_real(command: Command) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from crossvit.data.augment import Augment, seeded
 from crossvit.data.check import look_at
@@ -82,7 +83,38 @@ def test_hidden_and_other_files_are_passed_over_and_counted(own_scans: Path) -> 
     (own_scans / "0" / "notes.txt").write_text("x")
     (own_scans / ".git").mkdir()
     data = open_data(own_scans)
-    assert (len(data.parts["all"]), data.ignored, data.classes) == (24, 1, ("0", "1", "2"))
+    assert (len(data.parts["all"]), data.classes) == (24, ("0", "1", "2"))
+    assert data.notes == ("files of a kind that is not read here are ignored: 1 .txt",)
+
+
+def test_layouts_that_would_be_misread_are_refused_or_said(own_scans: Path, tmp_path: Path) -> None:
+    flat = tmp_path / "flat"
+    for part in ("train", "val"):
+        (flat / part).mkdir(parents=True)
+        (flat / part / "a.png").write_bytes(encoded(picture()))
+    with pytest.raises(UsageError, match="flat/train has no class folders: put its images in .*flat/train/<class>/"):
+        open_data(flat)
+    split = tmp_path / "split"
+    split.mkdir()
+    own_scans.rename(split / "train")
+    (split / "val").mkdir()
+    (split / "val" / "a.png").write_bytes(encoded(picture()))
+    with pytest.raises(UsageError, match="split/val has no class folders"):
+        open_data(split)
+    (split / "val" / "a.png").unlink()
+    (split / "val" / "0").mkdir()
+    with pytest.raises(UsageError, match="split/val has no images: add some, or remove it"):
+        open_data(split).split(held_out=0.2, seed=0)
+    (split / "val" / "0" / "a.png").write_bytes(encoded(picture()))
+    (split / "extra").mkdir()
+    data = open_data(split)
+    assert len(data.split(held_out=0.2, seed=0)[1]) == 1
+    assert data.notes == (f"{split} has train/, val/ or test/, so its other folders are ignored: extra",)
+
+
+def test_train_can_be_a_class(own_scans: Path) -> None:
+    (own_scans / "0").rename(own_scans / "train")
+    assert open_data(own_scans).classes == ("1", "2", "train")
 
 
 def test_bad_folders_are_refused_with_the_fix(own_scans: Path, tmp_path: Path) -> None:
@@ -109,9 +141,12 @@ def test_bad_folders_are_refused_with_the_fix(own_scans: Path, tmp_path: Path) -
 def test_a_split_holds_out_at_least_one_image_of_a_rare_class(own_scans: Path) -> None:
     for path in sorted((own_scans / "2").iterdir())[2:]:
         path.unlink()
-    train, held_out = stratified_split(open_data(own_scans).parts["all"], held_out=0.2, seed=0)
-    assert train.counts()["2"] >= 1
-    assert len(held_out) == 4
+    for seed in range(20):
+        train, held_out = stratified_split(open_data(own_scans).parts["all"], held_out=0.1, seed=seed)
+        assert (train.counts()["2"], held_out.counts()["2"], len(train) + len(held_out)) == (1, 1, 18)
+        assert not set(train.names) & set(held_out.names)
+    nearly_all = stratified_split(open_data(own_scans).parts["all"], held_out=0.97, seed=0)[0]
+    assert nearly_all.counts() == {"0": 1, "1": 1, "2": 1}
 
 
 # ---------------------------------------------------------------- reading
@@ -145,6 +180,23 @@ def test_exif_rotation_is_applied() -> None:
     read = read_image(encoded(image, "JPEG", exif=exif, quality=95))
     assert read.size == (8, 16)
     assert read.getpixel((4, 2))[2] > 200
+
+
+def test_damaged_exif_does_not_cost_the_picture() -> None:
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    text = struct.pack("<HHI4s", 338, 2, 4, b"abc\0")  # ExtraSamples should be numbers: Pillow cannot write it again
+    odd = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + turned + text + b"\0\0\0\0"
+    assert read_image(encoded(Image.new("RGB", (16, 8)), "JPEG", exif=odd)).size == (8, 16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_equals_pillows_own(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encoded(picture(), "PNG", exif=exif)
+    with Image.open(io.BytesIO(content)) as image:
+        theirs = ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(np.asarray(read_image(content)), np.asarray(theirs))
 
 
 def test_an_animation_gives_its_first_frame() -> None:

@@ -26,7 +26,9 @@ from crossvit.run import SCHEMA, Run
 def image_set(labels: list[int], classes: int) -> ImageSet:
     names = tuple(f"{index:03d}" for index in range(len(labels)))
     pixels = np.zeros((len(labels), 4, 4), dtype=np.uint8)
-    return ImageSet("made-up", tuple(f"class {index}" for index in range(classes)), names, tuple(labels), pixels)
+    return ImageSet(
+        "made-up", tuple(f"class {index}" for index in range(classes)), names, tuple(labels), (1,) * len(labels), pixels
+    )
 
 
 def test_metrics_equal_scikit_learns() -> None:
@@ -87,10 +89,15 @@ def test_evaluate_knows_moved_data_and_takes_other_data_whole(
 
     moved = shutil.copytree(scans, tmp_path / "elsewhere")
     assert crossvit.evaluate(tiny_run.run, moved).n == 12
+    for extra in ("0/extra.png", "1/extra.png"):  # a copy that has changed still has images it was trained on
+        shutil.copy(next((scans / "2").iterdir()), moved / extra)
+    assert crossvit.evaluate(tiny_run.run, moved).n == 12
+    for path in list(own_scans.rglob("*.png")):
+        path.rename(path.with_name(f"new-{path.name}"))
     other = crossvit.evaluate(tiny_run.run, own_scans)
     assert (other.split, other.n) == ("all", 24)
     assert crossvit.evaluate(tiny_run.run, scans, split="all").n == 60
-    with pytest.raises(UsageError, match="is not the data this run was split from"):
+    with pytest.raises(UsageError, match="has none of the images that this run held out"):
         crossvit.evaluate(tiny_run.run, own_scans, split="held-out")
     with pytest.raises(UnknownNameError, match="unknown split 'vall'"):
         crossvit.evaluate(tiny_run.run, scans, split="vall")
@@ -100,18 +107,23 @@ def test_evaluate_takes_classes_by_name_and_refuses_unknown_ones(tiny_run: Train
     import shutil
 
     shutil.rmtree(own_scans / "0")
-    result = crossvit.evaluate(tiny_run.run, own_scans)
+    result = crossvit.evaluate(tiny_run.run, own_scans, split="all")
     assert [score.n for score in result.classes] == [0, 8, 8]
     (own_scans / "1").rename(own_scans / "one")
     with pytest.raises(UsageError, match=r"classes the run was not trained on: one \(it knows 0, 1, 2\)"):
         crossvit.evaluate(tiny_run.run, own_scans)
 
 
+def test_evaluate_refuses_a_batch_of_nothing(tiny_run: TrainingResult, scans: Path) -> None:
+    with pytest.raises(UsageError, match="batch_size = 0: should be 1 or more"):
+        crossvit.evaluate(tiny_run.run, scans, batch_size=0)
+
+
 def test_evaluate_counts_and_names_broken_images(tiny_run: TrainingResult, own_scans: Path) -> None:
     (own_scans / "1" / "bad.png").write_bytes(b"")
     with pytest.raises(DataError, match=r"1 of 25 images cannot be decoded: .*bad\.png.*--skip-bad"):
-        crossvit.evaluate(tiny_run.run, own_scans)
-    assert crossvit.evaluate(tiny_run.run, own_scans, skip_bad=True).n == 24
+        crossvit.evaluate(tiny_run.run, own_scans, split="all")
+    assert crossvit.evaluate(tiny_run.run, own_scans, split="all", skip_bad=True).n == 24
 
 
 def test_runs_that_cannot_be_read_are_refused_with_the_fix(tiny_run: TrainingResult, tmp_path: Path) -> None:
@@ -125,6 +137,8 @@ def test_runs_that_cannot_be_read_are_refused_with_the_fix(tiny_run: TrainingRes
         (json.dumps({**record, "schema": SCHEMA + 1}), RunError, "was made by a newer crossvit"),
         ("{", RunError, r"run\.json is damaged"),
         ("[]", RunError, r"run\.json is damaged"),
+        ('{"schema": "one"}', RunError, r"run\.json is damaged"),
+        ('{"schema": 1, "result": {"top1": 1}}', RunError, r"run\.json is damaged \(no model, classes, preprocessing"),
         (json.dumps({**record, "result": None}), UsageError, "has not finished training: go on with .* --resume"),
     ):
         run.record_path.write_text(text)
@@ -157,6 +171,7 @@ def test_every_kind_of_image_gives_the_same_prediction(tiny_run: TrainingResult,
     for prediction in kinds:
         assert [label.label for label in prediction.top] == [label.label for label in kinds[0].top]
         assert prediction.top[0].probability == pytest.approx(kinds[0].top[0].probability, abs=1e-6)  # rows of one batch
+    assert [prediction.label for prediction in predictor(iter([path, image]))] == [kinds[0].label] * 2
     (alone,) = predictor(path)
     assert (alone.image, alone.label) == (str(path), kinds[0].label)
     assert len(kinds[0].top) == 2
@@ -171,10 +186,12 @@ def test_an_undecodable_image_is_a_result_with_an_error(tiny_run: TrainingResult
 
 
 def test_find_images_takes_files_folders_and_globs(scans: Path, tmp_path: Path) -> None:
+    (tmp_path / "._hidden.png").write_bytes(b"what a Mac leaves beside a picture")
     assert len(find_images([str(scans)])) == 60
     assert len(find_images([str(scans / "0" / "*.png")])) == 20
     one = str(next((scans / "1").iterdir()))
     assert find_images([one]) == [one]
+    assert find_images([one, "nowhere.png"]) == [one, "nowhere.png"]  # to become a result with an error
     with pytest.raises(UsageError, match="no image at .*nowhere"):
         find_images([str(tmp_path / "nowhere.png")])
     with pytest.raises(UsageError, match="has no images"):
@@ -199,7 +216,8 @@ class Page(HTMLParser):
 
 
 def test_the_report_stands_alone_and_shows_everything(tiny_run: TrainingResult) -> None:
-    text = run_page(tiny_run)
+    assert tiny_run.evaluation is not None
+    text = run_page(tiny_run, tiny_run.evaluation)
     page = Page(text)
     assert [link for link in page.asked if not link.startswith(("data:", "#"))] == []
     assert "url(http" not in text
@@ -211,19 +229,20 @@ def test_the_report_stands_alone_and_shows_everything(tiny_run: TrainingResult) 
     assert len(text) < 1_000_000
     counts = [int(cell) for cell in re.findall(r"<td title[^>]*>(\d+)</td>", text)]
     assert sum(counts) == tiny_run.n
-    assert "Train it again: <code>crossvit train" in text
+    assert f"Train it again: <code>crossvit train {tiny_run.record['recipe']['data']} --recipe {tiny_run.run} --out" in text
 
 
 def test_the_report_escapes_names(tiny_run: TrainingResult) -> None:
+    assert tiny_run.evaluation is not None
     mistake = dataclasses.replace(tiny_run.evaluation.mistakes[0], image="<script>alert(1)</script>")
     evaluation = dataclasses.replace(tiny_run.evaluation, mistakes=(mistake,))
-    assert "<script>" not in run_page(dataclasses.replace(tiny_run, evaluation=evaluation))
+    assert "<script>" not in run_page(tiny_run, evaluation)
 
 
 def test_the_report_of_many_classes_has_a_confusion_matrix_without_labels(tiny_run: TrainingResult) -> None:
     labels = list(range(30)) * 2
     logits = np.eye(30, dtype=np.float32)[labels][None].repeat(2, axis=0)
     evaluation = summarise(logits, image_set(labels, 30), patches=(4, 8), run="r", data="d", split="val")
-    text = run_page(dataclasses.replace(tiny_run, evaluation=evaluation, n=60, top1=1.0))
+    text = run_page(dataclasses.replace(tiny_run, n=60, top1=1.0), evaluation)
     assert 'class="confusion many"' in text
     assert "every held-out image is right" in text

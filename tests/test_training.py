@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 import crossvit
 from conftest import TINY
-from crossvit.errors import CheckpointError, ConfigError, RunError, UnknownNameError, UsageError
+from crossvit.data.sources import open_data
+from crossvit.errors import CheckpointError, ConfigError, RunError, TrainingError, UnknownNameError, UsageError
 from crossvit.results import Epoch, TrainingResult
 from crossvit.run import Run, write_atomically
 from crossvit.train.checkpoint import checkpoint_path, load_checkpoint, newest_checkpoint, save_checkpoint
@@ -53,15 +54,31 @@ def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
     for text, error, says in (
         ("epoch = 3", UnknownNameError, "unknown recipe key 'epoch': did you mean epochs"),
         ("[optimiser]\nlearning = 1", UnknownNameError, "unknown recipe key 'learning'"),
-        ("epochs = 'ten'", ConfigError, "recipe key epochs = 'ten': should be a int"),
+        ("epochs = 'ten'", ConfigError, "recipe key epochs = 'ten': should be a whole number"),
+        ("epochs = 2.5", ConfigError, "recipe key epochs = 2.5: should be a whole number"),
+        ("optimiser = 3", ConfigError, r"recipe key optimiser = 3: should be a table \[optimiser\]"),
+        ("image_size = 'big'", ConfigError, "recipe key image_size = 'big': should be a whole number"),
+        ("model = 3", ConfigError, "recipe key model = 3: should be a text"),
+        ("seed = 5000000000", ConfigError, "seed = 5000000000: should be a whole number of 0 or more, below 2"),
+        ("[augmentation]\nrotate = -5", ConfigError, "rotate = -5.0: should be degrees from 0 to 180"),
+        ("[augmentation]\nshift = 2.0", ConfigError, "shift = 2.0: should be a number from 0"),
+        ("[optimiser]\nweight_decay = -1", ConfigError, "weight_decay = -1.0: should be a number of 0 or more"),
         ("epochs = -1", ConfigError, "epochs = -1: should be a whole number of 1 or more"),
         ("epochs = ", ConfigError, "is not TOML"),
     ):
         path.write_text(text)
         with pytest.raises(error, match=says):
             load_recipe(str(path))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_recipe(str(path))
     with pytest.raises(UnknownNameError, match="unknown recipe 'smal': did you mean small"):
         load_recipe("smal")
+
+
+def test_a_run_is_a_recipe(tiny_run: TrainingResult, tmp_path: Path) -> None:
+    again = load_recipe(tiny_run.run, out=str(tmp_path / "again"))
+    assert again.to_dict() == {**tiny_run.record["recipe"], "out": str(tmp_path / "again")}
 
 
 def test_changes_are_laid_over_a_recipe() -> None:
@@ -251,8 +268,13 @@ def test_resume_goes_on_from_the_checkpoint_before_a_torn_one(scans: Path, tmp_p
 def test_resume_from_nothing_starts_and_on_a_finished_run_returns(scans: Path, tmp_path: Path) -> None:
     first = fit(recipe(scans, tmp_path / "run"), resume=True)
     before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
+    for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
+        checkpoint.unlink()  # a finished run needs none
     again = fit(recipe(scans, tmp_path / "run"), resume=True)
     assert (again.top1, again.seconds, again.epochs) == (first.top1, first.seconds, first.epochs)
+    assert again.evaluation is None
+    with pytest.raises(UsageError, match="give one of them"):
+        fit(recipe(scans, tmp_path / "run"), resume=True, overwrite=True)
     assert (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns == before
 
 
@@ -271,8 +293,34 @@ def test_resume_refuses_changes_by_name(tiny_run: TrainingResult, scans: Path, o
     out = Path(tiny_run.run)
     with pytest.raises(UsageError, match=r"--resume cannot change --epochs 9 \(the run has 1\), --lr 0.5 \(the run has 0.001\)"):
         fit(recipe(scans, out, epochs=9, lr=0.5), resume=True)
-    with pytest.raises(UsageError, match="--resume cannot change --data"):
+    with pytest.raises(UsageError, match="--resume cannot change DATA"):
         fit(recipe(own_scans, out), resume=True)
+
+
+def test_resume_takes_the_same_folder_however_it_is_written(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe(scans, tmp_path / "run", epochs=2), watch=Stop(epochs=1))
+    monkeypatch.chdir(scans.parent)
+    assert fit(recipe(f"./{scans.name}/", tmp_path / "run", epochs=2), resume=True).n == 12
+
+
+def test_a_loss_that_is_not_finite_stops_with_one_line(scans: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"the loss is (nan|inf) in epoch \d+: lower --lr \(now 1e\+09\)"):
+        fit(recipe(scans, tmp_path / "run", epochs=30, lr=1e9))
+
+
+def test_the_classifier_comes_along_for_the_same_classes_only(
+    tiny_run: TrainingResult, scans: Path, own_scans: Path, tmp_path: Path
+) -> None:
+    """Told by name: three other classes are other classes."""
+    for name in "012":
+        (own_scans / name).rename(own_scans / f"class {name}")
+    said = []
+    for data in (scans, own_scans):
+        watch = Stop(epochs=99)
+        fit(recipe(data, tmp_path / "runs" / data.name, model=None, weights=tiny_run.run), watch=watch)
+        said.append(any("new classifier: 3 classes in place of 3" in line for line in watch.lines))
+    assert said == [False, True]
 
 
 def test_resume_refuses_data_that_has_changed(own_scans: Path, tmp_path: Path) -> None:
@@ -292,8 +340,9 @@ def test_a_folder_that_is_taken_is_refused_or_replaced(scans: Path, tmp_path: Pa
     assert Run(out).record()["recipe"]["seed"] == 1
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "dear.txt").write_text("keep me")
-    with pytest.raises(UsageError, match="is not a run, so it is left alone"):
-        fit(recipe(scans, tmp_path / "photos"), overwrite=True)
+    for how in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(UsageError, match="has files and is not a run, so it is left alone: choose another --out"):
+            fit(recipe(scans, tmp_path / "photos"), **how)
     assert (tmp_path / "photos" / "dear.txt").read_text() == "keep me"
 
 
@@ -312,6 +361,7 @@ def test_starting_from_another_runs_weights_takes_its_model(tiny_run: TrainingRe
     assert result.record["model"] == "crossvit_pico_32"
     assert any("new classifier: 2 classes in place of 3" in line for line in watch.lines)
     started, before = weights_of(tmp_path / "run"), weights_of(tiny_run.run)
+    assert len(started["heads.0.weight"]) == 2
     moved = (started["tokens.0.positions"] - before["tokens.0.positions"]).abs().max()
     assert moved < 0.02  # one epoch away from where it began, not a new draw
 
@@ -322,12 +372,23 @@ def test_bad_images_stop_training_before_it_starts_or_are_skipped(own_scans: Pat
     with pytest.raises(crossvit.CrossViTError, match=r"cannot be decoded: .*Mend or remove them, or add --skip-bad"):
         fit(recipe(own_scans, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
+    with pytest.raises(crossvit.CrossViTError, match="2 of 26 images cannot be decoded"):  # of both parts together
+        fit(recipe(own_scans, tmp_path / "run"))
     watch = Stop(epochs=99)
     result = fit(recipe(own_scans, tmp_path / "run", skip_bad=True), watch=watch)
-    skipped = " ".join(line for line in watch.lines if line.startswith("skipped"))
+    skipped = " ".join(line for line in watch.lines if "skipped: 2 of 26" in line)
     assert "zero.png: the file is empty (0 bytes)" in skipped
     assert "text.jpg: not an image" in skipped
     assert result.record["data"]["train"] + result.n == 24
+    for name in ("0/zero.png", "1/text.jpg"):
+        (own_scans / name).unlink()  # what was skipped is no part of the data
+    record = Run(tmp_path / "run").record()
+    assert open_data(own_scans).fingerprint == record["data"]["fingerprint"]
+
+
+def test_a_run_inside_its_images_is_refused(own_scans: Path) -> None:
+    with pytest.raises(UsageError, match="lies inside the images of"):
+        fit(recipe(own_scans, own_scans / "run"))
 
 
 def test_the_first_lines_say_what_was_found_the_model_and_the_time(scans: Path, tmp_path: Path) -> None:
@@ -343,6 +404,25 @@ def test_the_first_lines_say_what_was_found_the_model_and_the_time(scans: Path, 
     assert "chosen for 48 images with sides around 8 (--model takes another)" in text
     assert "1 x 3 steps, batch 16, fp32 on cpu" in text
     assert "about " in text
+
+
+@pytest.mark.parametrize("delay", [0.0, 1.0])
+def test_ctrl_c_with_workers_is_one_line(delay: float, scans: Path, tmp_path: Path) -> None:
+    """To the whole process group, as a terminal sends it, while the workers start and later."""
+    words = ["train", str(scans), "--out", str(tmp_path / "run"), "--epochs", "500", "--workers", "2"]
+    command = [sys.executable, "-m", "crossvit", *words]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "run" / "run.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(delay)
+    while process.poll() is None and time.monotonic() < deadline:  # once is enough but in the moment workers are started
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(3)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("crossvit: stopped")
 
 
 @pytest.mark.parametrize("moment", [signal.SIGINT, signal.SIGKILL])

@@ -65,8 +65,16 @@ def test_another_class_count_needs_a_new_head(tmp_path: Path) -> None:
     target = small_model(num_classes=7)
     with pytest.raises(WeightsError, match=r"heads\.0\.bias \(4,\) for \(7,\), heads\.0\.weight"):
         crossvit.load_weights(target, tmp_path / "w.safetensors")
+    own_head = target.heads[0].weight.clone()
     notes = crossvit.load_weights(target, tmp_path / "w.safetensors", head="new")
     assert notes == ["new classifier: 7 classes in place of 4"]
+    assert torch.equal(target.heads[0].weight, own_head)
+
+
+def test_another_image_size_says_what_to_do(tmp_path: Path) -> None:
+    save_file(small_model().state_dict(), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"tokens\.0\.positions .*give the image size that the weights were trained at"):
+        crossvit.load_weights(small_model(image_size=64), tmp_path / "w.safetensors")
 
 
 def test_create_model_takes_weights_of_a_run(tiny_run: TrainingResult) -> None:

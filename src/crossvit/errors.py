@@ -4,10 +4,11 @@
 CrossViTError              base: one plain line that names the thing and the fix
 ├── UsageError             exit 2: the call was wrong
 │   ├── ConfigError        a model or recipe field cannot work (also a ValueError)
-│   └── UnknownNameError   no such model, recipe, split or column (also a LookupError)
+│   └── UnknownNameError   no such model, recipe or split (also a LookupError)
 └── WorkError              exit 1: the work failed
     ├── DataError          images or labels that cannot be used
     ├── WeightsError       a weight file that does not fit or cannot be read
+    ├── TrainingError      training that cannot go on, such as a loss that is not finite
     ├── CheckpointError    a training checkpoint that cannot be used
     └── RunError           a run folder that is locked, damaged or written by a newer version
 ```
@@ -51,6 +52,10 @@ class DataError(WorkError):
 
 class WeightsError(WorkError):
     """A weight file that cannot be read or does not fit the model."""
+
+
+class TrainingError(WorkError):
+    """Training that cannot go on."""
 
 
 class CheckpointError(WorkError):

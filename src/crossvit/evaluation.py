@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -38,11 +39,13 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a finished run on labelled images.
 
-    data: `digits` or a folder. Of DATA with val/ or test/ that part is taken; of the DATA the run was split from, the
-    part recorded as held out; otherwise every image. `split` names a part instead (`train`, `val`, `test`, `all`,
+    data: `digits` or a folder. Of DATA with val/ or test/ that part is taken; of DATA with images the run held out, those;
+    otherwise every image. `split` names a part instead (`train`, `val`, `test`, `all`,
     `held-out`). progress is called with (images done, images in all). Raises UsageError where classes differ from the
     run's, DataError for an image that cannot be decoded (unless `skip_bad`).
     """
+    if batch_size < 1:
+        raise UsageError(f"batch_size = {batch_size}: should be 1 or more")
     folder = Run(run)
     record = folder.finished_record()
     engine = TorchEngine.load(folder, device=device, precision=precision)
@@ -55,32 +58,27 @@ def evaluate(
 
 
 def choose_part(data: Data, record: dict[str, object], split: str | None) -> tuple[ImageSet, str]:
-    """(images, name of the part) of DATA that `evaluate` takes, under the run's own class indices."""
+    """(images, name of the part) of DATA that `evaluate` takes, under the run's own class indices.
+
+    Images that the run held out are known by name and size, wherever they lie now: where there are some, the others may
+    have been trained on, so those are taken alone unless `split` says otherwise.
+    """
     recorded = record["data"]
     assert isinstance(recorded, dict)
-    held_out = set(recorded["held_out"])
-    same = bool(held_out) and (
-        data.fingerprint == recorded["fingerprint"] or _location(data.location) == _location(recorded["location"])
-    )
-    if split == "held-out" or (split is None and same):
-        if not same:
-            raise UsageError(
-                f"{data.location} is not the data this run was split from, so it has no held-out part: leave out --split"
-            )
-        everything = data.evaluation_part() if "all" in data.parts else data.part("train")
-        images, part = everything.take([i for i, name in enumerate(everything.names) if name in held_out]), "held-out"
-        if not len(images):
-            raise DataError(f"none of the run's held-out images is in {data.location} any more")
+    whole = data.parts.get("all") or data.parts.get("train")
+    known = recorded["held_out"]
+    files = zip(whole.names, whole.file_sizes, strict=True) if whole is not None else ()
+    held_out = [index for index, (name, size) in enumerate(files) if known.get(name) == size]
+    if whole is not None and held_out and split in (None, "held-out"):
+        images, part = whole.take(held_out), "held-out"
+    elif split == "held-out":
+        raise UsageError(f"{data.location} has none of the images that this run held out: leave out --split held-out")
     elif split is not None:
         images, part = data.part(split), split
     else:
         images = data.evaluation_part()
         part = next(name for name, candidate in data.parts.items() if candidate is images)
     return _relabelled(images, tuple(record["classes"])), part  # type: ignore[arg-type]
-
-
-def _location(location: str) -> str:
-    return location if location == "digits" else str(Path(location).resolve())
 
 
 def _relabelled(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
@@ -90,7 +88,7 @@ def _relabelled(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
             f"{images.root} has classes the run was not trained on: {', '.join(unknown)} (it knows {', '.join(classes)})"
         )
     labels = tuple(classes.index(images.classes[label]) for label in images.labels)
-    return ImageSet(images.root, classes, images.names, labels, images.pixels)
+    return dataclasses.replace(images, classes=classes, labels=labels)
 
 
 def measure(

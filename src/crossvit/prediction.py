@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import glob
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
-from crossvit.data.preprocess import SUFFIXES, ImageSource, Preprocessing
+from crossvit.data.preprocess import SUFFIXES, ImageSource, Preprocessing, source_name
+from crossvit.data.sources import is_image_file
 from crossvit.errors import CrossViTError, DataError, UsageError
 from crossvit.results import Label, Prediction
 from crossvit.run import Run
@@ -36,13 +39,13 @@ class Predictor:
         self.engine = TorchEngine.load(folder, device=device, precision=precision)
         self.top_k = min(top_k, len(self.classes))
 
-    def __call__(self, images: Sequence[ImageSource] | ImageSource) -> list[Prediction]:
+    def __call__(self, images: Iterable[ImageSource] | ImageSource) -> list[Prediction]:
         """One Prediction an image, in the order given. A single image may come without a list around it."""
-        if not isinstance(images, list | tuple):
-            images = [images]  # type: ignore[list-item]
+        if isinstance(images, str | Path | bytes | Image.Image | np.ndarray):
+            images = [images]
         return list(self.stream(images))
 
-    def stream(self, images: Sequence[ImageSource]) -> Iterator[Prediction]:
+    def stream(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
         """As a call, a batch at a time, in constant memory."""
         remaining = iter(images)
         with ThreadPoolExecutor() as pool:
@@ -51,11 +54,10 @@ class Predictor:
                 decoded = [image for image in prepared if isinstance(image, np.ndarray)]
                 answers = iter(self._classify(np.stack(decoded)) if decoded else ())
                 for source, image in zip(batch, prepared, strict=True):
-                    name = str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>"
                     if isinstance(image, CrossViTError):
-                        yield Prediction(name, error=str(image))
+                        yield Prediction(source_name(source), error=str(image))
                     else:
-                        yield Prediction(name, next(answers))
+                        yield Prediction(source_name(source), next(answers))
 
     def _prepare(self, source: ImageSource) -> NDArray[np.float32] | DataError:
         try:
@@ -74,25 +76,28 @@ class Predictor:
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """Files, folders (searched through) and globs as a list of image paths. UsageError for one that names nothing."""
+    """Files, folders (searched through) and globs as a list of image paths. A file that is not there stays in the list, to
+    become a result with an error, unless nothing at all is there: then, and for an empty folder or glob, UsageError."""
     found: list[str] = []
     for given in paths:
         path = Path(given).expanduser()
         if path.is_dir():
-            inside = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
+            inside = sorted(str(file) for file in path.rglob("*") if is_image_file(file))
             if not inside:
                 raise UsageError(f"folder {given} has no images (read here: {' '.join(SUFFIXES)})")
             found += inside
         elif path.is_file():
             found.append(str(path))
-        else:
+        elif glob.has_magic(given):
             found += _glob(given)
+        else:
+            found.append(given)
+    if not any(Path(path).exists() for path in found):
+        raise UsageError(f"no image at {', '.join(paths)}: give files, folders or a glob such as 'photos/*.jpg'")
     return found
 
 
 def _glob(pattern: str) -> list[str]:
-    import glob
-
     matches = sorted(match for match in glob.glob(pattern, recursive=True) if Path(match).is_file())
     if not matches:
         raise UsageError(f"no image at {pattern}: give files, folders or a glob such as 'photos/*.jpg'")

@@ -119,7 +119,8 @@ class Epoch:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """A finished run: where it is, its record (`run.json`), its epochs and its evaluation on the held-out images."""
+    """A finished run: where it is, its record (`run.json`), its epochs and its evaluation on the held-out images, which is
+    None for a run that had finished before it was asked for."""
 
     run: str
     top1: float
@@ -127,4 +128,4 @@ class TrainingResult:
     seconds: float
     record: dict[str, Any]
     epochs: tuple[Epoch, ...]
-    evaluation: Evaluation
+    evaluation: Evaluation | None

@@ -23,6 +23,7 @@ from typing import Any
 from crossvit.errors import RunError, UsageError
 
 SCHEMA = 1  # of run.json; raised when a field changes its meaning
+KEYS = ("result", "model", "classes", "preprocessing", "precision", "recipe", "config", "data")
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -69,13 +70,14 @@ class Run:
             raise UsageError(f"{self.path} is not a run folder (no run.json): give one made by `crossvit train DATA --out RUN`")
         try:
             record: dict[str, Any] = json.loads(self.record_path.read_text(encoding="utf-8"))
-            schema = record["schema"]
+            newer = record["schema"] > SCHEMA
+            missing = [key for key in KEYS if key not in record]
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(f"{self.record_path} is damaged ({error}): train again with --overwrite") from error
-        if schema > SCHEMA:
-            raise RunError(
-                f"{self.path} was made by a newer crossvit (schema {schema}, this one reads {SCHEMA}): upgrade crossvit"
-            )
+        if newer:
+            raise RunError(f"{self.path} was made by a newer crossvit ({record.get('crossvit', 'unknown')}): upgrade crossvit")
+        if missing:
+            raise RunError(f"{self.record_path} is damaged (no {', '.join(missing)}): train again with --overwrite")
         return record
 
     def finished_record(self) -> dict[str, Any]:
@@ -90,21 +92,24 @@ class Run:
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file: choose another --out")
         occupied = self.path.is_dir() and not all(self._is_blank(entry) for entry in self.path.iterdir())
-        if occupied and not overwrite:
-            raise UsageError(
-                f"{self.path} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out"
-            )
         if occupied and not self.exists():
-            raise UsageError(f"{self.path} is not a run, so it is left alone: choose another --out")
+            raise UsageError(f"{self.path} has files and is not a run, so it is left alone: choose another --out")
+        if occupied and not overwrite:
+            fix = "add --resume to go on with it, --overwrite to replace it, or choose another --out"
+            raise UsageError(f"{self.path} exists: {fix}")
 
-    def prepare(self, *, overwrite: bool) -> None:
-        """Make an empty run folder. UsageError if something is there already (unless `overwrite`, and it is a run)."""
+    def prepare(self, record: dict[str, Any], *, overwrite: bool) -> None:
+        """Make a run folder that holds `record` alone. UsageError if something is there already (unless `overwrite`, and it
+        is a run). An old run's checkpoints go first and its weights after the new record is on disk, so that whatever
+        happens between, the folder is the old run or the new one and never a mixture."""
         self.refuse_occupied(overwrite=overwrite)
         with _writing(self.path):
-            for entry in (self.record_path, self.weights_path, self.log_path, self.report_path):
-                entry.unlink(missing_ok=True)
             if self.checkpoints.is_dir():
                 shutil.rmtree(self.checkpoints)
+        self.write_record(record)
+        with _writing(self.path):
+            for entry in (self.weights_path, self.log_path, self.report_path):
+                entry.unlink(missing_ok=True)
             self.checkpoints.mkdir(parents=True)
 
     @staticmethod
@@ -115,7 +120,8 @@ class Run:
         )
 
     def write_record(self, record: dict[str, Any]) -> None:
-        write_atomically(self.record_path, (json.dumps({"schema": SCHEMA, **record}, indent=1) + "\n").encode())
+        text = json.dumps({"schema": SCHEMA, **record}, indent=1, allow_nan=False)
+        write_atomically(self.record_path, f"{text}\n".encode())
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""
@@ -128,7 +134,8 @@ class Run:
         if self.log_path.is_file():
             for line in self.log_path.read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError):
-                    entries.append(json.loads(line))
+                    entry = json.loads(line)
+                    entries += [entry] if isinstance(entry, dict) else []
         return entries
 
     def rewrite_log(self, entries: list[dict[str, Any]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
@@ -32,28 +33,24 @@ def run(words: list[str], *, debug: bool = False) -> int:
         sys.stdout.flush()
         return int(status or 0)
     except CycloptsError as error:
-        if debug:
-            raise
-        return _fail(f"{_one_line(error)} (see `crossvit --help`)", 2)
+        return _fail(f"{str(error).strip().rstrip('.')} (see `{_help_for(words)}`)", 2, debug=debug)
     except CrossViTError as error:
-        if debug:
-            raise
-        return _fail(str(error), error.exit_status)
+        return _fail(str(error), error.exit_status, debug=debug)
     except KeyboardInterrupt:
         return _fail("stopped", INTERRUPTED)
-    except BrokenPipeError:  # standard output was closed early, as by `| head`
+    except (BrokenPipeError, SystemExit):  # standard output was closed early, as by `| head`; SystemExit is rich's word for it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (MemoryError, OSError) as error:
-        if debug:
-            raise
-        return _fail(f"{type(error).__name__}: {error}", 1)
+    except Exception as error:  # noqa: BLE001  # what nobody foresaw is still one line for people
+        return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, debug=debug)
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()).rstrip(".")
+def _help_for(words: list[str]) -> str:
+    return f"crossvit {words[0]} --help" if words and words[0].isalpha() else "crossvit --help"
 
 
-def _fail(line: str, status: int) -> int:
+def _fail(line: str, status: int, *, debug: bool = False) -> int:
+    if debug:
+        traceback.print_exc()
     print(f"crossvit: {' '.join(line.split())}", file=sys.stderr)
     return status

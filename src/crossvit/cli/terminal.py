@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from crossvit.results import Epoch, Evaluation, Prediction, TrainingResult
 
 
+TOP5_FROM = 10  # classes from which top-5 says something
+TABLE_WIDTH = 100  # columns that the widest table takes
+
+
 class TerminalWatch(Watch):
     """Draws a training run on stderr: a bar while it goes on, one line an epoch."""
 
@@ -37,6 +41,7 @@ class TerminalWatch(Watch):
         )
         self.task: TaskID | None = None
         self.epochs = 0
+        self.training = False  # whether there is a run to go on with
 
     def __enter__(self) -> TerminalWatch:
         self.progress.start()
@@ -62,6 +67,7 @@ class TerminalWatch(Watch):
         for line in lines:
             self.say(line)
         self.epochs = epochs
+        self.training = True
         self._show("training", epochs * steps, completed=done * steps)
 
     def stepped(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
@@ -91,7 +97,8 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_training(result: TrainingResult) -> None:
-    print(f"top-1  {_percent(result.top1)} of {result.n:,} {result.evaluation.split} images ({result.seconds:.0f} s of training)")
+    part = result.record["data"]["held_out_part"]
+    print(f"top-1  {_percent(result.top1)} of {result.n:,} {part} images ({result.seconds:.0f} s of training)")
     print(f"run    {result.run}")
     print(f"look   {result.run}/report.html")
 
@@ -99,7 +106,7 @@ def print_training(result: TrainingResult) -> None:
 def print_evaluation(result: Evaluation) -> None:
     right = round(result.top1 * result.n)
     print(f"top-1  {_percent(result.top1)}  ({right:,} of {result.n:,} {result.split} images of {result.data})")
-    if len(result.classes) > 5:
+    if len(result.classes) >= TOP5_FROM:
         print(f"top-5  {_percent(result.top5)}")
     print(f"F1     {_percent(result.macro_f1)}  (mean over the classes)")
     for branch in result.branches:
@@ -118,19 +125,19 @@ def print_prediction(prediction: Prediction) -> None:
 
 
 def print_models(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table("model", "input", box=None, pad_edge=False, header_style="bold")
+    table = Table(Column("model", no_wrap=True), "input", box=None, pad_edge=False, header_style="bold")
     for heading in ("parameters", "MACs", "paper top-1"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in rows:
         height, width = row["image_size"]
         top1 = "" if row["paper_top1"] is None else f"{row['paper_top1']:.1f} %"
         table.add_row(row["name"], f"{height}x{width}", f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.3f} G", top1)
-    Console(highlight=False).print(table)
+    _wide_console().print(table)
 
 
 def print_paper(rows: Sequence[Row], tables: Mapping[str, str]) -> None:
     """Each table of the paper: printed figures, ours behind them, a mark and the reason where they differ."""
-    console = Console(highlight=False)
+    console = _wide_console()
     for name, subject in tables.items():
         table = Table(
             Column("row", no_wrap=True),
@@ -157,6 +164,13 @@ def print_paper(rows: Sequence[Row], tables: Mapping[str, str]) -> None:
         for line in reasons:
             console.print(line, soft_wrap=True, markup=False)
         console.print()
+
+
+def _wide_console() -> Console:
+    """Standard output, wide enough that a table is not cut: a terminal wraps it or a pipe takes it whole."""
+    console = Console(highlight=False)
+    console.width = max(console.width, TABLE_WIDTH)
+    return console
 
 
 def _percent(share: float) -> str:

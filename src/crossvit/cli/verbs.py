@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from typing import Annotated, Any
 
@@ -13,8 +14,10 @@ from crossvit import __version__
 app = App(
     name="crossvit",
     version=f"crossvit {__version__}",
-    help="Multi-scale vision transformers (CrossViT) from a folder of images to a trained, evaluated classifier.",
+    help="Multi-scale vision transformers (CrossViT) from a folder of images to a trained, evaluated classifier. "
+    "With --debug an error shows where it came from.",
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -49,7 +52,7 @@ def train(
     out
         The run folder to make: weights, log, checkpoints and report.html.
     recipe
-        A shipped recipe (small, quickstart) or a TOML file. Default: small.
+        A shipped recipe (small, quickstart), a TOML file, or a run folder to take everything from. Default: small.
     model
         A name from `crossvit models`. Default: one that suits the size and number of the images.
     weights
@@ -84,7 +87,7 @@ def train(
     from crossvit.results import to_json
     from crossvit.run import Run, write_atomically
     from crossvit.train.loop import fit
-    from crossvit.train.recipe import Recipe, load_recipe
+    from crossvit.train.recipe import load_recipe
 
     changes: dict[str, Any] = {
         "data": data, "out": out, "model": model, "weights": weights, "epochs": epochs, "batch_size": batch_size,
@@ -92,20 +95,18 @@ def train(
         "skip_bad": skip_bad,
     }  # fmt: skip
     run = Run(out)
-    if resume and run.exists() and recipe is None:
-        plan = Recipe.from_dict(run.record()["recipe"]).changed(**changes)
-    else:
-        plan = load_recipe(recipe or "small", **changes)
+    going_on = resume and run.exists()
+    plan = load_recipe(recipe or (str(run.path) if going_on else "small"), **changes)
     with TerminalWatch() as watch:
         try:
             result = fit(plan, resume=resume, overwrite=overwrite, watch=watch)
         except KeyboardInterrupt:
-            if not run.exists():
-                raise
             watch.stop()
-            print(f"crossvit: stopped; go on with `crossvit train {data} --out {out} --resume`", file=sys.stderr)
+            again = shlex.join(["crossvit", "train", data, "--out", out, "--resume"])
+            print(f"crossvit: stopped; go on with `{again}`" if watch.training else "crossvit: stopped", file=sys.stderr)
             return 130
-    write_atomically(run.report_path, run_page(result).encode())
+    if result.evaluation is not None:
+        write_atomically(run.report_path, run_page(result, result.evaluation).encode())
     if json:
         _print_json(to_json(result))
     else:
@@ -136,7 +137,7 @@ def evaluate(
         As for `train`. Of data with val/ or test/ that part is taken, of the data the run was split from its held-out
         part, otherwise every image.
     split
-        Take this part instead: train, val, test, all or held-out.
+        Take this part instead: train, val or test where the data has them, all where it has none, or held-out.
     batch_size
         Images a step.
     precision
@@ -225,6 +226,9 @@ def models(
 ) -> int:
     """List the models: name, input, parameters, multiply-accumulates of one image, and top-1 on ImageNet-1k in the paper.
 
+    Multiply-accumulates are counted as the paper counts, with the keys and values of cross-attention built for every token;
+    the models compute a few per cent less.
+
     Parameters
     ----------
     paper
@@ -265,4 +269,4 @@ def models(
 
 
 def _print_json(record: dict[str, Any]) -> None:
-    print(json.dumps(record, ensure_ascii=False))
+    print(json.dumps(record, ensure_ascii=False, allow_nan=False))

@@ -18,10 +18,6 @@ class Findings:
     broken: dict[str, str]
     sizes: list[tuple[int, int]]
 
-    @property
-    def shorter_sides(self) -> list[int]:
-        return sorted(min(size) for size in self.sizes)
-
 
 def look_at(images: ImageSet, *, progress: Callable[[], object] = lambda: None) -> Findings:
     """Decode every image of `images` whole, in parallel. `progress` is called once an image."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from crossvit.data.augment import Augment
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import ImageSet
 
-CACHE_BYTES = 2 * 2**30  # decoded pictures kept in memory up to this many bytes; beyond it every epoch decodes again
+CACHE_BYTES = 2 * 2**30  # decoded pictures kept in memory, over all workers; beyond it every epoch decodes again
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -27,10 +29,11 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
 class TrainingSet(Dataset[tuple[NDArray[np.uint8], int]]):
     """Augmented training views. An item is asked for by (epoch, index), so it never depends on who loads it when."""
 
-    def __init__(self, images: ImageSet, augment: Augment, *, seed: int) -> None:
+    def __init__(self, images: ImageSet, augment: Augment, *, seed: int, cache_bytes: int) -> None:
         self.images = images
         self.augment = augment
         self.seed = seed
+        self.cache_bytes = cache_bytes
         self._kept: dict[int, NDArray[np.uint8]] = {}
         self._kept_bytes = 0
 
@@ -47,7 +50,7 @@ class TrainingSet(Dataset[tuple[NDArray[np.uint8], int]]):
             return Image.fromarray(self._kept[index])
         view = self.augment.view(self.images.read(index))
         pixels = np.asarray(view)
-        if self._kept_bytes + pixels.nbytes <= CACHE_BYTES:
+        if self._kept_bytes + pixels.nbytes <= self.cache_bytes:
             self._kept[index] = pixels
             self._kept_bytes += pixels.nbytes
         return view
@@ -83,13 +86,12 @@ class TrainingLoader:
         self.preprocessing = preprocessing
         self.batches = EpochBatches(len(images), batch_size=batch_size, seed=seed)
         self.loader = DataLoader(
-            TrainingSet(images, augment, seed=seed),
+            TrainingSet(images, augment, seed=seed, cache_bytes=CACHE_BYTES // max(1, workers)),
             batch_sampler=self.batches,  # keys rather than positions
             num_workers=workers,
             collate_fn=_stack,
             persistent_workers=workers > 0,
             multiprocessing_context="spawn" if workers else None,
-            worker_init_fn=_leave_interrupts_to_the_main_process if workers else None,
         )
 
     def __len__(self) -> int:
@@ -98,12 +100,24 @@ class TrainingLoader:
 
     def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         self.batches.epoch = epoch
-        for pixels, labels in self.loader:
+        with _interrupts_left_to_this_process():
+            batches = iter(self.loader)  # starts the workers, the first time
+        for pixels, labels in batches:
             yield torch.from_numpy(self.preprocessing.normalise(pixels)), torch.from_numpy(labels)
 
 
-def _leave_interrupts_to_the_main_process(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextmanager
+def _interrupts_left_to_this_process() -> Iterator[None]:
+    """Processes started inside ignore Ctrl-C from their first moment: this one hears it, a fraction of a second later at
+    the earliest, and ends them. (A blocked signal would wait, but multiprocessing unblocks it.)"""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _stack(items: list[tuple[NDArray[np.uint8], int]]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

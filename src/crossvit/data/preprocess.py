@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from crossvit.errors import DataError
 
@@ -24,7 +24,21 @@ MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own limit against 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # the released weights' normalisation (timm's IMAGENET_DEFAULT)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+# What Pillow finds odd in a file but can decode is no news for people; a decompression bomb is an error.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
 warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+
+# EXIF orientation -> the turn that makes the picture upright (EXIF 2.3, tag 0x0112)
+ORIENTATION_TAG = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
 
@@ -35,7 +49,7 @@ def read_image(source: ImageSource) -> Image.Image:
     EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled to 8, an animation gives its first
     frame. DataError, with the path, for anything that cannot be decoded whole.
     """
-    name = str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>"
+    name = source_name(source)
     try:
         if isinstance(source, np.ndarray):
             return to_rgb(Image.fromarray(source))
@@ -49,14 +63,21 @@ def read_image(source: ImageSource) -> Image.Image:
         raise DataError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller first") from None
     except FileNotFoundError:
         raise DataError(f"{name}: no such file") from None
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError, IndexError) as error:
-        raise DataError(f"{name}: cannot be decoded ({error})") from error
+    except Exception as error:  # an untrusted file can make a decoder fail in any way
+        raise DataError(f"{name}: cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def source_name(source: ImageSource) -> str:
+    """What an image is called in messages and results: its path, or `<bytes>`, `<Image>`, `<ndarray>`."""
+    return str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Decode, turn upright and convert to RGB."""
     image.load()
-    image = ImageOps.exif_transpose(image)
+    turn = UPRIGHT.get(_orientation(image) or 1)
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.asarray(image).astype(np.int64) >> 8  # 16-bit grey; Pillow's own conversion would clip it to white
         image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
@@ -110,6 +131,15 @@ class Preprocessing:
     def from_dict(cls, record: Mapping[str, Any]) -> Preprocessing:
         height, width = record["image_size"]
         return cls(image_size=(height, width), crop=record["crop"], mean=tuple(record["mean"]), std=tuple(record["std"]))
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """The EXIF orientation; None where there is none or the EXIF block is damaged (the picture itself may be fine)."""
+    try:
+        value = image.getexif().get(ORIENTATION_TAG)
+    except Exception:  # noqa: BLE001  # an untrusted block
+        return None
+    return value if isinstance(value, int) else None
 
 
 def _why_unidentified(source: object) -> str:

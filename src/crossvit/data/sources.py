@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +25,14 @@ HELD_OUT_PARTS = ("val", "test")
 
 @dataclasses.dataclass(frozen=True)
 class ImageSet:
-    """Labelled images of one part. `names` tell them apart (paths below `root`), `labels` index `classes`."""
+    """Labelled images of one part. `names` tell them apart (paths below `root`), `labels` index `classes`, `file_sizes`
+    are in bytes."""
 
     root: str
     classes: tuple[str, ...]
     names: tuple[str, ...]
     labels: tuple[int, ...]
+    file_sizes: tuple[int, ...]
     pixels: NDArray[np.uint8] | None = None  # (n, H, W) for images that are not files
 
     def __len__(self) -> int:
@@ -50,10 +52,11 @@ class ImageSet:
             self,
             names=tuple(self.names[index] for index in indices),
             labels=tuple(self.labels[index] for index in indices),
+            file_sizes=tuple(self.file_sizes[index] for index in indices),
             pixels=None if self.pixels is None else self.pixels[list(indices)],
         )
 
-    def without(self, names: set[str]) -> ImageSet:
+    def without(self, names: Collection[str]) -> ImageSet:
         return self.take([index for index, name in enumerate(self.names) if name not in names])
 
     def counts(self) -> dict[str, int]:
@@ -69,8 +72,21 @@ class Data:
     location: str
     classes: tuple[str, ...]
     parts: dict[str, ImageSet]
-    fingerprint: str  # sha256 over every file's name and size: the same for the same files, wherever they lie
-    ignored: int = 0  # files without an image's name ending
+    notes: tuple[str, ...] = ()  # what was passed over, a line each
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over every image's name and size: the same for the same files, wherever they lie."""
+        digest = hashlib.sha256()
+        for part, images in sorted(self.parts.items()):
+            for name, size in zip(images.names, images.file_sizes, strict=True):
+                digest.update(f"{part} {name} {size}\n".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def without(self, broken: Mapping[str, Collection[str]]) -> Data:
+        """This data less the images named for each part."""
+        kept = {part: images.without(broken.get(part, ())) for part, images in self.parts.items()}
+        return dataclasses.replace(self, parts=kept)
 
     def split(self, *, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
         """(train, held-out) images: the parts DATA has, or a stratified split of all of them."""
@@ -80,6 +96,10 @@ class Data:
         _require_trainable(train, self.location)
         for part in HELD_OUT_PARTS:
             if part in self.parts:
+                if not len(self.parts[part]):
+                    raise UsageError(
+                        f"{self.location}/{part} has no images: add some, or remove it to have a part of train/ held out"
+                    )
                 return train, self.parts[part]
         return stratified_split(train, held_out=held_out, seed=seed)
 
@@ -103,35 +123,67 @@ def open_data(location: str | Path) -> Data:
     """
     if str(location) == BUILT_IN:  # a folder of that name is ./digits
         images = _digits()
-        assert images.pixels is not None
-        return Data(BUILT_IN, images.classes, {"all": images}, hashlib.sha256(images.pixels.tobytes()).hexdigest())
+        return Data(BUILT_IN, images.classes, {"all": images})
     root = Path(location).expanduser()
     if not root.is_dir():
         raise UsageError(f"no folder {root}: give a folder of class folders, or `{BUILT_IN}`")
-    parts = [part for part in ("train", *HELD_OUT_PARTS) if (root / part).is_dir() and _folders(root / part)]
-    layout = {part: root / part for part in parts} or {"all": root}
+    layout, notes = _layout(root)
     classes = _folders(layout.get("train") or next(iter(layout.values())))
     if not classes:
         raise UsageError(
             f"{root} has no class folders: put each class's images in a folder of its name, {root}/<class>/photo.jpg"
         )
-    sets, ignored, digest = {}, 0, hashlib.sha256()
-    for part, folder in sorted(layout.items()):
-        digest.update(f"{part}\n".encode())
-        sets[part], skipped = _read_folder(folder, classes, digest)
-        ignored += skipped
+    sets: dict[str, ImageSet] = {}
+    ignored: Counter[str] = Counter()
+    for part, folder in layout.items():
+        sets[part] = _read_folder(folder, classes, ignored)
     if not any(len(images) for images in sets.values()):
         raise UsageError(f"{root} has no images: put them in {root}/<class>/ (read here: {' '.join(SUFFIXES)})")
-    return Data(str(root), classes, sets, digest.hexdigest(), ignored)
+    if ignored:
+        kinds = ", ".join(f"{count} {suffix or 'without an ending'}" for suffix, count in ignored.most_common())
+        notes.append(f"files of a kind that is not read here are ignored: {kinds}")
+    return Data(str(root), classes, sets, tuple(notes))
+
+
+def _layout(root: Path) -> tuple[dict[str, Path], list[str]]:
+    """(part -> its folder, notes): train/, val/ and test/ where they hold class folders, else `root` itself as `all`.
+
+    Folders called train, val or test beside others are classes, unless train/ holds class folders itself.
+    """
+    folders = _folders(root)
+    parts = [part for part in ("train", *HELD_OUT_PARTS) if part in folders]
+    others = [name for name in folders if name not in parts]
+    if not parts or (others and not _folders(root / "train" if "train" in parts else root / parts[0])):
+        return {"all": root}, []
+    for part in parts:
+        if not _folders(root / part) and any((root / part).iterdir()):
+            raise UsageError(
+                f"{root / part} has no class folders: put its images in {root / part}/<class>/, as in the other parts"
+            )
+    notes = [f"{root} has train/, val/ or test/, so its other folders are ignored: {', '.join(others)}"] if others else []
+    return {part: root / part for part in parts}, notes
 
 
 def stratified_split(images: ImageSet, *, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """(train, held-out): the share `held_out` of every class, at least one image, drawn by `seed`."""
-    from sklearn.model_selection import train_test_split
+    """(train, held-out): the share `held_out` of every class, drawn by `seed`, with at least one image of each class on
+    both sides. The whole is rounded up; the classes with the largest remainders are rounded up first."""
+    generator = np.random.default_rng(seed)
+    counts = np.array(list(images.counts().values()))
+    wanted = counts * held_out
+    taken = np.clip(np.floor(wanted).astype(int), 1, counts - 1)
+    for label in np.argsort(np.floor(wanted) - wanted, kind="stable"):  # largest remainder first
+        if taken.sum() < math.ceil(len(images) * held_out) and taken[label] < counts[label] - 1:
+            taken[label] += 1
+    labels = np.asarray(images.labels)
+    test = [
+        index for label, n in enumerate(taken) for index in generator.permutation(np.flatnonzero(labels == label))[:n].tolist()
+    ]
+    return images.take(sorted(set(range(len(images))) - set(test))), images.take(sorted(test))
 
-    size = max(math.ceil(len(images) * held_out), len(images.classes))
-    train, test = train_test_split(range(len(images)), test_size=size, stratify=images.labels, random_state=seed)
-    return images.take(sorted(train)), images.take(sorted(test))
+
+def is_image_file(path: Path) -> bool:
+    """Whether `path` is a file that is not hidden and has an image's name ending."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def _require_trainable(images: ImageSet, location: str) -> None:
@@ -148,23 +200,23 @@ def _folders(root: Path) -> tuple[str, ...]:
     return tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
 
 
-def _read_folder(root: Path, classes: tuple[str, ...], digest: hashlib._Hash) -> tuple[ImageSet, int]:
-    """(images, files passed over); every image's name and size goes into `digest`."""
+def _read_folder(root: Path, classes: tuple[str, ...], ignored: Counter[str]) -> ImageSet:
+    """The images below `root`; files of other kinds are counted in `ignored` by their name's ending."""
     extra = sorted(set(_folders(root)) - set(classes))
     if extra:
         raise UsageError(f"{root} has classes that train/ does not have: {', '.join(extra)}; rename or remove them")
-    names, labels, ignored = [], [], 0
+    names: list[str] = []
+    labels: list[int] = []
+    sizes: list[int] = []
     for label, name in enumerate(classes):
         for path in sorted((root / name).rglob("*")):
-            if path.name.startswith(".") or not path.is_file():
-                continue
-            if path.suffix.lower() not in SUFFIXES:
-                ignored += 1
-                continue
-            names.append(path.relative_to(root).as_posix())
-            digest.update(f"{names[-1]} {path.stat().st_size}\n".encode("utf-8", "surrogateescape"))
-            labels.append(label)
-    return ImageSet(str(root), classes, tuple(names), tuple(labels)), ignored
+            if is_image_file(path):
+                names.append(path.relative_to(root).as_posix())
+                labels.append(label)
+                sizes.append(path.stat().st_size)
+            elif path.is_file() and not path.name.startswith("."):
+                ignored[path.suffix.lower()] += 1
+    return ImageSet(str(root), classes, tuple(names), tuple(labels), tuple(sizes))
 
 
 def _digits() -> ImageSet:
@@ -174,4 +226,6 @@ def _digits() -> ImageSet:
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), ink 0..16
     classes = tuple(str(name) for name in digits.target_names)
     names = tuple(f"{index:04d}" for index in range(len(pixels)))
-    return ImageSet(BUILT_IN, classes, names, tuple(int(label) for label in digits.target), pixels)
+    return ImageSet(
+        BUILT_IN, classes, names, tuple(int(label) for label in digits.target), (pixels[0].nbytes,) * len(pixels), pixels
+    )

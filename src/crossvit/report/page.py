@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import shlex
 from importlib import resources
 from typing import Any
 
@@ -16,7 +17,7 @@ from crossvit.results import Evaluation, TrainingResult
 LABELLED_CELLS = 20  # classes up to which the confusion matrix writes its counts and names; beyond it they show on hover
 
 
-def run_page(result: TrainingResult) -> str:
+def run_page(result: TrainingResult, evaluation: Evaluation) -> str:
     """The HTML of a finished run: headline, curves, confusion matrix, classes, surest mistakes, configuration."""
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["percent"] = lambda share: f"{100 * share:.1f}\u202f%"
@@ -26,17 +27,19 @@ def run_page(result: TrainingResult) -> str:
     record = result.record
     return template.render(
         result=result,
-        evaluation=result.evaluation,
+        evaluation=evaluation,
         record=record,
-        curves=Markup(curves(result.epochs)) if result.epochs else "",  # noqa: S704  # our own SVG
-        confusion=_confusion_rows(result.evaluation),
-        labelled=len(result.evaluation.classes) <= LABELLED_CELLS,
-        worst_first=sorted(result.evaluation.classes, key=lambda score: (score.f1, score.label)),
+        curves=[Markup(svg) for svg in curves(result.epochs)],  # noqa: S704  # our own SVGs
+        confusion=_confusion_rows(evaluation),
+        labelled=len(evaluation.classes) <= LABELLED_CELLS,
+        worst_first=sorted(evaluation.classes, key=lambda score: (score.f1, score.label)),
         wrong=result.n - round(result.top1 * result.n),
         recipe=_flat(record["recipe"]),
         branches=record["config"]["branches"],
         configuration=json.dumps({key: value for key, value in record.items() if key != "data"}, indent=2, ensure_ascii=False),
-        command=_command(record),
+        command=shlex.join(
+            ["crossvit", "train", record["recipe"]["data"], "--recipe", result.run, "--out", f"{result.run}-again"]
+        ),
     )
 
 
@@ -72,20 +75,3 @@ def _flat(recipe: dict[str, Any]) -> list[tuple[str, Any]]:
             else [(key, value)]
         )
     return [(key, value) for key, value in rows if value is not None]
-
-
-def _command(record: dict[str, Any]) -> str:
-    """The command that trains this run again, with what differs most often spelled out."""
-    recipe = record["recipe"]
-    words = ["crossvit", "train", recipe["data"], "--out", recipe["out"], "--model", record["model"]]
-    words += [
-        "--epochs",
-        recipe["epochs"],
-        "--batch-size",
-        recipe["batch_size"],
-        "--lr",
-        recipe["optimiser"]["lr"],
-        "--seed",
-        recipe["seed"],
-    ]
-    return " ".join(f'"{word}"' if " " in str(word) else str(word) for word in words)

@@ -26,11 +26,11 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def curves(epochs: Sequence[Epoch]) -> str:
-    """Loss and accuracy over the epochs, trained-on and held-out images, as one SVG."""
+def curves(epochs: Sequence[Epoch]) -> list[str]:
+    """Loss and accuracy over the epochs, trained-on and held-out images: two SVGs, to stand side by side or stacked."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.6, 3.0), layout="constrained")
-        loss, accuracy = figure.subplots(1, 2)
+        figures = [Figure(figsize=(4.6, 3.0), layout="constrained") for _ in range(2)]
+        loss, accuracy = (figure.subplots() for figure in figures)
         numbers = [entry.epoch for entry in epochs]
         marker = "o" if len(epochs) == 1 else None
         for axes, train, held_out, title in (
@@ -44,10 +44,10 @@ def curves(epochs: Sequence[Epoch]) -> str:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
             axes.grid(alpha=0.18, color=INK)
         loss.set_ylim(bottom=0)
-        accuracy.set_ylim(top=1.005)
+        accuracy.set_ylim(0, 1.005)
         accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        accuracy.legend(frameon=False, loc="lower right")
-        return _svg(figure)
+        loss.legend(frameon=False, loc="upper right")
+        return [_svg(figure) for figure in figures]
 
 
 def _svg(figure: Figure) -> str:

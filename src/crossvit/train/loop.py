@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 import platform
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch.nn import functional as F
 
 import crossvit
-from crossvit.errors import UsageError
+from crossvit.errors import TrainingError, UsageError
 from crossvit.evaluation import measure, summarise
 from crossvit.factory import create_model
 from crossvit.results import Epoch, Evaluation, TrainingResult, to_json
@@ -26,7 +29,7 @@ from crossvit.train.optim import learning_rate, make_optimiser
 from crossvit.train.plan import Plan, make_plan
 from crossvit.train.recipe import Recipe
 from crossvit.train.watch import Watch
-from crossvit.weights.load import load_weights
+from crossvit.weights.load import classes_in, load_weights
 
 TIMED_STEPS, WARM_UP_STEPS = 8, 3  # steps that are run and thrown away to estimate the time; the first ones are slower
 TIMED_SECONDS = 10.0  # no further step is timed after this long
@@ -40,32 +43,52 @@ def fit(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, watch:
     written, so a run that is stopped loses at most one epoch. Raises the errors of `crossvit.errors`.
     """
     watch = watch or Watch()
+    if resume and overwrite:
+        raise UsageError("--resume goes on with a run and --overwrite replaces it: give one of them")
     run = Run(recipe.out)
-    going_on = resume and run.exists()
-    if going_on:
-        refuse_changes(recipe, Recipe.from_dict(run.record()["recipe"]))
-    else:
+    if Path(recipe.data).expanduser().resolve() in run.path.resolve().parents:
+        raise UsageError(f"{run.path} lies inside the images of {recipe.data}: choose another --out")
+    recorded = run.record() if resume and run.exists() else None
+    if recorded is None:
         run.refuse_occupied(overwrite=overwrite)
-    resolve_device(recipe.device)  # a wrong call is said before the images are read
-    plan = make_plan(recipe, watch)
-    if going_on and run.record()["data"]["fingerprint"] != plan.data.fingerprint:
-        raise UsageError(
-            f"the files in {recipe.data} are not those {run.path} was trained on: put them back, or train anew with --overwrite"
-        )
-    precision = run.record()["precision"] if going_on else recipe.precision
-    training = Training(recipe, plan, run, watch, precision=precision)
-    state = training.newest_state() if going_on else None
-    if state is None:
-        training.load_starting_weights()
-    with run.lock():
-        if not going_on:
-            run.prepare(overwrite=overwrite)
-        if going_on and run.record()["result"]:
-            return training.finished()
-        training.start(state)
+    else:
+        refuse_changes(recipe, Recipe.from_dict(recorded["recipe"]))
+        if recorded["result"]:
+            return finished_result(run, recorded, watch)
+    with contextlib.ExitStack() as held:
+        if run.exists():
+            held.enter_context(run.lock())  # before the images are read; a new run's folder is made only after them
+        training = prepare(recipe, run, watch, recorded)
+        if recorded is None:
+            if not run.exists():
+                held.enter_context(run.lock())
+            run.prepare(training.record(result=None), overwrite=overwrite)
+        training.start()
         for epoch in range(training.epoch, recipe.epochs):
             training.one_epoch(epoch)
         return training.finish()
+
+
+def prepare(recipe: Recipe, run: Run, watch: Watch, recorded: dict[str, Any] | None) -> Training:
+    """The training of `recipe` in its starting state: the newest checkpoint's, or that of the starting weights. Writes
+    nothing."""
+    resolve_device(recipe.device)  # a wrong call is said before the images are read
+    plan = make_plan(recipe, watch, recorded=recorded)
+    if recorded is not None and recorded["data"]["fingerprint"] != plan.data.fingerprint:
+        fix = "put them back, or train anew with --overwrite"
+        raise UsageError(f"the files in {recipe.data} are not those {run.path} was trained on: {fix}")
+    training = Training(recipe, plan, run, watch, precision=recorded["precision"] if recorded else recipe.precision)
+    if recorded is None or not training.restore_newest():
+        training.load_starting_weights()
+    return training
+
+
+def finished_result(run: Run, record: dict[str, Any], watch: Watch) -> TrainingResult:
+    """The result of a run that has ended before; nothing is read but its record and log."""
+    watch.say(f"{run.path} has finished training already")
+    result = record["result"]
+    epochs = tuple(Epoch(**entry) for entry in run.entries())
+    return TrainingResult(str(run.path), result["top1"], result["n"], result["seconds"], record, epochs, None)
 
 
 def refuse_changes(recipe: Recipe, recorded: Recipe) -> None:
@@ -73,12 +96,18 @@ def refuse_changes(recipe: Recipe, recorded: Recipe) -> None:
     given, before = _flat(recipe.to_dict()), _flat(recorded.to_dict())
     free = {"out", "workers", "skip_bad"}  # where the run lies now, and what does not change its result
     changed = [
-        f"--{name.replace('_', '-')} {given[name]} (the run has {before[name]})"
+        f"{'DATA' if name == 'data' else '--' + name.replace('_', '-')} {given[name]} (the run has {before[name]})"
         for name in given
-        if name not in free and given[name] != before[name]
+        if name not in free and _same_place(name, given[name]) != _same_place(name, before[name])
     ]
     if changed:
-        raise UsageError(f"--resume cannot change {', '.join(changed)}: leave it out, or train anew with --overwrite")
+        fix = "leave it out, train anew with --overwrite, or start another run from this one's weights with --weights"
+        raise UsageError(f"--resume cannot change {', '.join(changed)}: {fix}")
+
+
+def _same_place(name: str, value: Any) -> Any:
+    """A folder is the same however its path is written."""
+    return Path(value).expanduser().resolve() if name in ("data", "weights") and value else value
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:
@@ -112,25 +141,29 @@ class Training:
         return self.recipe.epochs * len(self.loader)
 
     def load_starting_weights(self) -> None:
-        """The recipe's `weights`, if it has any; a classifier for other classes stays new."""
-        if self.recipe.weights:
-            for note in load_weights(self.model, self.recipe.weights, head="new"):
-                self.watch.say(f"note   {note}")
+        """The recipe's `weights`, if it has any. The classifier comes along if it is known to be for the same classes: by
+        name from a run, by their number from a file."""
+        source = self.recipe.weights
+        if not source:
+            return
+        classes = self.plan.train.classes
+        from_run = Run(source)
+        same = tuple(from_run.record()["classes"]) == classes if from_run.exists() else classes_in(source) == len(classes)
+        for note in load_weights(self.model, source, head="same" if same else "new"):
+            self.watch.say(f"note   {note}")
 
-    def newest_state(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint of the run, None if there is none yet."""
+    def restore_newest(self) -> bool:
+        """Take up the newest whole checkpoint; False if there is none yet."""
         state, passed_over = newest_checkpoint(self.run.checkpoints)
         for line in passed_over:
             self.watch.say(f"{line}; using the one before it")
-        return state
-
-    def start(self, state: dict[str, Any] | None) -> None:
-        """Go on from `state`, or write the record of a new run; then say what is trained and how long it will take."""
         if state is not None:
             self._restore(state)
             self.watch.say(f"going on after epoch {self.epoch} of {self.recipe.epochs}")
-        else:
-            self.run.write_record(self._record(result=None))
+        return state is not None
+
+    def start(self) -> None:
+        """Say what is trained and how long it will take."""
         self.run.rewrite_log([to_json(epoch) for epoch in self.epochs])
         self.watch.started(self._describe(), epochs=self.recipe.epochs, done=self.epoch, steps=len(self.loader))
 
@@ -164,16 +197,8 @@ class Training:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
         write_atomically(self.run.weights_path, to_safetensors(weights, metadata={"format": "pt"}))
         result = {"top1": evaluation.top1, "n": evaluation.n, "loss": evaluation.loss, "seconds": self.seconds}
-        self.run.write_record(self._record(result=result))
+        self.run.write_record(self.record(result=result))
         return self._result(evaluation)
-
-    def finished(self) -> TrainingResult:
-        """The result of a run that has ended before; nothing is trained."""
-        self.watch.say(f"{self.run.path} has finished training already")
-        load_weights(self.model, self.run.path)
-        self.epochs = [Epoch(**entry) for entry in self.run.entries()]
-        self.seconds = self.run.record()["result"]["seconds"]
-        return self._result(self._evaluate())
 
     def _step(self, images: torch.Tensor, labels: torch.Tensor, *, step: int, rate: float) -> tuple[float, int]:
         torch.manual_seed(step_seed(self.recipe.seed, step))  # dropout and stochastic depth follow from the step alone
@@ -182,12 +207,16 @@ class Training:
         with autocast(self.device, self.precision):
             logits = self.model(images)
         loss = F.cross_entropy(logits.float(), labels, label_smoothing=self.recipe.label_smoothing)
+        value = loss.item()
+        if not math.isfinite(value):
+            where = f"epoch {step // len(self.loader) + 1}"
+            raise TrainingError(f"the loss is {value} in {where}: lower --lr (now {self.recipe.optimiser.lr:g}) and train anew")
         self.optimiser.zero_grad()
         loss.backward()
         if self.recipe.optimiser.clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.optimiser.clip)
         self.optimiser.step()
-        return loss.item(), int((logits.argmax(dim=1) == labels).sum())
+        return value, int((logits.argmax(dim=1) == labels).sum())
 
     def _evaluate(self) -> Evaluation:
         engine = TorchEngine(self.model, device=self.device)
@@ -217,13 +246,17 @@ class Training:
         for _, (images, labels) in zip(range(TIMED_STEPS), batches, strict=False):
             with autocast(self.device, self.precision):
                 logits = self.model(images.to(self.device))
-            F.cross_entropy(logits.float(), labels.to(self.device)).backward()
+            loss = F.cross_entropy(logits.float(), labels.to(self.device))
+            loss.backward()
+            loss.item()  # waits for the device
             times.append(time.perf_counter() - started)
             started = time.perf_counter()
             if sum(times) > TIMED_SECONDS:
                 break
         self.optimiser.zero_grad()
-        return statistics.median(times[WARM_UP_STEPS:] or times) * len(self.loader)
+        step = statistics.median(times[WARM_UP_STEPS:] or times[-1:])
+        evaluation = len(self.plan.held_out) / self.recipe.batch_size / 3  # in steps: forward alone is about a third of one
+        return step * (len(self.loader) + evaluation)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -240,7 +273,8 @@ class Training:
         self.epochs = [Epoch(*entry) for entry in state["epochs"]]
         self.epoch, self.seconds = state["epoch"], state["seconds"]
 
-    def _record(self, *, result: dict[str, Any] | None) -> dict[str, Any]:
+    def record(self, *, result: dict[str, Any] | None) -> dict[str, Any]:
+        """What run.json holds."""
         return {
             "crossvit": crossvit.__version__,
             "model": self.plan.model_name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from crossvit.train.recipe import Recipe
 from crossvit.train.watch import Watch
 from crossvit.weights.files import weight_file
 
-ENOUGH_FOR_9_DAGGER = 20_000  # training images from which a model of the paper is chosen for pictures of its size
+ENOUGH_FOR_9_DAGGER = 20_000  # training images from which a model of the paper is chosen for its size; see dev/LOG.md
 NAMED_AT_MOST = 5  # broken images named in a message; the rest are counted
 
 
@@ -58,7 +59,7 @@ class Plan:
         return {} if len(self.held_out) * height * width * 3 <= CACHE_BYTES else None
 
     def data_record(self) -> dict[str, Any]:
-        """For run.json: what was trained on, and by name what was held out where the data had no part for it."""
+        """For run.json: what was trained on, and by name and size what was held out where the data had no part for it."""
         split_here = self.held_out_part == "held-out"
         return {
             "location": self.data.location,
@@ -66,85 +67,84 @@ class Plan:
             "train": len(self.train),
             "held_out_part": self.held_out_part,
             "held_out_n": len(self.held_out),
-            "held_out": list(self.held_out.names) if split_here else [],
+            "held_out": dict(zip(self.held_out.names, self.held_out.file_sizes, strict=True)) if split_here else {},
+            "notes": list(self.data.notes),
         }
 
 
-def make_plan(recipe: Recipe, watch: Watch) -> Plan:
+def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None = None) -> Plan:
     """Open the data, look at every image, choose the model and say what was found.
 
+    recorded: run.json of the run that is gone on with; its model stays.
     Raises UsageError for a wrong call and DataError, before anything is trained, for images that cannot be decoded.
     """
-    if recipe.weights:
+    if recipe.weights and recorded is None:
         weight_file(recipe.weights)  # a wrong path is said before the images are read
     data = open_data(recipe.data)
+    data.split(held_out=recipe.held_out, seed=recipe.seed)  # a folder that cannot be split is said before, too
+    chosen = _chosen_model(recipe, recorded)
+    watch.checking(sum(len(images) for images in data.parts.values()))
+    looked = {part: look_at(images, progress=watch.checked) for part, images in data.parts.items()}
+    data = _without_broken(data, looked, skip=recipe.skip_bad)
     train, held_out = data.split(held_out=recipe.held_out, seed=recipe.seed)
-    name, why = (recipe.model, "") if recipe.model else _model_of_weights(recipe)
-    if name:
-        model_config(name)  # an unknown name is said before the images are read
-    watch.checking(len(train) + len(held_out))
-    looked = [look_at(images, progress=watch.checked) for images in (train, held_out)]
-    train, held_out = (
-        _without_broken(images, findings, skip=recipe.skip_bad, watch=watch)
-        for images, findings in zip((train, held_out), looked, strict=True)
-    )
-    sides = looked[0].shorter_sides
-    if name is None:
-        name, why = _suitable_model(statistics.median(sides), len(train))
+    sizes = [size for findings in looked.values() for size in findings.sizes]
+    name, base, why = chosen or _suitable_model(statistics.median(min(size) for size in sizes), len(train))
     config = model_config(
-        name,
+        base,
         num_classes=len(data.classes),
         image_size=(recipe.image_size, recipe.image_size) if recipe.image_size else None,
-        drop_path=recipe.drop_path or None,
+        drop_path=recipe.drop_path,
     )
     part = next((part for part in HELD_OUT_PARTS if part in data.parts), "held-out")
     plan = Plan(
         recipe, data, train, held_out, part, name, why, config,
         Preprocessing(image_size=config.image_size, crop=preset(name).crop),
     )  # fmt: skip
-    for line in _found(plan, looked):
+    for line in _found(plan, sizes):
         watch.say(line)
     return plan
 
 
-def _model_of_weights(recipe: Recipe) -> tuple[str | None, str]:
-    """The model of the run that the weights come from, if they come from a run."""
+def _chosen_model(recipe: Recipe, recorded: dict[str, Any] | None) -> tuple[str, CrossViTConfig, str] | None:
+    """(name, config, why) where they are given: by the run that is gone on with, by `model`, or by the run whose weights
+    are the start; None where the images decide. A name or size that cannot work is an error before the images are read."""
+    if recorded is not None:
+        return recorded["model"], CrossViTConfig.from_dict(recorded["config"]), ""
+    if recipe.model:
+        return recipe.model, model_config(recipe.model, image_size=recipe.image_size), ""
     if recipe.weights and Run(recipe.weights).exists():
-        return Run(recipe.weights).record()["model"], f", as in {recipe.weights}"
-    return None, ""
+        record = Run(recipe.weights).record()
+        return record["model"], CrossViTConfig.from_dict(record["config"]), f", as in {recipe.weights}"
+    return None
 
 
-def _suitable_model(side: float, images: int) -> tuple[str, str]:
-    """(name, why) by the typical shorter side in pixels and the number of training images."""
+def _suitable_model(side: float, images: int) -> tuple[str, CrossViTConfig, str]:
+    """(name, config, why) by the typical shorter side in pixels and the number of training images: the preset whose input
+    is nearest to the side, as dev/LOG.md says."""
     if images >= ENOUGH_FOR_9_DAGGER and side > 128:
         name = "crossvit_9_dagger_240"
     else:
         name = "crossvit_pico_32" if side <= 40 else "crossvit_nano_64" if side <= 80 else "crossvit_micro_96"
-    return name, f", chosen for {images:,} images with sides around {side:.0f} (--model takes another)"
+    return name, model_config(name), f", chosen for {images:,} images with sides around {side:.0f} (--model takes another)"
 
 
-def _without_broken(images: ImageSet, findings: Findings, *, skip: bool, watch: Watch) -> ImageSet:
-    if not findings.broken:
-        return images
-    named = [*findings.broken.values()][:NAMED_AT_MOST]
-    more = len(findings.broken) - len(named)
-    line = f"{len(findings.broken)} of {len(images)} images cannot be decoded: {'; '.join(named)}" + (
-        f"; and {more} more" * bool(more)
-    )
+def _without_broken(data: Data, looked: Mapping[str, Findings], *, skip: bool) -> Data:
+    """`data` less the images that cannot be decoded, which are counted and named: in its notes with `skip`, else in a
+    DataError."""
+    reasons = [reason for findings in looked.values() for reason in findings.broken.values()]
+    if not reasons:
+        return data
+    more = f"; and {len(reasons) - NAMED_AT_MOST} more" if len(reasons) > NAMED_AT_MOST else ""
+    total = sum(len(images) for images in data.parts.values())
+    line = f"{len(reasons)} of {total} images cannot be decoded: {'; '.join(reasons[:NAMED_AT_MOST])}{more}"
     if not skip:
         raise DataError(f"{line}. Mend or remove them, or add --skip-bad")
-    watch.say(f"skipped  {line}")
-    rest = images.without(set(findings.broken))
-    emptied = [name for name, count in rest.counts().items() if count == 0 and images.counts()[name]]
-    if emptied:
-        raise DataError(
-            f"no image of class {', '.join(emptied)} can be decoded in {images.root}: add good ones or remove the folder"
-        )
-    return rest
+    good = data.without({part: findings.broken for part, findings in looked.items()})
+    return dataclasses.replace(good, notes=(*data.notes, f"skipped: {line}"))
 
 
-def _found(plan: Plan, looked: list[Findings]) -> list[str]:
-    heights, widths = zip(*(size for findings in looked for size in findings.sizes), strict=True)
+def _found(plan: Plan, image_sizes: Sequence[tuple[int, int]]) -> list[str]:
+    heights, widths = zip(*image_sizes, strict=True)
     smallest, largest = f"{min(heights)}x{min(widths)}", f"{max(heights)}x{max(widths)}"
     sizes = smallest if smallest == largest else f"{smallest} to {largest}"
     total = len(plan.train) + len(plan.held_out)
@@ -153,13 +153,12 @@ def _found(plan: Plan, looked: list[Findings]) -> list[str]:
         f"data   {plan.data.location}: {len(plan.data.classes)} classes, {total:,} images "
         f"({len(plan.train):,} train, {len(plan.held_out):,} {where}), {sizes} pixels"
     ]
-    if plan.data.ignored:
-        lines.append(f"note   {plan.data.ignored} files without an image's name ending are ignored")
+    lines += [f"note   {note}" for note in plan.data.notes]
     without = [name for name, count in plan.held_out.counts().items() if count == 0]
     if without:
         lines.append(f"note   {where} has no image of {', '.join(without)}: nothing is measured for them")
     patch = max(branch.patch for branch in plan.config.branches)
-    tiny = sum(min(size) < patch for findings in looked for size in findings.sizes)
+    tiny = sum(min(size) < patch for size in image_sizes)
     if tiny:
         lines.append(f"note   {tiny} images are smaller than a {patch}-pixel patch: they are enlarged")
     return lines

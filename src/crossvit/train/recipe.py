@@ -7,15 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import tomllib
+import typing
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from crossvit.errors import ConfigError, UsageError, unknown_name
+from crossvit.run import Run
 
 PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PLAIN_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
+
+
+def _require(holds: bool, name: str, value: object, right: str) -> None:
+    if not holds:
+        raise ConfigError(f"{name} = {value!r}: should be {right}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +39,12 @@ class OptimiserRecipe:
     warmup: float = 0.1
     final_lr: float = 1e-5
     clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
+        _require(0 <= self.warmup < 1, "warmup", self.warmup, "a number from 0 up to (not including) 1")
+        for name in ("weight_decay", "final_lr", "clip"):
+            _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "a number of 0 or more")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +62,13 @@ class AugmentationRecipe:
     shift: float = 0.1
     zoom: float = 0.15
     colour: float = 0.3
+
+    def __post_init__(self) -> None:
+        _require(0 < self.min_crop <= 1, "min_crop", self.min_crop, "a share above 0 and at most 1")
+        _require(0 <= self.flip <= 1, "flip", self.flip, "a chance from 0 to 1")
+        _require(0 <= self.rotate <= 180, "rotate", self.rotate, "degrees from 0 to 180")
+        for name in ("shift", "zoom", "colour"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number from 0 up to (not including) 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,18 +104,13 @@ class Recipe:
         _require(self.epochs >= 1, "epochs", self.epochs, whole)
         _require(self.batch_size >= 1, "batch_size", self.batch_size, whole)
         _require(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "a number of pixels, 1 or more")
-        _require(self.seed >= 0, "seed", self.seed, "a whole number of 0 or more")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number of 0 or more, below 2^32")
         _require(self.workers >= 0, "workers", self.workers, "a whole number of 0 or more")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "a share between 0 and 1")
         _require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, share)
         _require(0 <= self.drop_path < 1, "drop_path", self.drop_path, share)
         _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
         _require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
-        _require(0 < self.optimiser.lr < float("inf"), "lr", self.optimiser.lr, "a positive number")
-        _require(0 <= self.optimiser.warmup < 1, "warmup", self.optimiser.warmup, share)
-        _require(0 < self.augmentation.min_crop <= 1, "min_crop", self.augmentation.min_crop, "above 0 and at most 1")
-        _require(0 <= self.augmentation.zoom < 1, "zoom", self.augmentation.zoom, share)
-        _require(0 <= self.augmentation.flip <= 1, "flip", self.augmentation.flip, "a chance from 0 to 1")
 
     def changed(self, **changes: Any) -> Recipe:
         """This recipe with `changes` laid over it; None leaves a field as it is. `lr` is the optimiser's."""
@@ -121,12 +137,18 @@ def shipped_recipes() -> list[str]:
 
 
 def load_recipe(name_or_path: str, **changes: Any) -> Recipe:
-    """A shipped recipe by name, or a TOML file by path, with `changes` laid over it as in `Recipe.changed`."""
+    """A shipped recipe by name, a TOML file by path, or the recipe of a run folder, with `changes` laid over it as in
+    `Recipe.changed`."""
+    if Run(name_or_path).exists():
+        return Recipe.from_dict(Run(name_or_path).record()["recipe"]).changed(**changes)
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():
             raise UsageError(f"no recipe file {path}")
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ConfigError(f"recipe {path} is not UTF-8 text") from None
     elif name_or_path in shipped_recipes():
         text = (resources.files("crossvit") / "recipes" / f"{name_or_path}.toml").read_text(encoding="utf-8")
     else:
@@ -139,23 +161,20 @@ def load_recipe(name_or_path: str, **changes: Any) -> Recipe:
 
 
 def _build(kind: type[Any], record: Mapping[str, Any]) -> Any:
-    fields = {field.name: field for field in dataclasses.fields(kind)}
+    types = typing.get_type_hints(kind)
     values = {}
     for key, value in record.items():
-        if key not in fields:
-            raise unknown_name("recipe key", key, fields)
-        default = fields[key].default
-        if dataclasses.is_dataclass(default):
-            values[key] = _build(type(default), value)
-        elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-            values[key] = float(value)
-        elif default is not None and value is not None and type(value) is not type(default):
-            raise ConfigError(f"recipe key {key} = {value!r}: should be a {type(default).__name__}")
-        else:
-            values[key] = value
+        if key not in types:
+            raise unknown_name("recipe key", key, types)
+        wanted = types[key]
+        if dataclasses.is_dataclass(wanted):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"recipe key {key} = {value!r}: should be a table [{key}]")
+            values[key] = _build(wanted, value)  # type: ignore[arg-type]
+            continue
+        allowed = typing.get_args(wanted) or (wanted,)
+        values[key] = float(value) if float in allowed and type(value) is int else value
+        if type(values[key]) not in allowed:
+            names = " or ".join(PLAIN_NAMES[one] for one in allowed if one in PLAIN_NAMES)
+            raise ConfigError(f"recipe key {key} = {value!r}: should be {names}")
     return kind(**values)
-
-
-def _require(holds: bool, name: str, value: object, right: str) -> None:
-    if not holds:
-        raise ConfigError(f"{name} = {value!r}: should be {right}")

@@ -12,8 +12,6 @@ from typing import TypeVar
 
 from crossvit.errors import WeightsError
 
-LAYOUTS = ("ours", "timm", "authors")
-
 # ours -> timm; {k}, {b}, {j} are numbers and the rest of a name (weight, bias, an index in the stem) stays as it is.
 TIMM_NAMES = {
     "tokens.{b}.class_token": "cls_token_{b}",
