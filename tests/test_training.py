@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -418,7 +419,8 @@ def test_ctrl_c_with_workers_is_one_line(delay: float, scans: Path, tmp_path: Pa
     time.sleep(delay)
     while process.poll() is None and time.monotonic() < deadline:  # once is enough but in the moment workers are started
         os.killpg(process.pid, signal.SIGINT)
-        time.sleep(3)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=15)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
