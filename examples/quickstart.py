@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -47,7 +48,8 @@ def write_held_out_scans() -> None:
     """A handful of scans the training never saw, as PNG files named after what they show."""
     held_out = set(json.loads((RUN / "run.json").read_text())["data"]["held_out"])
     scans = open_data("digits").part("all")
-    SCANS.mkdir(exist_ok=True)
+    shutil.rmtree(SCANS, ignore_errors=True)  # of an earlier run
+    SCANS.mkdir()
     chosen = [index for index, name in enumerate(scans.names) if name in held_out][:SHOWN]
     for index in chosen:
         scans.read(index).save(SCANS / f"a-{scans.classes[scans.labels[index]]}-{scans.names[index]}.png")

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from crossvit.errors import CrossViTError
     from crossvit.evaluation import evaluate
     from crossvit.factory import create_model
+    from crossvit.model.attention import record_attention
     from crossvit.model.config import BranchConfig, CrossViTConfig
     from crossvit.model.crossvit import CrossViT
     from crossvit.model.presets import list_models
@@ -43,6 +44,7 @@ _HOMES = {
     "list_models": "crossvit.model.presets",
     "load_recipe": "crossvit.train.recipe",
     "load_weights": "crossvit.weights.load",
+    "record_attention": "crossvit.model.attention",
 }
 
 __all__ = [
@@ -62,6 +64,7 @@ __all__ = [
     "list_models",
     "load_recipe",
     "load_weights",
+    "record_attention",
 ]
 
 
