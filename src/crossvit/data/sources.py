@@ -166,18 +166,27 @@ def _layout(root: Path) -> tuple[dict[str, Path], list[str]]:
 
 def stratified_split(images: ImageSet, *, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
     """(train, held-out): the share `held_out` of every class, drawn by `seed`, with at least one image of each class on
-    both sides. The whole is rounded up; the classes with the largest remainders are rounded up first."""
+    both sides. scikit-learn's stratified split, unless it leaves a rare class out of one side."""
+    from sklearn.model_selection import train_test_split
+
+    size = math.ceil(len(images) * held_out)
+    classes = len(images.classes)
+    if classes <= size <= len(images) - classes:
+        train, test = train_test_split(range(len(images)), test_size=size, stratify=images.labels, random_state=seed)
+        parts = images.take(sorted(train)), images.take(sorted(test))
+        if all(min(part.counts().values()) >= 1 for part in parts):
+            return parts
+    return _split_with_every_class(images, held_out=held_out, seed=seed)
+
+
+def _split_with_every_class(images: ImageSet, *, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """The share `held_out` of each class, rounded, but at least one image and all but one at most."""
     generator = np.random.default_rng(seed)
-    counts = np.array(list(images.counts().values()))
-    wanted = counts * held_out
-    taken = np.clip(np.floor(wanted).astype(int), 1, counts - 1)
-    for label in np.argsort(np.floor(wanted) - wanted, kind="stable"):  # largest remainder first
-        if taken.sum() < math.ceil(len(images) * held_out) and taken[label] < counts[label] - 1:
-            taken[label] += 1
     labels = np.asarray(images.labels)
-    test = [
-        index for label, n in enumerate(taken) for index in generator.permutation(np.flatnonzero(labels == label))[:n].tolist()
-    ]
+    test: list[int] = []
+    for label in range(len(images.classes)):
+        own = generator.permutation(np.flatnonzero(labels == label))
+        test += own[: int(np.clip(round(len(own) * held_out), 1, len(own) - 1))].tolist()
     return images.take(sorted(set(range(len(images))) - set(test))), images.take(sorted(test))
 
 
