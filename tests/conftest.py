@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from crossvit import BranchConfig, CrossViTConfig
 from crossvit.cli import run as crossvit_command
 from crossvit.data.sources import open_data
 from crossvit.results import TrainingResult
@@ -23,6 +24,18 @@ PACKS = Path(os.environ.get("CROSSVIT_DATA_PACKS", Path(__file__).parents[2] / "
 
 # One epoch of a very small model: enough to go through everything.
 TINY = {"model": "crossvit_pico_32", "epochs": 1, "batch_size": 16, "precision": "fp32", "device": "cpu"}
+
+
+# Two branches of different grids, widths and depths on an oblong image: small enough for double precision.
+SMALL = CrossViTConfig(
+    image_size=(24, 36),
+    num_classes=5,
+    stages=2,
+    branches=(
+        BranchConfig(patch=4, dim=16, heads=2, depth=1, tokeniser="halving"),
+        BranchConfig(patch=6, dim=24, heads=3, depth=2, image_scale=0.9),
+    ),
+)
 
 
 @pytest.fixture(scope="session")

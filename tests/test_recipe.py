@@ -1,0 +1,87 @@
+"""Recipes, the schedule at its analytic values, and the optimiser's parameter groups."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+import crossvit
+from crossvit.errors import ConfigError, UnknownNameError
+from crossvit.results import TrainingResult
+from crossvit.train.loop import duration, step_seed
+from crossvit.train.optim import learning_rate, parameter_groups
+from crossvit.train.recipe import OptimiserRecipe, Recipe, load_recipe, shipped_recipes
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_load_and_come_back_equal(name: str) -> None:
+    loaded = load_recipe(name)
+    assert Recipe.from_dict(json.loads(json.dumps(loaded.to_dict()))) == loaded
+
+
+def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    for text, error, says in (
+        ("epoch = 3", UnknownNameError, "unknown recipe key 'epoch': did you mean epochs"),
+        ("[optimiser]\nlearning = 1", UnknownNameError, "unknown recipe key 'learning'"),
+        ("epochs = 'ten'", ConfigError, "recipe key epochs = 'ten': should be a whole number"),
+        ("epochs = 2.5", ConfigError, "recipe key epochs = 2.5: should be a whole number"),
+        ("optimiser = 3", ConfigError, r"recipe key optimiser = 3: should be a table \[optimiser\]"),
+        ("image_size = 'big'", ConfigError, "recipe key image_size = 'big': should be a whole number"),
+        ("model = 3", ConfigError, "recipe key model = 3: should be a text"),
+        ("seed = 5000000000", ConfigError, "seed = 5000000000: should be a whole number of 0 or more, below 2"),
+        ("[augmentation]\nrotate = -5", ConfigError, "rotate = -5.0: should be degrees from 0 to 180"),
+        ("[augmentation]\nshift = 2.0", ConfigError, "shift = 2.0: should be a number from 0"),
+        ("[optimiser]\nweight_decay = -1", ConfigError, "weight_decay = -1.0: should be a number of 0 or more"),
+        ("epochs = -1", ConfigError, "epochs = -1: should be a whole number of 1 or more"),
+        ("epochs = ", ConfigError, "is not TOML"),
+    ):
+        path.write_text(text)
+        with pytest.raises(error, match=says):
+            load_recipe(str(path))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_recipe(str(path))
+    with pytest.raises(UnknownNameError, match="unknown recipe 'smal': did you mean small"):
+        load_recipe("smal")
+
+
+def test_a_run_is_a_recipe(tiny_run: TrainingResult, tmp_path: Path) -> None:
+    again = load_recipe(tiny_run.run, out=str(tmp_path / "again"))
+    assert again.to_dict() == {**tiny_run.record["recipe"], "out": str(tmp_path / "again")}
+
+
+def test_changes_are_laid_over_a_recipe() -> None:
+    changed = load_recipe("small", epochs=3, lr=0.5, model=None)
+    assert (changed.epochs, changed.optimiser.lr, changed.model) == (3, 0.5, None)
+    assert changed.optimiser.weight_decay == load_recipe("small").optimiser.weight_decay
+
+
+def test_the_schedule_at_its_analytic_values() -> None:
+    recipe = OptimiserRecipe(lr=1.0, warmup=0.1, final_lr=0.2)
+    rates = [learning_rate(step, steps=101, recipe=recipe) for step in range(101)]
+    assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[55] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 2)))  # half way down
+    assert rates[100] == pytest.approx(0.2)
+    assert learning_rate(0, steps=1, recipe=recipe) == 1.0
+
+
+def test_every_parameter_is_in_one_group_and_what_should_not_decay_does_not() -> None:
+    model = crossvit.create_model("crossvit_pico_32")
+    decayed, undecayed = parameter_groups(model, 0.05)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = [{names[id(parameter)] for parameter in group["params"]} for group in (decayed, undecayed)]
+    assert groups[0] | groups[1] == set(names.values())
+    assert not groups[0] & groups[1]
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.05, 0.0)
+    assert {"tokens.0.class_token", "tokens.1.positions", "norms.0.weight", "heads.1.bias"} <= groups[1]
+    assert all(name.endswith(".weight") for name in groups[0])
+
+
+def test_step_seeds_differ() -> None:
+    assert len({step_seed(seed, step) for seed in range(3) for step in range(100)}) == 300
+    assert [duration(seconds) for seconds in (0.2, 45, 200, 8000)] == ["1 s", "45 s", "3 min", "2 h 13 min"]
