@@ -7,7 +7,7 @@ import torch
 
 import crossvit
 from crossvit.model.presets import PRESETS
-from crossvit.weights.keys import timm_name, to_ours
+from crossvit.weights.keys import renamed, to_ours
 
 timm = pytest.importorskip("timm", reason="the peers extra is not installed")
 
@@ -32,7 +32,8 @@ def test_logits_and_gradients_equal_timm(name: str) -> None:
 
     (their_logits * direction).sum().backward()
     (our_logits * direction).sum().backward()
-    our_gradients = {timm_name(key): parameter.grad for key, parameter in ours.named_parameters()}
+    names = renamed(ours.state_dict(), "timm")
+    our_gradients = {names[key]: parameter.grad for key, parameter in ours.named_parameters()}
     largest = max(scale_of(parameter.grad) for parameter in theirs.parameters())
     for key, parameter in theirs.named_parameters():
         difference = (our_gradients[key] - parameter.grad).abs().max()
@@ -50,7 +51,8 @@ def test_gradients_equal_timm_in_double_precision() -> None:
     images = torch.randn(1, 3, 240, 240, dtype=torch.float64)
     for model in (theirs, ours):
         model(images).square().sum().backward()
-    our_gradients = {timm_name(key): parameter.grad for key, parameter in ours.named_parameters()}
+    names = renamed(ours.state_dict(), "timm")
+    our_gradients = {names[key]: parameter.grad for key, parameter in ours.named_parameters()}
     largest = max(scale_of(parameter.grad) for parameter in theirs.parameters())
     for key, parameter in theirs.named_parameters():
         assert (our_gradients[key] - parameter.grad).abs().max() < 1e-11 * largest, key

@@ -20,18 +20,20 @@ def create_model(
     in_channels: int | None = None,
     image_size: int | tuple[int, int] | None = None,
     weights: str | Path | None = None,
+    head: str = "same",
     **changes: Any,
 ) -> CrossViT:
     """A CrossViT by name (see `list_models`) or from a config.
 
     num_classes, in_channels, image_size (pixels, an int or (height, width)) and any other field of `CrossViTConfig`
-    replace the config's own (1000 classes and 3 channels for a name). `weights` is a path, as `load_weights` takes it.
+    replace the config's own (1000 classes and 3 channels for a name). `weights` and `head` are as `load_weights` takes them: a
+    path, an address or a name on the hub, and `head="new"` for classes other than the weights'.
     Raises UnknownNameError for a name or field that is not known, ConfigError for a value that cannot work.
     """
     config = model_config(name_or_config, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **changes)
     model = CrossViT(config)
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, weights, head=head)
     return model
 
 

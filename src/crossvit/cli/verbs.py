@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from cyclopts import App, Parameter
 
 from crossvit import __version__
+from crossvit.cli.weights import app as weights_app
 
 app = App(
     name="crossvit",
@@ -19,6 +20,7 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
+app.command(weights_app)
 
 
 @app.command
@@ -56,7 +58,8 @@ def train(
     model
         A name from `crossvit models`. Default: one that suits the size and number of the images.
     weights
-        A run folder or weight file to start from; a classifier for other classes is made anew.
+        What to start from: a run, a weight file, an https:// address, a released model's name or owner/name on the hub. A
+        classifier for other classes is made anew; rows of classes with the same name are kept.
     epochs
         Passes over the training images.
     batch_size

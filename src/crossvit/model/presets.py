@@ -18,7 +18,8 @@ from crossvit.model.config import BranchConfig, CrossViTConfig
 class Preset:
     """One row of the table. `crop` is the share of the resized picture kept by the centre crop at test time; None means
     that the whole picture is resized to the input and nothing is cut off. `paper_top1` and `timm_top1` are top-1 on
-    ImageNet-1k in percent: printed in the paper, and timm's re-evaluation of the released weights."""
+    ImageNet-1k in percent: printed in the paper, and timm's re-evaluation of the released weights. `sha256` is of the hub's
+    `model.safetensors`, where the hub's own page of the file was to be had; the others' are recorded at their first use."""
 
     name: str
     config: CrossViTConfig
@@ -26,11 +27,22 @@ class Preset:
     crop: float | None = None
     paper_top1: float | None = None
     timm_top1: float | None = None
+    sha256: str | None = None
 
     @property
     def released(self) -> bool:
         """Whether its authors released weights."""
         return self.alias is not None
+
+    @property
+    def hub(self) -> str:
+        """The repository of the released weights on the hub, in timm's keys (PAPER, section 6)."""
+        return f"timm/{self.name}.in1k"
+
+    @property
+    def url(self) -> str:
+        """The authors' own file of the released weights, in their keys (PAPER, section 6)."""
+        return f"https://github.com/IBM/CrossViT/releases/download/weights-0.1/{self.alias}.pth"
 
 
 def _two_branches(
@@ -49,7 +61,9 @@ def _paper(
     tokeniser = "dagger" if "dagger" in name else config.pop("tokeniser", "linear")
     built = _two_branches(size=size, tokeniser=tokeniser, **config)
     crop = 0.875 if size < 400 else 1.0  # timm's evaluation of the released weights
-    return Preset(name=name, alias=alias, config=built, crop=crop, paper_top1=paper, timm_top1=timm)
+    return Preset(
+        name=name, alias=alias, config=built, crop=crop, paper_top1=paper, timm_top1=timm, sha256=_SHA256.get(name)
+    )  # fmt: skip
 
 
 def _small(change: str, *, paper: float, **config: Any) -> Preset:
@@ -77,6 +91,12 @@ def _small_image(
     return Preset(name=name, config=CrossViTConfig(branches=branches, image_size=(size, size), stages=stages, init="xavier"))
 
 
+# sha256 of timm/NAME.in1k/model.safetensors, as huggingface.co/timm/NAME.in1k/blob/main/model.safetensors prints it
+_SHA256 = {
+    "crossvit_small_240": "f71a8685182a0ac0b74a36b3b1d9053e5db5e40c08ad583156ae64f8ade11169",
+    "crossvit_9_240": "5b45ceb819816111d69a80dd4df1404ae574df5835962854276550fefe07878f",
+    "crossvit_18_dagger_408": "64f24c9f4daf58b8b410ef4f62402a00e6d2e4a28fba6e78a9921c3d8a9f02cd",
+}
 _LINEAR = {"projection_norm": False, "projection_gelu": False}  # how Table 6's rows were built (PAPER, section 4)
 
 # fmt: off

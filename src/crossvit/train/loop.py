@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import save as to_safetensors
 from torch.nn import functional as F
 
 import crossvit
@@ -22,14 +21,15 @@ from crossvit.errors import TrainingError, UsageError
 from crossvit.evaluation import measure, summarise
 from crossvit.factory import create_model
 from crossvit.results import Epoch, Evaluation, TrainingResult, to_json
-from crossvit.run import Run, write_atomically
+from crossvit.run import Run
 from crossvit.runtimes.torch import TorchEngine, autocast, resolve_device, resolve_precision
 from crossvit.train.checkpoint import newest_checkpoint, save_checkpoint
 from crossvit.train.optim import learning_rate, make_optimiser
 from crossvit.train.plan import Plan, make_plan
 from crossvit.train.recipe import Recipe
 from crossvit.train.watch import Watch
-from crossvit.weights.load import classes_in, load_weights
+from crossvit.weights.files import header, read_weights, write_weights
+from crossvit.weights.load import load_weights
 
 TIMED_STEPS, WARM_UP_STEPS = 8, 3  # steps that are run and thrown away to estimate the time; the first ones are slower
 TIMED_SECONDS = 10.0  # no further step is timed after this long
@@ -141,15 +141,14 @@ class Training:
         return self.recipe.epochs * len(self.loader)
 
     def load_starting_weights(self) -> None:
-        """The recipe's `weights`, if it has any. The classifier comes along if it is known to be for the same classes: by
-        name from a run, by their number from a file."""
-        source = self.recipe.weights
-        if not source:
+        """The recipe's `weights`, if it has any. The classifier comes along if it is for the same classes, as far as the file
+        says: by their names, or by their number. Of other classes, those with the same name keep their rows."""
+        if not self.recipe.weights:
             return
         classes = self.plan.train.classes
-        from_run = Run(source)
-        same = tuple(from_run.record()["classes"]) == classes if from_run.exists() else classes_in(source) == len(classes)
-        for note in load_weights(self.model, source, head="same" if same else "new"):
+        weights = read_weights(self.recipe.weights)
+        same = weights.classes == classes if weights.classes else weights.num_classes == len(classes)
+        for note in load_weights(self.model, weights, head="same" if same else "new", classes=classes):
             self.watch.say(f"note   {note}")
 
     def restore_newest(self) -> bool:
@@ -194,8 +193,11 @@ class Training:
     def finish(self) -> TrainingResult:
         """Write the weights, then the record with the result: a run with a result has its weights."""
         evaluation = self._evaluate()
-        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.model.state_dict().items()}
-        write_atomically(self.run.weights_path, to_safetensors(weights, metadata={"format": "pt"}))
+        plan = self.plan
+        described = header(
+            model=plan.model_name, config=plan.config, classes=plan.train.classes, preprocessing=plan.preprocessing.to_dict()
+        )
+        write_weights(self.run.weights_path, self.model.state_dict(), described)
         result = {"top1": evaluation.top1, "n": evaluation.n, "loss": evaluation.loss, "seconds": self.seconds}
         self.run.write_record(self.record(result=result))
         return self._result(evaluation)

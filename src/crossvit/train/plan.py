@@ -15,14 +15,14 @@ from crossvit.data.check import Findings, look_at
 from crossvit.data.loader import CACHE_BYTES, TrainingLoader
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import HELD_OUT_PARTS, Data, ImageSet, open_data
-from crossvit.errors import DataError
+from crossvit.errors import DataError, UsageError
 from crossvit.factory import model_config
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.presets import preset
-from crossvit.run import Run
 from crossvit.train.recipe import Recipe
 from crossvit.train.watch import Watch
-from crossvit.weights.files import weight_file
+from crossvit.weights.files import read_weights, weight_file
+from crossvit.weights.identify import identify
 
 ENOUGH_FOR_9_DAGGER = 20_000  # training images from which a model of the paper is chosen for its size; see dev/LOG.md
 NAMED_AT_MOST = 5  # broken images named in a message; the rest are counted
@@ -78,8 +78,6 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
     recorded: run.json of the run that is gone on with; its model stays.
     Raises UsageError for a wrong call and DataError, before anything is trained, for images that cannot be decoded.
     """
-    if recipe.weights and recorded is None:
-        weight_file(recipe.weights)  # a wrong path is said before the images are read
     data = open_data(recipe.data)
     data.split(held_out=recipe.held_out, seed=recipe.seed)  # a folder that cannot be split is said before, too
     chosen = _chosen_model(recipe, recorded)
@@ -106,15 +104,19 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
 
 
 def _chosen_model(recipe: Recipe, recorded: dict[str, Any] | None) -> tuple[str, CrossViTConfig, str] | None:
-    """(name, config, why) where they are given: by the run that is gone on with, by `model`, or by the run whose weights
-    are the start; None where the images decide. A name or size that cannot work is an error before the images are read."""
+    """(name, config, why) where they are given: by the run that is gone on with, by `model`, or by the weights that are the
+    start; None where the images decide. What cannot work is an error before the images are read."""
     if recorded is not None:
         return recorded["model"], CrossViTConfig.from_dict(recorded["config"]), ""
     if recipe.model:
+        if recipe.weights:
+            weight_file(recipe.weights)
         return recipe.model, model_config(recipe.model, image_size=recipe.image_size), ""
-    if recipe.weights and Run(recipe.weights).exists():
-        record = Run(recipe.weights).record()
-        return record["model"], CrossViTConfig.from_dict(record["config"]), f", as in {recipe.weights}"
+    if recipe.weights:
+        name, config = identify(read_weights(recipe.weights))
+        if name is None:
+            raise UsageError(f"{recipe.weights} is of a model without a name: give a recipe with --model")
+        return name, config, f", as in {recipe.weights}"
     return None
 
 

@@ -2,45 +2,69 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from torch import Tensor
 
 from crossvit.errors import ConfigError, WeightsError
 from crossvit.model.crossvit import CrossViT
-from crossvit.weights.files import read_weights
-from crossvit.weights.keys import layout_of, to_ours
+from crossvit.weights.adapt import adapt_channels, adapt_positions, new_head
+from crossvit.weights.files import Weights, read_weights
+from crossvit.weights.keys import to_ours
 
 HEADS = ("same", "new")
 
 
-def classes_in(source: str | Path) -> int:
-    """How many classes the classifier in a weight file has."""
-    state = read_weights(source)
-    head = state.get("heads.0.weight" if layout_of(state) == "ours" else "head.0.weight")
-    return 0 if head is None else head.shape[0]
+def load_weights(
+    model: CrossViT, source: str | Path | Weights, *, head: str = "same", classes: Sequence[str] | None = None
+) -> list[str]:
+    """Fill `model` from weights in our, timm's or the authors' keys, told apart by the keys.
 
+    source: a run folder, a safetensors file, a state dict (`.pth`, flat or under `model`), an https:// address, a released
+    model's name or `owner/name` on the hub (see `weights.hub`).
+    head: `same` takes the file's classifier, which must have the model's number of classes; `new` keeps the model's own but
+    for the rows of classes with the same name, where the file says its names and `classes` are the model's.
+    Position embeddings are resampled to the model's grid, first convolutions adapted to its channel count.
 
-def load_weights(model: CrossViT, source: str | Path, *, head: str = "same") -> list[str]:
-    """Fill `model` from a run folder, a safetensors file or a state dict, in our, timm's or the authors' keys.
-
-    head: `same` takes the file's classifier too; `new` keeps the model's own.
-    Returns what was adapted, a line each. Every key must fit: a missing, unused or misshapen one is a WeightsError that
+    Returns what was adapted, a line each. Everything else must fit: a missing, unused or misshapen key is a WeightsError that
     lists all of them, and the model is left as it was.
     """
     if head not in HEADS:
         raise ConfigError(f"head = {head!r}: should be one of {', '.join(HEADS)}")
+    weights = source if isinstance(source, Weights) else read_weights(source)
     own = model.state_dict()
-    state = to_ours(read_weights(source), own)
-    misfits = {name: value for name, value in state.items() if value.shape != own[name].shape}
-    notes = []
+    state = to_ours(weights.tensors, own)
+    notes = adapt_positions(state, own, model.config, weights.config)
+    notes += adapt_channels(state, own, model.config)
     if head == "new":
-        theirs = state["heads.0.weight"].shape[0]
-        state |= {name: own[name] for name in own if name.startswith("heads.")}
-        misfits = {name: value for name, value in misfits.items() if not name.startswith("heads.")}
-        notes.append(f"new classifier: {model.config.num_classes} classes in place of {theirs}")
-    if misfits:
-        shapes = ", ".join(f"{name} {tuple(value.shape)} for {tuple(own[name].shape)}" for name, value in sorted(misfits.items()))
-        resized = any(name.endswith("positions") for name in misfits)
-        fix = "; give the image size that the weights were trained at (--image-size)" if resized else ""
-        raise WeightsError(f"{source} does not fit the model: {shapes}{fix}")
+        notes += new_head(state, own, found=weights.classes, classes=classes)
+    elif classes is not None and weights.classes is not None and tuple(classes) != weights.classes:
+        raise WeightsError(f"{weights.source} has a classifier for other classes: add head='new'")
+    _refuse_misfits(state, own, weights.source)
+    notes += sorted(
+        {f"{value.dtype} weights loaded as {own[name].dtype}" for name, value in state.items() if value.dtype != own[name].dtype}
+    )
     model.load_state_dict(state)
     return notes
+
+
+def _refuse_misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:
+    misfits = {
+        name: value
+        for name, value in state.items()
+        if value.shape != own[name].shape or not (value.is_floating_point() and own[name].is_floating_point())
+    }
+    if not misfits:
+        return
+    shapes = ", ".join(f"{name} {_kind(value)} for {_kind(own[name])}" for name, value in sorted(misfits.items()))
+    fixes = []
+    if any(name.startswith("heads.") for name in misfits):
+        fixes.append("head='new' makes a classifier for other classes")
+    if any(name.endswith(".positions") for name in misfits):
+        fixes.append("positions are resampled from a square grid, or from any grid where the file comes with its config")
+    raise WeightsError(f"{source} does not fit the model: {shapes}{''.join(f'; {fix}' for fix in fixes)}")
+
+
+def _kind(value: Tensor) -> str:
+    return str(tuple(value.shape)) if value.is_floating_point() else f"{value.dtype} {tuple(value.shape)}"
