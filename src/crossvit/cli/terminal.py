@@ -128,10 +128,12 @@ def print_models(rows: Sequence[dict[str, Any]]) -> None:
     table = Table(Column("model", no_wrap=True), "input", box=None, pad_edge=False, header_style="bold")
     for heading in ("parameters", "MACs", "paper top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("weights", no_wrap=True)
     for row in rows:
         height, width = row["image_size"]
         top1 = "" if row["paper_top1"] is None else f"{row['paper_top1']:.1f} %"
-        table.add_row(row["name"], f"{height}x{width}", f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.3f} G", top1)
+        parameters, macs = f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.3f} G"
+        table.add_row(row["name"], f"{height}x{width}", parameters, macs, top1, "released" if row["weights"] else "")
     _wide_console().print(table)
 
 

@@ -262,6 +262,7 @@ def models(
                 "macs": total.macs,
                 "paper_top1": preset.paper_top1,
                 "timm_top1": preset.timm_top1,
+                "weights": preset.hub if preset.released else None,
             }
         )
     if json:

@@ -95,8 +95,9 @@ class CrossAttention(nn.Module):
         softmax(q kᵀ / √K) v W_o,   x: (B, N, D) -> (B, 1, D).
     There is one query, so k and v never need to be built (`keys_values="lazy"`, the default):
         q·(x_j W_k + b_k) = (q W_kᵀ)·x_j + q·b_k   and   Σ p_j (x_j W_v + b_v) = (Σ p_j x_j) W_v + (Σ p_j) b_v,
-    which takes 2·H·N·D multiply–adds in place of 2·N·D². The term q·b_k is the same for every j, so it cancels in the
-    softmax; it is kept so that the bias has a gradient (zero). Σ p_j is 1 but under attention dropout.
+    which takes 2·H·N·D multiply–adds in place of 2·N·D². The heads' probes q W_kᵀ are so many queries over the same keys
+    and values x, which one fused kernel reads once. q·b_k is the same for every j and cancels in the softmax, so b_k has a
+    gradient of zero. Σ p_j is 1 but under attention dropout.
     `keys_values="materialised"` computes the paper's form with the same parameters.
     """
 
@@ -115,21 +116,26 @@ class CrossAttention(nn.Module):
         self.listener: Listener | None = None  # is given the weights (B, H, 1, N); see `record_attention`
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = self._lazy(x) if self.keys_values == "lazy" else self._materialised(x)  # (B, H, K)
-        return self.drop(self.out(mixed.flatten(1).unsqueeze(1)))  # type: ignore[no-any-return]  # (B, 1, D)
+        mixed = self._lazy(x) if self.keys_values == "lazy" else self._materialised(x)  # (B, D)
+        return self.drop(self.out(mixed.unsqueeze(1)))  # type: ignore[no-any-return]  # (B, 1, D)
 
     def _lazy(self, x: Tensor) -> Tensor:
         heads = (self.num_heads, -1)
-        query = self.query(x[:, 0]).unflatten(-1, heads)  # (B, H, K)
-        query = query / math.sqrt(query.shape[-1])
-        probe = torch.einsum("bhk,hkd->bhd", query, self.key.weight.unflatten(0, heads))
-        offset = torch.einsum("bhk,hk->bh", query, self.key.bias.unflatten(0, heads))
-        scores = probe @ x.transpose(1, 2) + offset.unsqueeze(-1)  # (B, H, N)
-        weights = self._weights(scores.softmax(dim=-1))
-        mixed = weights @ x  # (B, H, D)
-        value: Tensor = torch.einsum("bhd,hkd->bhk", mixed, self.value.weight.unflatten(0, heads))
-        bias: Tensor = self.value.bias.unflatten(0, heads)
-        return value + weights.sum(dim=-1, keepdim=True) * bias
+        query = self.query(x[:, 0]).unflatten(-1, heads).transpose(0, 1)  # (H, B, K)
+        probe = (query @ self.key.weight.unflatten(0, heads)).transpose(0, 1)  # (B, H, D): q W_kᵀ
+        scale = 1 / math.sqrt(query.shape[-1])
+        bias: Tensor = self.value.bias
+        if torch.is_grad_enabled():
+            bias = bias + 0 * self.key.bias  # so that b_k has its gradient, which distributed training insists on
+        if self.listener is None and not self._dropping and _kernel != "plain":
+            mixed = F.scaled_dot_product_attention(probe.unsqueeze(1), x.unsqueeze(1), x.unsqueeze(1), scale=scale).squeeze(1)
+        else:
+            weights = self._weights((scale * probe @ x.transpose(1, 2)).softmax(dim=-1))  # (B, H, N)
+            mixed = weights @ x  # (B, H, D)
+            if self._dropping:
+                bias = (weights.sum(dim=-1, keepdim=True) * bias.unflatten(0, heads)).flatten(1)
+        value = mixed.transpose(0, 1) @ self.value.weight.unflatten(0, heads).transpose(1, 2)  # (H, B, K)
+        return value.transpose(0, 1).flatten(1) + bias  # type: ignore[no-any-return]
 
     def _materialised(self, x: Tensor) -> Tensor:
         heads = (self.num_heads, -1)
@@ -137,8 +143,12 @@ class CrossAttention(nn.Module):
         key = self.key(x).unflatten(-1, heads).transpose(1, 2)  # (B, H, N, K)
         value = self.value(x).unflatten(-1, heads).transpose(1, 2)
         weights = self._weights(attention_weights(query, key).squeeze(2))
-        mixed: Tensor = (weights.unsqueeze(2) @ value).squeeze(2)
-        return mixed
+        mixed: Tensor = (weights.unsqueeze(2) @ value).squeeze(2)  # (B, H, K)
+        return mixed.flatten(1)
+
+    @property
+    def _dropping(self) -> bool:
+        return self.training and self.attention_drop.p > 0
 
     def _weights(self, weights: Tensor) -> Tensor:
         """(B, H, N) weights, shown to whoever records them, with attention dropout."""

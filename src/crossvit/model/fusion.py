@@ -163,7 +163,11 @@ class PairwiseFusion(nn.Module):
 
 
 class CrossReadBlock(nn.Module):
-    """t ← t + CrossAttention(LN[t ‖ P]): (B, 1, D), (B, n, D) -> (B, 1, D). The residual is in the projected space."""
+    """t ← t + CrossAttention(LN[t ‖ P]): (B, 1, D), (B, 1 + n, D) -> (B, 1, D). The residual is in the projected space.
+
+    P comes with a row before it that t takes the place of, so that nothing is joined: it is normalised as it is, and t's
+    row is written over the first (`make bench-fusion`; folding the LayerNorm as well is slower, see dev/LOG.md).
+    """
 
     def __init__(self, branch: BranchConfig, config: CrossViTConfig, *, drop_path: float) -> None:
         super().__init__()
@@ -173,9 +177,10 @@ class CrossReadBlock(nn.Module):
         )
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, query: Tensor, patches: Tensor) -> Tensor:
-        joined = torch.cat((query, patches), dim=1)  # (B, 1 + n, D)
-        return query + self.drop_path(self.attention(self.norm(joined)))  # type: ignore[no-any-return]
+    def forward(self, query: Tensor, other: Tensor) -> Tensor:
+        joined = self.norm(other)
+        joined[:, :1] = self.norm(query)
+        return query + self.drop_path(self.attention(joined))  # type: ignore[no-any-return]
 
 
 class CrossRead(nn.Module):
@@ -197,11 +202,12 @@ class CrossRead(nn.Module):
 
     def forward(self, own: Tensor, other: Tensor) -> Tensor:
         query = self.project(summary(own, self.has_class_token))  # (B, 1, D_other)
-        patches = patches_of(other, self.has_class_token)
+        if not self.has_class_token:
+            other = torch.cat((query, other), dim=1)
         for block in self.blocks:
-            query = block(query, patches)
+            query = block(query, other)
             if self.as_released:
-                patches = patches[:, :0]
+                other = other[:, :1]
         return with_summary(own, self.restore(query), self.has_class_token)
 
 
