@@ -10,14 +10,14 @@ import torch
 
 from crossvit.errors import CheckpointError, RunError
 from crossvit.run import write_atomically
-from crossvit.train.checkpoint import checkpoint_path, load_checkpoint, newest_checkpoint, save_checkpoint
+from crossvit.train.checkpoint import checkpoint_path, load_checkpoint, load_newest, save_checkpoint
 
 
 def test_checkpoints_come_back_to_the_bit_and_the_newest_two_are_kept(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
-        save_checkpoint(tmp_path, {"epoch": epoch, "x": torch.arange(5.0) * epoch}, epoch=epoch)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["epoch-00002.ckpt", "epoch-00003.ckpt"]
-    state, passed_over = newest_checkpoint(tmp_path)
+        save_checkpoint(tmp_path, {"epoch": epoch, "x": torch.arange(5.0) * epoch}, step=epoch)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002.ckpt", "step-000000003.ckpt"]
+    state, passed_over = load_newest(tmp_path)
     assert state is not None
     assert (state["epoch"], passed_over) == (3, [])
     assert torch.equal(state["x"], torch.arange(5.0) * 3)
@@ -25,18 +25,18 @@ def test_checkpoints_come_back_to_the_bit_and_the_newest_two_are_kept(tmp_path: 
 
 def test_a_torn_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path: Path) -> None:
     for epoch in (1, 2):
-        save_checkpoint(tmp_path, {"epoch": epoch, "x": torch.zeros(100)}, epoch=epoch)
+        save_checkpoint(tmp_path, {"epoch": epoch, "x": torch.zeros(100)}, step=epoch)
     newest = checkpoint_path(tmp_path, 2)
     whole = newest.read_bytes()
     for torn in (whole[: len(whole) // 2], b"", whole[:-1], whole[:200] + b"?" + whole[201:]):
         newest.write_bytes(torn)
-        state, passed_over = newest_checkpoint(tmp_path)
+        state, passed_over = load_newest(tmp_path)
         assert state is not None
         assert state["epoch"] == 1
-        assert "epoch-00002.ckpt is torn" in passed_over[0]
+        assert "step-000000002.ckpt is torn" in passed_over[0]
     checkpoint_path(tmp_path, 1).write_bytes(b"")
     with pytest.raises(CheckpointError, match="no whole checkpoint in .*; start again with --overwrite"):
-        newest_checkpoint(tmp_path)
+        load_newest(tmp_path)
     with pytest.raises(CheckpointError, match="is torn"):
         load_checkpoint(newest)
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from crossvit.data.augment import Augment, seeded
 from crossvit.data.check import look_at
-from crossvit.data.loader import TrainingLoader, epoch_order
+from crossvit.data.loader import Order, TrainingLoader
 from crossvit.data.preprocess import MAX_PIXELS, Preprocessing, read_image
 from crossvit.data.sources import open_data, stratified_split
 from crossvit.errors import DataError, UsageError
@@ -307,10 +307,11 @@ def test_seeded_decides_all_three_generators_and_restores_them() -> None:
 
 
 def test_epochs_go_through_every_image_in_another_order() -> None:
-    orders = [epoch_order(50, seed=3, epoch=epoch).tolist() for epoch in (0, 1)]
+    images = Order((0,) * 50, seed=3)
+    orders = [[key.image for key in images.epoch(epoch)] for epoch in (0, 1)]
     assert [sorted(order) for order in orders] == [list(range(50))] * 2
     assert orders[0] != orders[1]
-    assert epoch_order(50, seed=3, epoch=1).tolist() == orders[1]
+    assert [key.image for key in images.epoch(1)] == orders[1]
 
 
 def loader(folder: Path, workers: int) -> TrainingLoader:

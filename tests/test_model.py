@@ -270,7 +270,7 @@ def test_kernels_agree_and_an_unknown_one_is_refused() -> None:
 
 
 def test_one_branch_equals_timms_plain_vit_with_the_same_weights() -> None:
-    timm = pytest.importorskip("timm", reason="the peers extra is not installed")
+    timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
     branch = BranchConfig(patch=8, dim=24, heads=3, depth=2, mlp_ratio=2)
     config = CrossViTConfig(branches=(branch,), image_size=32, stages=2, num_classes=5, fusion="none")

@@ -9,7 +9,7 @@ import crossvit
 from crossvit.model.presets import PRESETS
 from crossvit.weights.keys import renamed, to_ours
 
-timm = pytest.importorskip("timm", reason="the peers extra is not installed")
+timm = pytest.importorskip("timm", reason="timm is not installed")
 
 RELEASED = [name for name, preset in PRESETS.items() if preset.released]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -11,9 +12,10 @@ import pytest
 import crossvit
 from crossvit.errors import ConfigError, UnknownNameError
 from crossvit.results import TrainingResult
-from crossvit.train.loop import duration, step_seed
+from crossvit.train.durations import spoken
 from crossvit.train.optim import learning_rate, parameter_groups
 from crossvit.train.recipe import OptimiserRecipe, Recipe, load_recipe, shipped_recipes
+from crossvit.train.training import step_seed
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -36,7 +38,7 @@ def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
         ("[augmentation]\nrotate = -5", ConfigError, "rotate = -5.0: should be degrees from 0 to 180"),
         ("[augmentation]\nshift = 2.0", ConfigError, "shift = 2.0: should be a number from 0"),
         ("[optimiser]\nweight_decay = -1", ConfigError, "weight_decay = -1.0: should be a number of 0 or more"),
-        ("epochs = -1", ConfigError, "epochs = -1: should be a whole number of 1 or more"),
+        ("epochs = -1", ConfigError, "epochs = -1: should be a whole number, 0 to have it chosen"),
         ("epochs = ", ConfigError, "is not TOML"),
     ):
         path.write_text(text)
@@ -61,18 +63,33 @@ def test_changes_are_laid_over_a_recipe() -> None:
 
 
 def test_the_schedule_at_its_analytic_values() -> None:
-    recipe = OptimiserRecipe(lr=1.0, warmup=0.1, final_lr=0.2)
-    rates = [learning_rate(step, steps=101, recipe=recipe) for step in range(101)]
+    recipe = OptimiserRecipe(lr=1.0, warmup="10 %", final_lr=0.2)
+    rates = [learning_rate(step, steps=101, per_epoch=5, recipe=recipe) for step in range(101)]
     assert rates[:10] == pytest.approx([(step + 1) / 11 for step in range(10)])
     assert rates[10] == pytest.approx(1.0)
     assert rates[55] == pytest.approx(0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi / 2)))  # half way down
     assert rates[100] == pytest.approx(0.2)
-    assert learning_rate(0, steps=1, recipe=recipe) == 1.0
+    assert learning_rate(0, steps=1, per_epoch=1, recipe=recipe) == 1.0
+
+
+def test_the_papers_schedule_at_its_analytic_values() -> None:
+    """30 of 300 epochs from 1e-6 to 0.004, then a cosine to 1e-5; 313 steps an epoch at batch 4096."""
+    recipe = load_recipe("imagenet").optimiser
+    rate = functools.partial(learning_rate, steps=300 * 313, per_epoch=313, recipe=recipe)
+    warm = 30 * 313
+    assert rate(0) == pytest.approx(1e-6 + (0.004 - 1e-6) / (warm + 1))
+    assert rate(warm // 2) == pytest.approx(1e-6 + (0.004 - 1e-6) * (warm // 2 + 1) / (warm + 1))
+    assert rate(warm) == pytest.approx(0.004)
+    assert rate((300 * 313 - 1 + warm) // 2) == pytest.approx((0.004 + 1e-5) / 2, rel=1e-3)
+    assert rate(300 * 313 - 1) == pytest.approx(1e-5)
+    assert recipe.lr == pytest.approx(5e-4 * load_recipe("imagenet").batch_size / 512, rel=0.03)
 
 
 def test_every_parameter_is_in_one_group_and_what_should_not_decay_does_not() -> None:
     model = crossvit.create_model("crossvit_pico_32")
-    decayed, undecayed = parameter_groups(model, 0.05)
+    decayed, undecayed = sorted(
+        parameter_groups(model, model.config, OptimiserRecipe()), key=lambda group: -group["weight_decay"]
+    )
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [{names[id(parameter)] for parameter in group["params"]} for group in (decayed, undecayed)]
     assert groups[0] | groups[1] == set(names.values())
@@ -84,4 +101,4 @@ def test_every_parameter_is_in_one_group_and_what_should_not_decay_does_not() ->
 
 def test_step_seeds_differ() -> None:
     assert len({step_seed(seed, step) for seed in range(3) for step in range(100)}) == 300
-    assert [duration(seconds) for seconds in (0.2, 45, 200, 8000)] == ["1 s", "45 s", "3 min", "2 h 13 min"]
+    assert [spoken(seconds) for seconds in (0.2, 45, 200, 8000)] == ["1 s", "45 s", "3 min", "2 h 13 min"]

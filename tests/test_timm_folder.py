@@ -24,7 +24,7 @@ from crossvit.train.recipe import load_recipe
 from crossvit.weights.files import read_weights
 from crossvit.weights.timm_folder import save_timm, timm_arguments
 
-timm = pytest.importorskip("timm", reason="the peers extra is not installed")
+timm = pytest.importorskip("timm", reason="timm is not installed")
 
 Command = Callable[..., tuple[int, str, str]]
 

@@ -47,7 +47,7 @@ def test_names_are_one_to_one_in_every_layout(name: str) -> None:
 @pytest.mark.parametrize("depth", [1, 2])
 def test_fusion_blocks_have_timms_names(depth: int) -> None:
     """With timm's own model as the witness; one block has no number in its name, or a nought."""
-    timm = pytest.importorskip("timm", reason="the peers extra is not installed")
+    timm = pytest.importorskip("timm", reason="timm is not installed")
     config = dataclasses.replace(PRESETS["crossvit_9_240"].config, fusion_depth=depth, as_released=depth > 1)
     ours = blank_state(config)
     for third in {1: (0, 1), 2: (2,)}[depth]:

@@ -104,7 +104,8 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """One line of a run's log. Accuracies are 0 to 1, `lr` is the last step's, `seconds` are of training alone."""
+    """One line of a run's log. Accuracies are 0 to 1, `lr` is the last step's, `seconds` are of training alone, `skipped` counts
+    steps whose loss or gradient was not finite."""
 
     epoch: int
     step: int
@@ -115,6 +116,7 @@ class Epoch:
     lr: float
     seconds: float
     images_per_second: float
+    skipped: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,3 +131,19 @@ class TrainingResult:
     record: dict[str, Any]
     epochs: tuple[Epoch, ...]
     evaluation: Evaluation | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What one step of everything shows of a run: its time in seconds and its memory in bytes (the process's peak on a CPU,
+    torch's on a GPU). `loss` is of the step."""
+
+    model: str
+    steps: int
+    loss: float
+    seconds_a_step: float
+    evaluation_seconds: float
+    checkpoint_seconds: float
+    checkpoint_bytes: int
+    total_seconds: float
+    peak_bytes: int

@@ -26,15 +26,17 @@ SCHEMA = 1  # of run.json; raised when a field changes its meaning
 KEYS = ("result", "model", "classes", "preprocessing", "precision", "recipe", "config", "data")
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """`path` holds `content` whole, on disk, or is as it was: written beside it, synced, then renamed.
+def write_atomically(path: Path, *content: bytes | memoryview) -> None:
+    """`path` holds `content`, the parts one after the other, whole and on disk, or is as it was: written beside it, synced,
+    then renamed.
 
     RunError in one line (a full disk, no permission) leaves the old file and nothing half-written.
     """
     beside = path.with_name(f".{path.name}.partial")
     try:
         with open(beside, "wb") as file:
-            file.write(content)
+            for part in content:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)

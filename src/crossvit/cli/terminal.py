@@ -11,11 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from crossvit.train.durations import spoken
 from crossvit.train.watch import Watch
 
 if TYPE_CHECKING:
     from crossvit.model.paper import Row
-    from crossvit.results import Epoch, Evaluation, Prediction, TrainingResult
+    from crossvit.results import Epoch, Evaluation, Prediction, Rehearsal, TrainingResult
 
 
 TOP5_FROM = 10  # classes from which top-5 says something
@@ -63,12 +64,12 @@ class TerminalWatch(Watch):
         assert self.task is not None
         self.progress.advance(self.task)
 
-    def started(self, lines: Sequence[str], *, epochs: int, done: int, steps: int) -> None:
+    def started(self, lines: Sequence[str], *, epochs: int, done: float, steps: int) -> None:
         for line in lines:
             self.say(line)
         self.epochs = epochs
         self.training = True
-        self._show("training", epochs * steps, completed=done * steps)
+        self._show("training", epochs * steps, completed=round(done * steps))
 
     def stepped(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
         assert self.task is not None
@@ -78,7 +79,10 @@ class TerminalWatch(Watch):
     def epoch_done(self, entry: Epoch) -> None:
         epoch = f"epoch {entry.epoch:>{len(str(self.epochs))}}/{self.epochs}"
         accuracy = f"train {100 * entry.train_top1:5.1f} %  held out {100 * entry.val_top1:5.1f} %"
-        self.say(f"{epoch}  loss {entry.loss:.3f}  {accuracy}  {entry.images_per_second:,.0f} img/s  {entry.seconds:.1f} s")
+        skipped = f"  {entry.skipped} steps skipped (not finite)" if entry.skipped else ""
+        self.say(
+            f"{epoch}  loss {entry.loss:.3f}  {accuracy}  {entry.images_per_second:,.0f} img/s  {entry.seconds:.1f} s{skipped}"
+        )
 
     def _show(self, description: str, total: int, *, completed: int = 0) -> None:
         if self.task is not None:
@@ -97,10 +101,22 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def print_training(result: TrainingResult) -> None:
-    part = result.record["data"]["held_out_part"]
+    part, epoch = result.record["data"]["held_out_part"], result.record["result"].get("selected_epoch")
     print(f"top-1  {_percent(result.top1)} of {result.n:,} {part} images ({result.seconds:.0f} s of training)")
+    if epoch is not None:
+        print(f"note   of epoch {epoch}, the best on these very images: expect a little less on new ones")
     print(f"run    {result.run}")
     print(f"look   {result.run}/report.html")
+
+
+def print_rehearsal(result: Rehearsal) -> None:
+    total = spoken(result.total_seconds)
+    print(f"time    about {total}: {result.steps:,} steps of {1000 * result.seconds_a_step:,.0f} ms, and after each epoch")
+    print(
+        f"        {result.evaluation_seconds:.1f} s of evaluation and {1000 * result.checkpoint_seconds:,.0f} ms for a checkpoint"
+    )
+    print(f"memory  {result.peak_bytes / 1e6:,.0f} MB at the most")
+    print(f"disk    {result.checkpoint_bytes / 1e6:,.1f} MB a checkpoint")
 
 
 def print_evaluation(result: Evaluation) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
@@ -20,100 +18,32 @@ app = App(
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )
+TRAIN_HELP = "Train a classifier on a folder of images and evaluate it."
+app.command("crossvit.cli.training:train", name="train", help=TRAIN_HELP)  # loaded when it is called: it has many options
 app.command(weights_app)
 
 
 @app.command
-def train(
-    data: str,
-    /,
-    *,
-    out: str,
-    recipe: str | None = None,
-    model: str | None = None,
-    weights: str | None = None,
-    epochs: int | None = None,
-    batch_size: int | None = None,
-    lr: float | None = None,
-    image_size: int | None = None,
-    seed: int | None = None,
-    precision: str | None = None,
-    device: str | None = None,
-    workers: int | None = None,
-    skip_bad: Annotated[bool | None, Parameter(negative=())] = None,
-    resume: Annotated[bool, Parameter(negative=())] = False,
-    overwrite: Annotated[bool, Parameter(negative=())] = False,
-    json: Annotated[bool, Parameter(negative=())] = False,
-) -> int:
-    """Train a classifier on a folder of images and evaluate it.
+def recipes(name: str | None = None, /, *, json: Annotated[bool, Parameter(negative=())] = False) -> int:
+    """List the shipped recipes, or print one as a TOML file to change and give to `train --recipe FILE.toml`.
 
     Parameters
     ----------
-    data
-        `digits` (real scans, built in), or a folder of class folders, or one with train/ and val/ or test/ that hold them.
-    out
-        The run folder to make: weights, log, checkpoints and report.html.
-    recipe
-        A shipped recipe (small, quickstart), a TOML file, or a run folder to take everything from. Default: small.
-    model
-        A name from `crossvit models`. Default: one that suits the size and number of the images.
-    weights
-        What to start from: a run, a weight file, an https:// address, a released model's name or owner/name on the hub. A
-        classifier for other classes is made anew; rows of classes with the same name are kept.
-    epochs
-        Passes over the training images.
-    batch_size
-        Images a step.
-    lr
-        The highest learning rate.
-    image_size
-        Side of the model's input in pixels. Default: the model's own.
-    seed
-        Another number gives another split, start and order; the same one gives the same run.
-    precision
-        auto, fp32 or bf16. auto is bf16 where the processor or GPU computes in it.
-    device
-        auto, cpu, cuda or mps.
-    workers
-        Processes that read and augment images; 0 does it in this one.
-    skip_bad
-        Leave out images that cannot be decoded instead of stopping before training.
-    resume
-        Go on with the run in --out from its last checkpoint.
-    overwrite
-        Replace the run in --out.
+    name
+        The recipe to print.
     json
-        Print one JSON object on stdout; everything else goes to stderr.
+        Print one JSON object on stdout.
     """
-    from crossvit.cli.terminal import TerminalWatch, print_training
-    from crossvit.report.page import run_page
-    from crossvit.results import to_json
-    from crossvit.run import Run, write_atomically
-    from crossvit.train.loop import fit
-    from crossvit.train.recipe import load_recipe
+    from crossvit.train.recipe import load_recipe, recipe_text, shipped_recipes
 
-    changes: dict[str, Any] = {
-        "data": data, "out": out, "model": model, "weights": weights, "epochs": epochs, "batch_size": batch_size,
-        "lr": lr, "image_size": image_size, "seed": seed, "precision": precision, "device": device, "workers": workers,
-        "skip_bad": skip_bad,
-    }  # fmt: skip
-    run = Run(out)
-    going_on = resume and run.exists()
-    plan = load_recipe(recipe or (str(run.path) if going_on else "small"), **changes)
-    with TerminalWatch() as watch:
-        try:
-            result = fit(plan, resume=resume, overwrite=overwrite, watch=watch)
-        except KeyboardInterrupt:
-            watch.stop()
-            again = shlex.join(["crossvit", "train", data, "--out", out, "--resume"])
-            print(f"crossvit: stopped; go on with `{again}`" if watch.training else "crossvit: stopped", file=sys.stderr)
-            return 130
-    if result.evaluation is not None:
-        write_atomically(run.report_path, run_page(result, result.evaluation).encode())
+    names = shipped_recipes() if name is None else [name]
     if json:
-        _print_json(to_json(result))
+        _print_json({"recipes": {one: load_recipe(one).to_dict() for one in names}})
+    elif name is not None:
+        print(recipe_text(name), end="")
     else:
-        print_training(result)
+        for one in names:
+            print(f"{one:14}{recipe_text(one).splitlines()[0].lstrip('# ')}")
     return 0
 
 

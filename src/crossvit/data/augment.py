@@ -4,26 +4,29 @@ processes, a resume or another order of loading changes nothing."""
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import v2
 
 from crossvit.data.preprocess import Preprocessing
+from crossvit.errors import ConfigError
 
 VIEW_SCALE = 2  # pictures are kept at up to this multiple of the input's sides: enough detail for a crop of half the side
 
 
 class Augment:
-    """RGB picture -> (H, W, 3) uint8 training view, by torchvision's transforms.
+    """RGB picture -> training view by torchvision's and timm's transforms: (H, W, 3) uint8, or with `erasing` the normalised
+    (3, H, W) float32.
 
     In order: a random crop that keeps at least the share `min_crop` of the area, resized to the input (1: the whole
     picture); a left-right flip with chance `flip`; rotation by up to `rotate` degrees with a shift and zoom of up to
-    those shares of the side; brightness, contrast and saturation, each up to the share `colour`.
+    those shares of the side; RandAugment by timm's name for its setting; brightness, contrast and saturation, each up to
+    the share `colour`; with chance `erasing` a rectangle of noise.
     """
 
     def __init__(
@@ -36,10 +39,12 @@ class Augment:
         shift: float,
         zoom: float,
         colour: float,
+        randaugment: str = "",
+        erasing: float = 0.0,
     ) -> None:
         self.preprocessing = preprocessing
         height, width = preprocessing.image_size
-        steps: list[v2.Transform] = []
+        steps: list[Callable[[Image.Image], Image.Image]] = []
         if min_crop < 1.0:
             steps.append(v2.RandomResizedCrop((height, width), scale=(min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC))
         if flip > 0:
@@ -50,9 +55,12 @@ class Augment:
                     rotate, (shift, shift), (1 - zoom, 1 + zoom), interpolation=v2.InterpolationMode.BILINEAR, fill=128
                 )
             )
+        if randaugment:
+            steps.append(_randaugment(randaugment, preprocessing))
         if colour > 0:
             steps.append(v2.ColorJitter(brightness=colour, contrast=colour, saturation=colour))
         self.whole = min_crop >= 1.0
+        self.erase = _erasing(erasing) if erasing > 0 else None
         self.transform = v2.Compose(steps or [v2.Identity()])
 
     def view(self, image: Image.Image) -> Image.Image:
@@ -67,9 +75,50 @@ class Augment:
         size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
         return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
 
-    def __call__(self, view: Image.Image, *, seed: int, epoch: int, index: int) -> NDArray[np.uint8]:
-        with seeded(seed, epoch, index):
-            return np.asarray(self.transform(view))
+    def __call__(
+        self, view: Image.Image, *, seed: int, epoch: int, index: int, again: int = 0
+    ) -> NDArray[np.uint8] | NDArray[np.float32]:
+        """`again` counts how often the image was taken before in the same epoch."""
+        with seeded(seed, epoch, index, *[again] * (again > 0)):
+            pixels = np.asarray(self.transform(view))
+            if self.erase is None:
+                return pixels
+            erased: NDArray[np.float32] = self.erase(torch.from_numpy(self.preprocessing.normalise(pixels))).numpy()
+            return erased
+
+
+def _randaugment(setting: str, preprocessing: Preprocessing) -> Callable[[Image.Image], Image.Image]:
+    """timm's RandAugment as its `create_transform` sets it up. ConfigError for a setting that it does not know."""
+    from timm.data.auto_augment import rand_augment_transform
+
+    hints = {
+        "translate_const": int(min(preprocessing.image_size) * 0.45),
+        "img_mean": tuple(round(255 * mean) for mean in preprocessing.mean),
+        "interpolation": Image.Resampling.BICUBIC,
+    }
+    try:
+        transform = rand_augment_transform(setting, hints)
+    except Exception as error:  # an assertion or a conversion in timm
+        raise ConfigError(f"randaugment = {setting!r}: should be like 'rand-m9-mstd0.5-inc1'") from error
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return transform  # type: ignore[no-any-return]
+
+
+def _posterize(image: Image.Image, bits: int, **_: object) -> Image.Image:
+    """timm's, but that no bits at all is black, as it was before Pillow 13 refused it: magnitude 10 asks for it."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits >= 1 else Image.new(image.mode, image.size)
+
+
+def _erasing(chance: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """timm's random erasing in pixel mode: every pixel of the rectangle a draw from N(0, 1), after normalisation."""
+    from timm.data.random_erasing import RandomErasing
+
+    erase: Callable[[torch.Tensor], torch.Tensor] = RandomErasing(chance, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
+    return erase
 
 
 @contextmanager

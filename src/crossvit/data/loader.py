@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,16 +21,50 @@ from crossvit.data.augment import Augment
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import ImageSet
 
+View = NDArray[Any]  # (H, W, 3) uint8, or (3, H, W) float32 if it is normalised already
 CACHE_BYTES = 2 * 2**30  # decoded pictures kept in memory, over all workers; beyond it every epoch decodes again
 
 
-def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The permutation of `count` images that epoch `epoch` goes through."""
-    return np.random.default_rng((seed, epoch)).permutation(count)
+class Key(NamedTuple):
+    """One training view: image number `image` in `epoch`, which was taken `again` times before in that epoch."""
+
+    epoch: int
+    image: int
+    again: int
 
 
-class TrainingSet(Dataset[tuple[NDArray[np.uint8], int]]):
-    """Augmented training views. An item is asked for by (epoch, index), so it never depends on who loads it when."""
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """Which image comes when: a pure function of (seed, epoch), as long as there are images.
+
+    repeats: every image is taken so often in a row, and the pass is cut off at its length (repeated augmentation).
+    balanced: images are drawn with replacement, every class equally often on average.
+    """
+
+    labels: tuple[int, ...]
+    seed: int
+    repeats: int = 1
+    balanced: bool = False
+
+    def epoch(self, epoch: int) -> list[Key]:
+        count = len(self.labels)
+        generator = np.random.default_rng((self.seed, epoch))
+        if self.balanced:
+            counts = np.bincount(self.labels)
+            chances = 1.0 / counts[list(self.labels)]
+            order = generator.choice(count, size=count, p=chances / chances.sum())
+        else:
+            order = np.repeat(generator.permutation(count), self.repeats)[:count]
+        taken: Counter[int] = Counter()
+        keys = []
+        for index in order.tolist():
+            keys.append(Key(epoch, index, taken[index]))
+            taken[index] += 1
+        return keys
+
+
+class TrainingSet(Dataset[tuple[View, int]]):
+    """Augmented training views. An item is asked for by its Key, so it never depends on who loads it when."""
 
     def __init__(self, images: ImageSet, augment: Augment, *, seed: int, cache_bytes: int) -> None:
         self.images = images
@@ -40,10 +77,9 @@ class TrainingSet(Dataset[tuple[NDArray[np.uint8], int]]):
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[NDArray[np.uint8], int]:
-        epoch, index = key
-        view = self.augment(self._view(index), seed=self.seed, epoch=epoch, index=index)
-        return view, self.images.labels[index]
+    def __getitem__(self, key: Key) -> tuple[View, int]:
+        view = self.augment(self._view(key.image), seed=self.seed, epoch=key.epoch, index=key.image, again=key.again)
+        return view, self.images.labels[key.image]
 
     def _view(self, index: int) -> Image.Image:
         if index in self._kept:
@@ -57,21 +93,21 @@ class TrainingSet(Dataset[tuple[NDArray[np.uint8], int]]):
 
 
 class EpochBatches:
-    """Batches of (epoch, index) keys for the DataLoader; `epoch` is set before each pass."""
+    """Batches of keys for the DataLoader; `epoch` and `start`, the first batch of the pass, are set before each pass."""
 
-    def __init__(self, count: int, *, batch_size: int, seed: int) -> None:
-        self.count = count
+    def __init__(self, order: Order, *, batch_size: int) -> None:
+        self.order = order
         self.batch_size = batch_size
-        self.seed = seed
         self.epoch = 0
+        self.start = 0
 
     def __len__(self) -> int:
-        return -(-self.count // self.batch_size)
+        return -(-len(self.order.labels) // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = epoch_order(self.count, seed=self.seed, epoch=self.epoch)
-        for start in range(0, self.count, self.batch_size):
-            yield [(self.epoch, int(index)) for index in order[start : start + self.batch_size]]
+    def __iter__(self) -> Iterator[list[Key]]:
+        keys = self.order.epoch(self.epoch)
+        for start in range(self.start * self.batch_size, len(keys), self.batch_size):
+            yield keys[start : start + self.batch_size]
 
 
 class TrainingLoader:
@@ -81,10 +117,20 @@ class TrainingLoader:
     """
 
     def __init__(
-        self, images: ImageSet, augment: Augment, preprocessing: Preprocessing, *, batch_size: int, seed: int, workers: int = 0
+        self,
+        images: ImageSet,
+        augment: Augment,
+        preprocessing: Preprocessing,
+        *,
+        batch_size: int,
+        seed: int,
+        repeats: int = 1,
+        balanced: bool = False,
+        workers: int = 0,
     ) -> None:
         self.preprocessing = preprocessing
-        self.batches = EpochBatches(len(images), batch_size=batch_size, seed=seed)
+        order = Order(tuple(images.labels), seed, repeats=repeats, balanced=balanced)
+        self.batches = EpochBatches(order, batch_size=batch_size)
         self.loader = DataLoader(
             TrainingSet(images, augment, seed=seed, cache_bytes=CACHE_BYTES // max(1, workers)),
             batch_sampler=self.batches,  # keys rather than positions
@@ -98,12 +144,14 @@ class TrainingLoader:
         """Batches in an epoch."""
         return len(self.batches)
 
-    def epoch(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        self.batches.epoch = epoch
+    def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of `epoch` from batch `start` on."""
+        self.batches.epoch, self.batches.start = epoch, start
         with _interrupts_left_to_this_process():
             batches = iter(self.loader)  # starts the workers, the first time
         for pixels, labels in batches:
-            yield torch.from_numpy(self.preprocessing.normalise(pixels)), torch.from_numpy(labels)
+            images = self.preprocessing.normalise(pixels) if pixels.dtype == np.uint8 else pixels
+            yield torch.from_numpy(images), torch.from_numpy(labels)
 
 
 @contextmanager
@@ -120,5 +168,5 @@ def _interrupts_left_to_this_process() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _stack(items: list[tuple[NDArray[np.uint8], int]]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _stack(items: list[tuple[View, int]]) -> tuple[View, NDArray[np.int64]]:
     return np.stack([view for view, _ in items]), np.array([label for _, label in items], dtype=np.int64)

@@ -14,7 +14,7 @@ from crossvit.model.config import CrossViTConfig
 from crossvit.model.crossvit import CrossViT
 from crossvit.run import Run
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchEngine:

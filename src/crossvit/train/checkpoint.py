@@ -17,23 +17,22 @@ import torch
 from crossvit.errors import CheckpointError
 from crossvit.run import write_atomically
 
-MAGIC = b"crossvit checkpoint 1\n"
-KEPT = 2  # the newest and the one before it
+MAGIC = b"crossvit checkpoint 2\n"
 
 
-def checkpoint_path(folder: Path, epoch: int) -> Path:
-    return folder / f"epoch-{epoch:05d}.ckpt"
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:09d}.ckpt"
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any], *, epoch: int) -> Path:
-    """Write `state` after `epoch` finished epochs, then drop all but the newest KEPT. RunError if it cannot be written;
-    the older ones are then still there."""
+def save_checkpoint(folder: Path, state: dict[str, Any], *, step: int, keep: int = 2) -> Path:
+    """Write `state` after `step` steps, then drop all but the newest `keep`. RunError if it cannot be written; the older ones
+    are then still there."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    payload = buffer.getvalue()
-    path = checkpoint_path(folder, epoch)
-    write_atomically(path, MAGIC + hashlib.sha256(payload).digest() + payload)
-    for old in _newest_first(folder)[KEPT:]:
+    payload = buffer.getbuffer()
+    path = checkpoint_path(folder, step)
+    write_atomically(path, MAGIC, hashlib.sha256(payload).digest(), payload)
+    for old in _newest_first(folder)[keep:]:
         old.unlink(missing_ok=True)
     return path
 
@@ -52,7 +51,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     """(state, what was passed over): the newest whole checkpoint in `folder`, None if there is not one file.
 
     CheckpointError if there are files and none is whole."""
@@ -68,4 +67,4 @@ def newest_checkpoint(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 def _newest_first(folder: Path) -> list[Path]:
-    return sorted(folder.glob("epoch-*.ckpt"), reverse=True)
+    return sorted(folder.glob("step-*.ckpt"), reverse=True)

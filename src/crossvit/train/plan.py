@@ -12,19 +12,20 @@ from numpy.typing import NDArray
 
 from crossvit.data.augment import Augment
 from crossvit.data.check import Findings, look_at
-from crossvit.data.loader import CACHE_BYTES, TrainingLoader
+from crossvit.data.loader import CACHE_BYTES, Order, TrainingLoader
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import HELD_OUT_PARTS, Data, ImageSet, open_data
 from crossvit.errors import DataError, UsageError
 from crossvit.factory import model_config
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.presets import preset
-from crossvit.train.recipe import Recipe
+from crossvit.train.recipe import AugmentationRecipe, MixingRecipe, Recipe
 from crossvit.train.watch import Watch
 from crossvit.weights.files import read_weights, weight_file
 from crossvit.weights.identify import identify
 
 ENOUGH_FOR_9_DAGGER = 20_000  # training images from which a model of the paper is chosen for its size; see dev/LOG.md
+IMAGES_SEEN = 60_000  # by a run whose epochs are chosen; see dev/LOG.md
 NAMED_AT_MOST = 5  # broken images named in a message; the rest are counted
 
 
@@ -43,14 +44,18 @@ class Plan:
     preprocessing: Preprocessing
 
     def training_loader(self) -> TrainingLoader:
-        augment = Augment(self.preprocessing, **dataclasses.asdict(self.recipe.augmentation))
+        recipe = self.recipe
+        settings = dataclasses.asdict(recipe.augmentation)
+        repeats = settings.pop("repeats")
         return TrainingLoader(
             self.train,
-            augment,
+            Augment(self.preprocessing, **settings),
             self.preprocessing,
-            batch_size=self.recipe.batch_size,
-            seed=self.recipe.seed,
-            workers=self.recipe.workers,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            repeats=repeats,
+            balanced=recipe.sampling == "balanced",
+            workers=recipe.workers,
         )
 
     def room_for_held_out(self) -> dict[int, NDArray[np.uint8]] | None:
@@ -94,6 +99,11 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
         drop_path=recipe.drop_path,
     )
     part = next((part for part in HELD_OUT_PARTS if part in data.parts), "held-out")
+    if recipe.overfit_one_batch:
+        recipe, train = _one_batch(recipe, train)
+        held_out, part = train, "train"
+    if recipe.epochs == 0:
+        recipe = dataclasses.replace(recipe, epochs=suitable_epochs(len(train)))
     plan = Plan(
         recipe, data, train, held_out, part, name, why, config,
         Preprocessing(image_size=config.image_size, crop=preset(name).crop),
@@ -101,6 +111,19 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
     for line in _found(plan, sizes):
         watch.say(line)
     return plan
+
+
+def suitable_epochs(images: int) -> int:
+    """Epochs for `images` training images, so that a run sees about IMAGES_SEEN of them: from 6 to 60."""
+    return min(max(round(IMAGES_SEEN / images), 6), 60)
+
+
+def _one_batch(recipe: Recipe, train: ImageSet) -> tuple[Recipe, ImageSet]:
+    """(recipe, images) of the first batch alone, with nothing that varies it or softens its targets."""
+    first = Order(tuple(train.labels), recipe.seed).epoch(0)[: recipe.batch_size]
+    plain = AugmentationRecipe(rotate=0.0, shift=0.0, zoom=0.0, colour=0.0)
+    recipe = dataclasses.replace(recipe, augmentation=plain, mixing=MixingRecipe(), label_smoothing=0.0, drop_path=0.0)
+    return recipe, train.take([key.image for key in first])
 
 
 def _chosen_model(recipe: Recipe, recorded: dict[str, Any] | None) -> tuple[str, CrossViTConfig, str] | None:

@@ -21,8 +21,9 @@ class Watch:
     def checked(self) -> None:
         """One more image has been looked at."""
 
-    def started(self, lines: Sequence[str], *, epochs: int, done: int, steps: int) -> None:
-        """Training begins, after `done` of `epochs` epochs; an epoch has `steps` steps. `lines` say what and how long."""
+    def started(self, lines: Sequence[str], *, epochs: int, done: float, steps: int) -> None:
+        """Training begins, after `done` of `epochs` epochs (part of one too); an epoch has `steps` steps. `lines` say what and
+        how long."""
 
     def stepped(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
         """One step of epoch `epoch` (from 0) is done; loss and accuracy (0 to 1) are the epoch's means so far."""

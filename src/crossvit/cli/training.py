@@ -1,0 +1,82 @@
+"""The verb `crossvit train`: its options are the fields of a recipe."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from json import dumps
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from crossvit.cli.options import TrainingOptions
+from crossvit.run import Run
+
+
+def train(
+    data: str,
+    /,
+    *,
+    out: str,
+    recipe: str | None = None,
+    options: Annotated[TrainingOptions | None, Parameter(name="*")] = None,
+    dry_run: Annotated[bool, Parameter(negative=())] = False,
+    resume: Annotated[bool, Parameter(negative=())] = False,
+    overwrite: Annotated[bool, Parameter(negative=())] = False,
+    json: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
+    """Train a classifier on a folder of images and evaluate it.
+
+    Parameters
+    ----------
+    data
+        `digits` (real scans, built in), or a folder of class folders, or one with train/ and val/ or test/ that hold them.
+    out
+        The run folder to make: weights, log, checkpoints and report.html.
+    recipe
+        A shipped recipe (see `crossvit recipes`), a TOML file, or a run folder to take everything from. Default: small.
+    dry_run
+        One step of everything, then the time and memory that the run would take. Writes nothing to --out.
+    resume
+        Go on with the run in --out from its last checkpoint.
+    overwrite
+        Replace the run in --out.
+    json
+        Print one JSON object on stdout; everything else goes to stderr.
+    """
+    from crossvit.train.recipe import load_recipe
+
+    given = {} if options is None else vars(options)
+    going_on = resume and Run(out).exists()
+    plan = load_recipe(recipe or (out if going_on else "small"), data=data, out=out, **given)
+
+    from crossvit.cli.terminal import TerminalWatch, print_rehearsal, print_training
+    from crossvit.report.page import run_page
+    from crossvit.results import to_json
+    from crossvit.run import write_atomically
+    from crossvit.train.loop import fit, rehearse
+
+    with TerminalWatch() as watch:
+        try:
+            if dry_run:
+                rehearsal = rehearse(plan, watch=watch)
+            else:
+                result = fit(plan, resume=resume, overwrite=overwrite, watch=watch)
+        except KeyboardInterrupt:
+            watch.stop()
+            again = shlex.join(["crossvit", "train", data, "--out", out, "--resume"])
+            print(f"crossvit: stopped; go on with `{again}`" if watch.training else "crossvit: stopped", file=sys.stderr)
+            return 130
+    if dry_run:
+        if json:
+            print(dumps(to_json(rehearsal), ensure_ascii=False, allow_nan=False))
+        else:
+            print_rehearsal(rehearsal)
+        return 0
+    if result.evaluation is not None:
+        write_atomically(Run(out).report_path, run_page(result, result.evaluation).encode())
+    if json:
+        print(dumps(to_json(result), ensure_ascii=False, allow_nan=False))
+    else:
+        print_training(result)
+    return 0

@@ -1,0 +1,59 @@
+"""The teacher of distillation, by name: any timm model, or a run of ours."""
+
+from __future__ import annotations
+
+import torch
+
+from crossvit.data.preprocess import Preprocessing
+from crossvit.errors import UsageError
+from crossvit.factory import create_model
+from crossvit.model.config import CrossViTConfig
+from crossvit.run import Run
+from crossvit.train.losses import NormalisedAnew, Teacher
+from crossvit.train.plan import Plan
+
+TIMM = "timm:"
+A_CALLABLE = "a callable"  # recorded as the teacher of a run whose teacher was given in Python
+
+
+def load_teacher(name: str, plan: Plan, *, device: torch.device) -> Teacher:
+    """`timm:NAME` (pretrained; `timm:local-dir:FOLDER` too) or a run folder, behind its own normalisation and input size.
+
+    UsageError for a name that is neither, or a teacher of other classes than the plan's.
+    """
+    student = plan.preprocessing
+    if name.startswith(TIMM):
+        model, own, classes = _timm_teacher(name.removeprefix(TIMM))
+        fits = classes == len(plan.train.classes)
+        known = f"{classes} classes"
+    elif Run(name).exists():
+        run = Run(name)
+        record = run.finished_record()
+        model = create_model(CrossViTConfig.from_dict(record["config"]), weights=run.path)
+        own = Preprocessing.from_dict(record["preprocessing"])
+        fits = tuple(record["classes"]) == plan.train.classes
+        known = ", ".join(record["classes"][:5])
+    elif name == A_CALLABLE:
+        raise UsageError(
+            "this run's teacher was given in Python: go on with it by crossvit.fit(recipe, resume=True, teacher=...)"
+        )
+    else:
+        raise UsageError(f"teacher {name!r}: give timm:NAME, timm:local-dir:FOLDER or a run folder")
+    if not fits:
+        raise UsageError(f"the teacher {name} answers for other classes ({known}) than {plan.data.location}")
+    teacher = NormalisedAnew(model, student=(student.mean, student.std), own=(own.mean, own.std), image_size=own.image_size)
+    return teacher.to(device).eval().requires_grad_(False)
+
+
+def _timm_teacher(name: str) -> tuple[torch.nn.Module, Preprocessing, int]:
+    import timm
+
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # an unknown name, no network, a damaged folder
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"timm has no teacher {name!r} here ({reason})") from error
+    config = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
+    height, width = config["input_size"][-2:]
+    own = Preprocessing(image_size=(height, width), mean=tuple(config["mean"]), std=tuple(config["std"]))
+    return model, own, int(model.num_classes)  # type: ignore[arg-type]

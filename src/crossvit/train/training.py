@@ -1,0 +1,406 @@
+"""The state of a run in progress and the steps that change it.
+
+The order of images, their augmentation, mixing and every draw in a step follow from the seed and the step alone, so the whole
+state is the step, the weights, the optimiser and the few sums below: what a checkpoint holds is all there is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+import crossvit
+from crossvit.errors import TrainingError
+from crossvit.evaluation import measure, summarise
+from crossvit.factory import create_model
+from crossvit.model.crossvit import CrossViT
+from crossvit.results import Epoch, Evaluation, TrainingResult, to_json
+from crossvit.run import Run, write_atomically
+from crossvit.runtimes.torch import TorchEngine, autocast, resolve_device, resolve_precision
+from crossvit.train.checkpoint import load_newest, save_checkpoint
+from crossvit.train.durations import parse_duration, spoken
+from crossvit.train.losses import Criterion, Mixing, Teacher, class_weights
+from crossvit.train.optim import freeze, learning_rate, make_optimiser
+from crossvit.train.plan import Plan
+from crossvit.train.watch import Watch
+from crossvit.weights.files import header, read_weights, write_weights
+from crossvit.weights.load import load_weights
+
+TIMED_STEPS, WARM_UP_STEPS = 8, 3  # steps that are run and thrown away to estimate the time; the first ones are slower
+TIMED_SECONDS = 10.0  # no further step is timed after this long
+BAD_IN_A_ROW = 10  # steps without a finite loss and gradient after which a run goes back; fp16 needs a few to find its scale
+BEST_NAME = "best.safetensors"  # beside the checkpoints
+
+
+class Diverged(Exception):  # noqa: N818  # a turn in a run, not an error until it happens twice
+    """BAD_IN_A_ROW steps in a row were not finite."""
+
+
+@dataclasses.dataclass
+class Tally:
+    """Sums over the epoch so far."""
+
+    loss: float = 0.0
+    right: int = 0
+    seen: int = 0
+    skipped: int = 0
+    seconds: float = 0.0
+
+
+class Training:
+    """One run of a plan. `run_epoch` until `ended`, then `finish`."""
+
+    def __init__(self, plan: Plan, run: Run, watch: Watch, *, precision: str, teacher: Teacher | None = None) -> None:
+        self.plan, self.run, self.watch = plan, run, watch
+        self.recipe = recipe = plan.recipe
+        self.device = resolve_device(recipe.device)
+        self.precision = resolve_precision(precision, self.device)
+        torch.manual_seed(recipe.seed)
+        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.model: CrossViT = create_model(plan.config).to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.model.set_gradient_checkpointing(recipe.gradient_checkpointing)
+        freeze(self.model, plan.config, recipe.freeze)
+        self.forward: Callable[[Tensor], Tensor] = self.model.branch_logits
+        if recipe.compile:
+            self.forward = torch.compile(self.model.branch_logits)
+        self.optimiser = make_optimiser(self.model, plan.config, recipe.optimiser)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        self.average = _average(self.model, recipe.ema)
+        self.loader = plan.training_loader()
+        self.mixing = Mixing(
+            recipe.mixing, classes=plan.config.num_classes, label_smoothing=recipe.label_smoothing, seed=recipe.seed
+        )
+        counts = list(plan.train.counts().values())
+        self.criterion = Criterion(
+            label_smoothing=recipe.label_smoothing,
+            weights=class_weights(counts).to(self.device) if recipe.class_weights == "balanced" else None,
+            teacher=teacher,
+            recipe=recipe.distillation,
+        )
+        self.kept: dict[int, NDArray[np.uint8]] | None = plan.room_for_held_out()
+        self.step = 0
+        self.tally = Tally()
+        self.epochs: list[Epoch] = []
+        self.best: tuple[float, float, int] | None = None  # top-1, minus the loss, and the epoch that had them
+        self.rate_factor = 1.0  # halved when a run goes back
+        self.bad_in_a_row = 0
+        self.checkpointed_at = time.monotonic()
+
+    @property
+    def per_epoch(self) -> int:
+        return len(self.loader)
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.epochs * self.per_epoch
+
+    @property
+    def ended(self) -> bool:
+        """Whether every epoch is done and evaluated, or the score has stopped rising."""
+        patience = parse_duration(self.recipe.checkpoints.patience, name="patience").amount
+        waited = len(self.epochs) - self.best[2] if self.best else 0
+        return len(self.epochs) == self.recipe.epochs or bool(patience and waited >= patience)
+
+    @property
+    def evaluated(self) -> CrossViT:
+        """The model that is evaluated and kept: the average of the weights where there is one."""
+        return self.model if self.average is None else self.average.module
+
+    # ---- beginning
+
+    def load_starting_weights(self) -> None:
+        """The recipe's `weights`, if it has any. The classifier comes along if it is for the same classes, as far as the file
+        says: by their names, or by their number. Of other classes, those with the same name keep their rows."""
+        if not self.recipe.weights:
+            return
+        classes = self.plan.train.classes
+        weights = read_weights(self.recipe.weights)
+        same = weights.classes == classes if weights.classes else weights.num_classes == len(classes)
+        for note in load_weights(self.model, weights, head="same" if same else "new", classes=classes):
+            self.watch.say(f"note   {note}")
+        if self.average is not None:
+            self.average.set(self.model)
+
+    def restore_newest(self) -> bool:
+        """Take up the newest whole checkpoint; False if there is none yet."""
+        state, passed_over = load_newest(self.run.checkpoints)
+        for line in passed_over:
+            self.watch.say(f"{line}; using the one before it")
+        if state is not None:
+            self.restore(state)
+        return state is not None
+
+    def start(self) -> None:
+        """Say what is trained and how long it will take, and have a checkpoint to go back to."""
+        self.run.rewrite_log([to_json(epoch) for epoch in self.epochs])
+        self.watch.started(self.describe(), epochs=self.recipe.epochs, done=self.step / self.per_epoch, steps=self.per_epoch)
+        if self.step == 0:
+            self.save()
+
+    # ---- going on
+
+    def run_epoch(self) -> None:
+        """The rest of the epoch: its images, then the held-out ones, the log and a checkpoint."""
+        epoch = len(self.epochs)
+        try:
+            self._train_epoch(epoch)
+        except Diverged:
+            self._go_back(f"the loss or its gradient was not finite for {BAD_IN_A_ROW} steps in a row in epoch {epoch + 1}")
+            return
+        evaluation = self.evaluate()
+        if not math.isfinite(evaluation.loss):
+            self._go_back(f"the held-out loss was not finite after epoch {epoch + 1}")
+            return
+        tally = self.tally
+        entry = Epoch(
+            epoch + 1, self.step, tally.loss / max(tally.seen, 1), tally.right / max(tally.seen, 1), evaluation.top1,
+            evaluation.loss, self.rate(self.step - 1), tally.seconds, tally.seen / max(tally.seconds, 1e-9), tally.skipped,
+        )  # fmt: skip
+        self.epochs.append(entry)
+        self.tally = Tally()
+        score = (evaluation.top1, -evaluation.loss, epoch + 1)
+        if self.best is None or score[:2] > self.best[:2]:
+            self.best = score
+            if self.recipe.checkpoints.select == "best":
+                write_atomically(self.run.checkpoints / BEST_NAME, to_safetensors(_plain(self.evaluated.state_dict())))
+        if self.ended or self._due():
+            self.save()
+        self.run.log(to_json(entry))
+        self.watch.epoch_done(entry)
+
+    def _train_epoch(self, epoch: int) -> None:
+        self.model.train()
+        done = self.step - epoch * self.per_epoch
+        started = time.perf_counter() - self.tally.seconds
+        for images, labels in self.loader.epoch(epoch, start=done) if done < self.per_epoch else ():
+            loss, right = self.train_step(images.to(self.device), labels.to(self.device))
+            self.step += 1
+            tally = self.tally
+            if math.isfinite(loss):
+                tally.loss, tally.right, tally.seen = (
+                    tally.loss + loss * len(labels),
+                    tally.right + right,
+                    tally.seen + len(labels),
+                )
+            tally.seconds = time.perf_counter() - started
+            seen = max(tally.seen, 1)
+            self.watch.stepped(epoch, tally.loss / seen, tally.right / seen, tally.seen / tally.seconds)
+            if self.step < (epoch + 1) * self.per_epoch and self._due():
+                self.save()
+                started += time.perf_counter() - started - tally.seconds  # writing is not training
+
+    def train_step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
+        """(loss, images that were right) of one batch, after which the weights have moved unless something was not finite."""
+        torch.manual_seed(step_seed(self.recipe.seed, self.step))  # dropout and stochastic depth follow from the step alone
+        images, targets = self.mixing(images, labels, step=self.step)
+        if self.recipe.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.rate(self.step) * group["lr_scale"]
+        total, right = 0.0, 0
+        chunks = max(1, math.ceil(len(images) / self.recipe.accumulate))
+        parts = zip(images.split(chunks), targets.split(chunks), labels.split(chunks), strict=True)
+        for part, wanted, label in parts:
+            with autocast(self.device, self.precision):
+                logits = self.forward(part)
+            loss = self.criterion(logits, wanted, part) * (len(part) / len(images))
+            self.scaler.scale(loss).backward()
+            total += loss.item()
+            right += int((logits.float().mean(dim=0).argmax(dim=1) == label).sum())
+        self._update(finite=math.isfinite(total))
+        return total, right
+
+    def _update(self, *, finite: bool) -> None:
+        """Move the weights by the gradients, or count the step as skipped if they or the loss are not finite."""
+        self.scaler.unscale_(self.optimiser)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        norm = nn.utils.clip_grad_norm_(trained, self.recipe.optimiser.clip or math.inf)
+        if finite and math.isfinite(norm.item()):
+            self.scaler.step(self.optimiser)
+            self.scaler.update()
+            self.bad_in_a_row = 0
+            if self.average is not None:
+                self.average.update(self.model, step=self.step)
+        else:
+            if self.scaler.is_enabled():
+                self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
+            self.tally.skipped += 1
+            self.bad_in_a_row += 1
+        self.optimiser.zero_grad()
+        if self.bad_in_a_row >= BAD_IN_A_ROW:
+            raise Diverged
+
+    def _go_back(self, problem: str) -> None:
+        """To the newest checkpoint with half the rate, once; the second time training ends."""
+        rate = self.recipe.optimiser.lr
+        if self.rate_factor < 1:
+            raise TrainingError(f"{problem}, at half the rate too: train anew with a lower --lr (now {rate:g})")
+        self.restore_newest()
+        self.run.rewrite_log([to_json(entry) for entry in self.epochs])
+        self.rate_factor = 0.5
+        self.watch.say(f"{problem}: going back to step {self.step} of {self.steps} with half the rate")
+
+    def rate(self, step: int) -> float:
+        return self.rate_factor * learning_rate(
+            max(step, 0), steps=self.steps, per_epoch=self.per_epoch, recipe=self.recipe.optimiser
+        )
+
+    # ---- keeping
+
+    def _due(self) -> bool:
+        """Whether a checkpoint is, at this step: never in the middle of steps that fail, so that the newest is a good one."""
+        if self.bad_in_a_row:
+            return False
+        every = parse_duration(self.recipe.checkpoints.every, name="every")
+        if every.seconds is not None:
+            return time.monotonic() - self.checkpointed_at >= every.seconds
+        return self.step % max(1, every.steps(per_epoch=self.per_epoch, total=self.steps)) == 0
+
+    def save(self) -> None:
+        save_checkpoint(self.run.checkpoints, self.state(), step=self.step, keep=self.recipe.checkpoints.keep)
+        self.checkpointed_at = time.monotonic()
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "tally": dataclasses.astuple(self.tally),
+            "epochs": [dataclasses.astuple(entry) for entry in self.epochs],
+            "best": self.best,
+            "rate_factor": self.rate_factor,
+            "bad_in_a_row": self.bad_in_a_row,
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        if self.average is not None:
+            self.average.module.load_state_dict(state["average"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.tally = Tally(*state["tally"])
+        self.epochs = [Epoch(*entry) for entry in state["epochs"]]
+        self.best = None if state["best"] is None else tuple(state["best"])
+        self.step, self.rate_factor, self.bad_in_a_row = state["step"], state["rate_factor"], state["bad_in_a_row"]
+
+    def finish(self) -> TrainingResult:
+        """Write the weights, then the record with the result: a run with a result has its weights."""
+        if self.recipe.checkpoints.select == "best" and self.best is not None:
+            self.evaluated.load_state_dict(from_safetensors((self.run.checkpoints / BEST_NAME).read_bytes()))
+        evaluation = self.evaluate()
+        plan = self.plan
+        described = header(
+            model=plan.model_name, config=plan.config, classes=plan.train.classes, preprocessing=plan.preprocessing.to_dict()
+        )
+        write_weights(self.run.weights_path, self.evaluated.state_dict(), described)
+        seconds = sum(entry.seconds for entry in self.epochs)
+        result = {"top1": evaluation.top1, "n": evaluation.n, "loss": evaluation.loss, "seconds": seconds}
+        if self.recipe.checkpoints.select == "best" and self.best is not None:
+            result["selected_epoch"] = self.best[2]
+        self.run.write_record(self.record(result=result))
+        return TrainingResult(
+            run=str(self.run.path),
+            top1=evaluation.top1,
+            n=evaluation.n,
+            seconds=seconds,
+            record=self.run.record(),
+            epochs=tuple(self.epochs),
+            evaluation=evaluation,
+        )
+
+    def evaluate(self) -> Evaluation:
+        engine = TorchEngine(self.evaluated, device=self.device)
+        logits, images = measure(engine, self.plan.held_out, self.plan.preprocessing, kept=self.kept)
+        patches = [branch.patch for branch in self.plan.config.branches]
+        with np.errstate(all="ignore"):  # weights that have run away are noticed by the loss
+            return summarise(
+                logits, images, patches=patches, run=str(self.run.path), data=self.recipe.data, split=self.plan.held_out_part
+            )
+
+    # ---- saying
+
+    def describe(self) -> list[str]:
+        plan, recipe = self.plan, self.recipe
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        frozen = "" if trained == parameters else f", {trained / 1e6:.2f} M of them trained"
+        height, width = plan.config.image_size
+        step, _ = self.time_steps()
+        evaluation = len(plan.held_out) / recipe.batch_size / 3  # in steps: forward alone is about a third of one
+        left = step * (self.steps - self.step + evaluation * (recipe.epochs - len(self.epochs)))
+        return [
+            f"model  {plan.model_name}: {parameters / 1e6:.2f} M parameters{frozen} at {height}x{width}{plan.why_model}",
+            f"train  {recipe.epochs} x {self.per_epoch} steps, batch {recipe.batch_size}, "
+            f"{self.precision} on {self.device.type} with {torch.get_num_threads()} threads, about {spoken(left)}",
+        ]
+
+    def time_steps(self) -> tuple[float, int]:
+        """(seconds a step, images a step) from a few on the next images whose gradients are thrown away."""
+        times: list[float] = []
+        size = 0
+        self.model.train()
+        started = time.perf_counter()
+        for _, (images, labels) in zip(range(TIMED_STEPS), self.loader.epoch(self.step // self.per_epoch), strict=False):
+            chunk = max(1, math.ceil(len(images) / self.recipe.accumulate))
+            for part, wanted in zip(images.to(self.device).split(chunk), labels.to(self.device).split(chunk), strict=True):
+                with autocast(self.device, self.precision):
+                    logits = self.forward(part)
+                loss = self.criterion(logits, wanted, part)
+                loss.backward()
+                loss.item()  # waits for the device
+            size = max(size, len(images))
+            times.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            if sum(times) > TIMED_SECONDS:
+                break
+        self.optimiser.zero_grad()
+        return statistics.median(times[WARM_UP_STEPS:] or times[-1:]), size
+
+    def record(self, *, result: dict[str, Any] | None) -> dict[str, Any]:
+        """What run.json holds."""
+        return {
+            "crossvit": crossvit.__version__,
+            "model": self.plan.model_name,
+            "result": result,
+            "classes": list(self.plan.train.classes),
+            "preprocessing": self.plan.preprocessing.to_dict(),
+            "precision": self.precision,
+            "device": self.device.type,
+            "threads": torch.get_num_threads(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
+            "recipe": self.recipe.to_dict(),
+            "config": self.plan.config.to_dict(),
+            "data": self.plan.data_record(),
+        }
+
+
+def _average(model: CrossViT, decay: float) -> Any:
+    """timm's exponential moving average of the weights; None where `decay` is 0. Its decay rises to `decay` over the steps."""
+    if not decay:
+        return None
+    from timm.utils import ModelEmaV3  # type: ignore[attr-defined]
+
+    return ModelEmaV3(model, decay=decay, use_warmup=True)
+
+
+def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of the generators in step `step`: follows from the two numbers alone, so a resumed run draws the same."""
+    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
