@@ -5,16 +5,20 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import crossvit
 from crossvit.errors import ConfigError, UnknownNameError
 from crossvit.results import TrainingResult
-from crossvit.train.durations import spoken
-from crossvit.train.optim import learning_rate, parameter_groups
-from crossvit.train.recipe import OptimiserRecipe, Recipe, load_recipe, shipped_recipes
+from crossvit.train.durations import STEP_UNITS, parse_duration, spoken
+from crossvit.train.loop import fit
+from crossvit.train.optim import freeze, learning_rate, make_optimiser, parameter_groups, place_of
+from crossvit.train.recipe import OptimiserRecipe, Recipe, fields, load_recipe, recipe_text, shipped_recipes
 from crossvit.train.training import step_seed
 
 
@@ -102,3 +106,193 @@ def test_every_parameter_is_in_one_group_and_what_should_not_decay_does_not() ->
 def test_step_seeds_differ() -> None:
     assert len({step_seed(seed, step) for seed in range(3) for step in range(100)}) == 300
     assert [spoken(seconds) for seconds in (0.2, 45, 200, 8000)] == ["1 s", "45 s", "3 min", "2 h 13 min"]
+
+
+@pytest.mark.parametrize(
+    "name", ["crossvit_9_dagger_240", "crossvit_small_240_all_attention", "crossvit_small_240_pairwise", "vit_9_224"]
+)
+@pytest.mark.parametrize("changes", [{}, {"layer_decay": 0.7, "fusion_lr": 0.5}, {"decay_like_authors": True}])
+def test_every_trained_parameter_is_in_exactly_one_group(name: str, changes: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = crossvit.create_model(name)
+    groups = parameter_groups(model, model.config, OptimiserRecipe(**changes))
+    held = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_layer_decay_counts_blocks_along_each_branch() -> None:
+    with torch.device("meta"):
+        model = crossvit.create_model("crossvit_9_240")  # N = 1 on S, M = 3 on L, K = 3
+    above = {name: place_of(name, model.config).above for name, _ in model.named_parameters()}
+    assert above["heads.0.weight"] == above["norms.1.bias"] == 0
+    assert above["encoders.2.blocks.0.0.mlp.0.weight"] == above["encoders.2.blocks.1.2.mlp.0.weight"] == 1
+    assert above["encoders.0.blocks.0.0.mlp.0.weight"] == 3
+    assert above["encoders.0.blocks.1.0.mlp.0.weight"] == 9
+    assert above["tokens.0.positions"] == 4
+    assert above["tokens.1.patches.weight"] == 10
+    assert above["encoders.0.fusion.reads.0.project.2.weight"] == 3  # with the last block of its encoder, on the branch it writes
+    assert above["encoders.0.fusion.reads.1.project.2.weight"] == 7
+    groups = parameter_groups(model, model.config, OptimiserRecipe(layer_decay=0.5, fusion_lr=0.1, branch_lr=(2.0, 1.0)))
+    scale = {id(parameter): group["lr_scale"] for group in groups for parameter in group["params"]}
+    found = {name: scale[id(parameter)] for name, parameter in model.named_parameters()}
+    assert found["heads.0.weight"] == 2.0
+    assert found["heads.1.weight"] == 1.0
+    assert found["encoders.0.blocks.1.0.mlp.0.weight"] == 0.5**9
+    assert found["encoders.0.fusion.reads.1.project.2.weight"] == pytest.approx(0.1 * 0.5**7)
+
+
+def test_the_authors_decay_class_tokens_and_positions() -> None:
+    with torch.device("meta"):
+        model = crossvit.create_model("crossvit_9_240")
+    for like_authors in (False, True):
+        groups = parameter_groups(model, model.config, OptimiserRecipe(decay_like_authors=like_authors))
+        decayed = {id(parameter) for group in groups if group["weight_decay"] for parameter in group["params"]}
+        names = {name for name, parameter in model.named_parameters() if id(parameter) in decayed}
+        assert ({"tokens.0.class_token", "tokens.1.positions"} <= names) == like_authors
+        assert not any(name.endswith("bias") or "norm" in name for name in names)
+
+
+@pytest.mark.parametrize(
+    ("parts", "trained"),
+    [
+        (("backbone",), {"heads"}),
+        (("tokens", "fusion"), {"encoders.blocks", "norms", "heads"}),
+        (("branch0", "heads"), {"tokens.1", "encoders.blocks.1", "norms.1", "encoders.fusion"}),
+    ],
+)
+def test_frozen_parts_are_not_trained(parts: tuple[str, ...], trained: set[str]) -> None:
+    with torch.device("meta"):
+        model = crossvit.create_model("crossvit_9_240")
+    freeze(model, model.config, parts)
+    left = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    def described(name: str) -> set[str]:
+        place = place_of(name, model.config)
+        kind = {"blocks": "encoders.blocks", "fusion": "encoders.fusion"}.get(place.part, place.part)
+        return {kind, f"{kind}.{place.branch}"}
+
+    assert left == {name for name, _ in model.named_parameters() if described(name) & trained}
+    held = [parameter for group in parameter_groups(model, model.config, OptimiserRecipe()) for parameter in group["params"]]
+    assert len(held) == len(left)
+
+
+def test_what_cannot_be_trained_so_is_said() -> None:
+    with torch.device("meta"):
+        model = crossvit.create_model("crossvit_9_240")
+    for parts, says in (
+        (("backbone", "heads"), "nothing would be left to train"),
+        (("branch2",), "the model has 2 branches, counted from branch0"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            freeze(model, model.config, parts)
+    with pytest.raises(ConfigError, match=r"branch_lr = \(1\.0,\): should have one factor for each of 2 branches"):
+        parameter_groups(model, model.config, OptimiserRecipe(branch_lr=(1.0,)))
+    with pytest.raises(ConfigError, match="timm has none of that name; did you mean adamw"):
+        make_optimiser(
+            crossvit.create_model("crossvit_pico_32"),
+            crossvit.create_model("crossvit_pico_32").config,
+            OptimiserRecipe(optimiser="adamww"),
+        )
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion"])
+def test_optimisers_by_name_step_every_parameter(name: str) -> None:
+    model = crossvit.create_model("crossvit_pico_32", num_classes=3)
+    before = {key: value.clone() for key, value in model.named_parameters()}
+    optimiser = make_optimiser(model, model.config, OptimiserRecipe(optimiser=name, lr=0.1, layer_decay=0.9))
+    model(torch.randn(4, 3, 32, 32)).square().sum().backward()
+    assert all("lr_scale" in group for group in optimiser.param_groups)
+    optimiser.step()
+    moved = {key for key, value in model.named_parameters() if not torch.equal(value, before[key])}
+    assert {key for key in before if "key.bias" not in key} <= moved
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical", "steps"),
+    [
+        ("30 epochs", "30 epochs", 150),
+        ("1epoch", "1 epochs", 5),
+        ("7 steps", "7 steps", 7),
+        ("2.5 %", "2.5 %", 25),
+        ("0", "0 steps", 0),
+    ],
+)
+def test_durations_have_units(text: str, canonical: str, steps: int) -> None:
+    found = parse_duration(text, name="warmup", units=STEP_UNITS)
+    assert (str(found), found.steps(per_epoch=5, total=1000)) == (canonical, steps)
+
+
+def test_durations_in_time_and_wrong_ones() -> None:
+    assert [parse_duration(text, name="every").seconds for text in ("90 s", "15min", "1.5 h", "3 steps")] == [90, 900, 5400, None]
+    for text in ("10", "ten epochs", "5 parsecs", "-1 epochs", ""):
+        with pytest.raises(ConfigError, match=r"every = .*: should be a number with a unit \(steps, epochs, %, s, min, h\)"):
+            parse_duration(text, name="every")
+
+
+def test_every_field_is_an_option_and_changes_it(command: Callable[..., tuple[int, str, str]]) -> None:
+    """`--name value` on the command line arrives in the recipe, for each field of each table."""
+    names = [name for _, name, _ in fields()]
+    assert len(names) == len(set(names))
+    help_text = command("train", "--help")[1]
+    for name in set(names) - {"data", "out"}:
+        assert f"--{name.replace('_', '-')}" in help_text.replace("\n", ""), name
+    values = {
+        "model": "crossvit_pico_32",
+        "lr": 0.5,
+        "warmup": "3 epochs",
+        "mixup": 0.3,
+        "keep": 4,
+        "freeze": ("heads",),
+        "teacher": "timm:x",
+    }
+    changed = load_recipe("small", **values)
+    assert (changed.model, changed.optimiser.lr, changed.optimiser.warmup) == ("crossvit_pico_32", 0.5, "3 epochs")
+    assert (changed.mixing.mixup, changed.checkpoints.keep, changed.freeze) == (0.3, 4, ("heads",))
+    assert changed.distillation.teacher == "timm:x"
+    assert Recipe.from_dict(changed.to_dict()) == changed
+
+
+def test_a_key_in_the_wrong_table_is_pointed_to_the_right_one() -> None:
+    with pytest.raises(ConfigError, match=r"recipe key lr: belongs under \[optimiser\]"):
+        Recipe.from_dict({"lr": 0.1})
+    with pytest.raises(UnknownNameError, match="unknown recipe key 'mixupp': did you mean mixup"):
+        Recipe.from_dict({"mixing": {"mixupp": 0.1}})
+
+
+def test_a_run_of_the_first_version_is_still_a_recipe() -> None:
+    """Its warm-up was a share of the run."""
+    assert Recipe.from_dict({"optimiser": {"warmup": 0.1}}).optimiser.warmup == "10 %"
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_recipe_trains_one_step(name: str, scans: Path, tmp_path: Path) -> None:
+    """With what it says of the optimiser, augmentation and mixing; a small model and a batch that fits."""
+    changes = {"model": "crossvit_pico_32", "epochs": 1, "batch_size": 24, "workers": 0, "device": "cpu", "precision": "fp32"}
+    plan = load_recipe(name, data=str(scans), out=str(tmp_path / "run"), **changes)
+    result = fit(plan)
+    assert math.isfinite(result.epochs[0].loss)
+    assert result.epochs[0].skipped == 0
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_recipe_says_its_command_hardware_time_and_result(name: str) -> None:
+    header = [line for line in recipe_text(name).splitlines() if line.startswith("#")]
+    for word in ("command", "hardware", "time", "result"):
+        assert any(line.startswith(f"#   {word}") for line in header), word
+    assert f"--recipe {name}" in "".join(header) or name == "small"
+
+
+def test_the_papers_recipes_are_the_papers() -> None:
+    """PAPER, section 5."""
+    imagenet, transfer = load_recipe("imagenet"), load_recipe("transfer")
+    own, optimiser = imagenet, imagenet.optimiser
+    assert (own.epochs, own.batch_size, optimiser.optimiser, optimiser.weight_decay) == (300, 4096, "adamw", 0.05)
+    assert (optimiser.lr, optimiser.warmup, optimiser.warmup_lr, optimiser.final_lr) == (0.004, "30 epochs", 1e-6, 1e-5)
+    assert (own.augmentation.randaugment, own.augmentation.erasing) == ("rand-m9-mstd0.5-inc1", 0.25)
+    assert (own.mixing.mixup, own.mixing.cutmix, own.mixing.cutmix_share) == (0.8, 1.0, 0.5)
+    assert (own.label_smoothing, own.drop_path, own.ema, optimiser.clip) == (0.1, 0.1, 0.0, 0.0)
+    own, optimiser = transfer, transfer.optimiser
+    assert (own.epochs, own.batch_size, optimiser.optimiser, optimiser.weight_decay) == (1000, 768, "sgd", 1e-4)
+    assert (optimiser.lr, optimiser.warmup, optimiser.momentum) == (0.01, "5 epochs", 0.9)
+    assert (own.augmentation.erasing, own.drop_path, own.mixing.mixup) == (0.0, 0.0, 0.8)
+    assert load_recipe("imagenet-384").epochs == 30

@@ -82,10 +82,9 @@ class Criterion:
     def __call__(self, logits: Tensor, targets: Tensor, images: Tensor) -> Tensor:
         """logits: (branches, B, C)."""
         fused = logits.float().mean(dim=0)
-        if targets.ndim == 1:
-            loss = F.cross_entropy(fused, targets, weight=self.weights, label_smoothing=self.label_smoothing)
-        else:  # mixed: smoothed already
-            loss = F.cross_entropy(fused, targets, weight=self.weights)
+        smoothing = self.label_smoothing if targets.ndim == 1 else 0.0  # mixed targets are smoothed already
+        # The mean over images rather than over their weights, so that the parts of a batch add up to the whole.
+        loss = F.cross_entropy(fused, targets, weight=self.weights, label_smoothing=smoothing, reduction="none").mean()
         if self.teacher is None:
             return loss
         with torch.no_grad():

@@ -34,9 +34,7 @@ def load_teacher(name: str, plan: Plan, *, device: torch.device) -> Teacher:
         fits = tuple(record["classes"]) == plan.train.classes
         known = ", ".join(record["classes"][:5])
     elif name == A_CALLABLE:
-        raise UsageError(
-            "this run's teacher was given in Python: go on with it by crossvit.fit(recipe, resume=True, teacher=...)"
-        )
+        raise UsageError("this run's teacher was given in Python: go on with crossvit.fit(recipe, resume=True, teacher=...)")
     else:
         raise UsageError(f"teacher {name!r}: give timm:NAME, timm:local-dir:FOLDER or a run folder")
     if not fits:
