@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: help quickstart test test-all check format bench-startup bench-attention bench-fusion clean
+.PHONY: help quickstart test test-all check format bench-startup bench-attention bench-fusion bench-train bench-small clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -38,6 +38,13 @@ bench-attention: $(VENV)/.installed  ## fused against plain attention on this ma
 
 bench-fusion: $(VENV)/.installed  ## lazy against materialised keys and values: time and peak memory
 	$(BIN)/python benchmarks/fusion.py
+
+bench-train: $(VENV)/.installed  ## a training step of ours against timm's
+	$(BIN)/python benchmarks/training.py
+
+PACKS ?= sign_digits_64 cifar10_subset
+bench-small: $(VENV)/.installed  ## from scratch on few photos against resnet18 and vit_tiny: make bench-small PACKS="folder folder"
+	$(BIN)/python benchmarks/small.py $(PACKS)
 
 clean:  ## remove the environment and what tools left behind
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist

@@ -120,7 +120,7 @@ def configs(draw: st.DrawFn) -> CrossViTConfig:
         init=draw(st.sampled_from(["paper", "xavier"])),
         dynamic_size=draw(st.booleans()),
         fusion=fusion,
-        fusion_depth=draw(st.integers(1, 2)),
+        fusion_depth=draw(st.integers(1, 2)) if fusion in ("all-attention", "cross-attention") else 1,
         as_released=fusion == "cross-attention" and draw(st.booleans()),
         keys_values=draw(st.sampled_from(["lazy", "materialised"])),
         projection_norm=draw(st.booleans()),

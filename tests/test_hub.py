@@ -21,6 +21,7 @@ from crossvit.weights.keys import renamed
 from loopback import Hub, serve_hub
 
 NAME = "crossvit_9_dagger_240"
+ANOTHER = save({"x": torch.ones(3)})
 REPOSITORY = f"timm/{NAME}.in1k"
 
 Command = Callable[..., tuple[int, str, str]]
@@ -67,9 +68,9 @@ def test_a_released_file_is_fetched_once_and_loads_to_the_bit(
 
 
 def test_a_revision_is_a_file_of_its_own(hub: Hub, released: bytes) -> None:
-    hub.put(REPOSITORY, "model.safetensors", b"another", revision="v2")
+    hub.put(REPOSITORY, "model.safetensors", ANOTHER, revision="v2")
     hub.put(REPOSITORY, "model.safetensors", released)
-    assert locate(f"{REPOSITORY}@v2").joinpath().read_bytes() == b"another"
+    assert locate(f"{REPOSITORY}@v2").joinpath().read_bytes() == ANOTHER
     assert locate(REPOSITORY).read_bytes() == released
 
 
@@ -129,11 +130,11 @@ def test_the_first_use_is_recorded_and_later_ones_must_equal_it(hub: Hub, releas
     record = tmp_path / "cache" / "sha256.json"
     assert json.loads(record.read_text()) == {"acme/hands@main": hashlib.sha256(released).hexdigest()}
     kept.unlink()
-    hub.put("acme/hands", "model.safetensors", b"something else")
+    hub.put("acme/hands", "model.safetensors", ANOTHER)
     with pytest.raises(WeightsError, match=rf"recorded at its first use in {record} \(remove its line there"):
         locate("acme/hands")
     record.unlink()
-    assert locate("acme/hands").read_bytes() == b"something else"
+    assert locate("acme/hands").read_bytes() == ANOTHER
 
 
 def test_a_trusted_digest_comes_before_everything(hub: Hub, released: bytes) -> None:
@@ -170,6 +171,14 @@ def test_offline_says_what_to_put_where_and_takes_it_from_there(
     assert not hub.asked
 
 
+def test_what_is_no_weight_file_is_not_taken_for_the_first_use(hub: Hub, released: bytes) -> None:
+    hub.put("acme/hands", "model.safetensors", b"<html>Log in</html>")
+    with pytest.raises(WeightsError, match=r"acme/hands@main cannot be read as weights \(a web page\)"):
+        locate("acme/hands")
+    hub.put("acme/hands", "model.safetensors", released)
+    assert locate("acme/hands").read_bytes() == released
+
+
 def test_the_hubs_own_cache_is_read(hub: Hub, released: bytes, tmp_path: Path) -> None:
     folder = tmp_path / "shared" / f"models--timm--{NAME}.in1k"
     snapshot = folder / "snapshots" / ("a" * 40)
@@ -187,7 +196,7 @@ def test_a_name_that_is_nowhere_is_a_wrong_call(source: str, hub: Hub) -> None:
         locate(source)
 
 
-@pytest.mark.parametrize("source", ["photo.pth", "runs/new/model.safetensors", "a/b/c", "crossvit_nano_64", "two words/here"])
+@pytest.mark.parametrize("source", ["photo.pth", "runs/new/model.safetensors", "a/b/c", "two words/here"])
 def test_what_cannot_be_a_name_on_the_hub_asks_nobody(source: str, hub: Hub) -> None:
     with pytest.raises(UsageError, match="no weights at .*: give a run folder"):
         locate(source)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from typing import Any
 
-from crossvit.errors import unknown_name
+from crossvit.errors import ConfigError, unknown_name
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.crossvit import CrossViT
 from crossvit.model.presets import preset
-from crossvit.weights.load import load_weights
+from crossvit.weights.load import HEADS, load_weights
 
 
 def create_model(
@@ -27,19 +28,24 @@ def create_model(
 
     num_classes, in_channels, image_size (pixels, an int or (height, width)) and any other field of `CrossViTConfig`
     replace the config's own (1000 classes and 3 channels for a name). `weights` and `head` are as `load_weights` takes them: a
-    path, an address or a name on the hub, and `head="new"` for classes other than the weights'.
+    path, an address or a name on the hub, and `head="new"` for classes other than the weights'; what was adapted is logged.
     Raises UnknownNameError for a name or field that is not known, ConfigError for a value that cannot work.
     """
     config = model_config(name_or_config, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **changes)
     model = CrossViT(config)
+    if head not in HEADS:
+        raise ConfigError(f"head = {head!r}: should be one of {', '.join(HEADS)}")
     if weights is not None:
-        load_weights(model, weights, head=head)
+        for note in load_weights(model, weights, head=head):
+            logging.getLogger("crossvit").warning("%s", note)
     return model
 
 
 def model_config(name_or_config: str | CrossViTConfig, **changes: Any) -> CrossViTConfig:
     """The config of `create_model`, without building the model. A change that is None is left out."""
     config = preset(name_or_config).config if isinstance(name_or_config, str) else name_or_config
+    if not isinstance(config, CrossViTConfig):
+        raise ConfigError(f"name_or_config = {name_or_config!r}: should be a name from list_models() or a CrossViTConfig")
     fields = [field.name for field in dataclasses.fields(config)]
     for field in changes:
         if field not in fields:

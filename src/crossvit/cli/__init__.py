@@ -52,5 +52,6 @@ def _help_for(words: list[str]) -> str:
 def _fail(line: str, status: int, *, debug: bool = False) -> int:
     if debug:
         traceback.print_exc()
-    print(f"crossvit: {' '.join(line.split())}", file=sys.stderr)
+    plain = "".join(letter if letter.isprintable() else "?" for letter in " ".join(line.split()))  # names come from files
+    print(f"crossvit: {plain}", file=sys.stderr)
     return status

@@ -71,7 +71,7 @@ def convert(
     overwrite: Annotated[bool, Parameter(negative=())] = False,
     json: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
-    """Write weights under other keys. Every bit of the numbers stays, so that there and back gives the same file.
+    """Write weights under other keys. Every bit of the numbers stays, so that there and back gives the same ones.
 
     Parameters
     ----------

@@ -174,9 +174,9 @@ class AttentionMap:
 
 
 _PATHS = {
-    "self": re.compile(r"encoders\.(?P<stage>\d+)\.blocks\.(?P<branch>\d+)\.(?P<block>\d+)\.attention"),
-    "cross": re.compile(r"encoders\.(?P<stage>\d+)\.fusion\.reads\.(?P<branch>\d+)\.blocks\.(?P<block>\d+)\.attention"),
-    "all": re.compile(r"encoders\.(?P<stage>\d+)\.fusion\.attentions\.(?P<block>\d+)"),
+    "self": re.compile(r"(^|\.)encoders\.(?P<stage>\d+)\.blocks\.(?P<branch>\d+)\.(?P<block>\d+)\.attention$"),
+    "cross": re.compile(r"(^|\.)encoders\.(?P<stage>\d+)\.fusion\.reads\.(?P<branch>\d+)\.blocks\.(?P<block>\d+)\.attention$"),
+    "all": re.compile(r"(^|\.)encoders\.(?P<stage>\d+)\.fusion\.attentions\.(?P<block>\d+)$"),
 }
 
 
@@ -188,26 +188,31 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionMap]]:
             logits = model(images)
 
     The weights are those that made the logits, before dropout and attached to the graph, so they can be differentiated.
-    Outside, nothing of this is computed and fused kernels are used.
+    Blocks that are recorded are not checkpointed. `model` may be compiled or part of a larger module; one may record within
+    another. The T2T tokeniser's own attention is not recorded. Outside, nothing of this is computed and fused kernels are
+    used.
     """
     maps: list[AttentionMap] = []
-    heard = []
+    heard: list[tuple[SelfAttention | CrossAttention, Listener | None]] = []
     for path, module in model.named_modules():
         if isinstance(module, SelfAttention | CrossAttention):
-            module.listener = _listener(path, maps)
-            heard.append(module)
+            heard.append((module, module.listener))
+            module.listener = _listener(path, maps, module.listener)
     try:
         yield maps
     finally:
-        for module in heard:
-            module.listener = None
+        for module, before in heard:
+            module.listener = before
 
 
-def _listener(path: str, maps: list[AttentionMap]) -> Listener:
-    for kind, pattern in _PATHS.items():
-        if match := pattern.fullmatch(path):
-            found = match.groupdict()
-            branch = None if "branch" not in found else int(found["branch"])
-            stage, block = int(found["stage"]), int(found["block"])
-            return lambda weights: maps.append(AttentionMap(kind, stage, branch, block, weights))
-    raise AssertionError(f"no name for the attention at {path}")
+def _listener(path: str, maps: list[AttentionMap], before: Listener | None) -> Listener:
+    kind, match = next((kind, match) for kind, pattern in _PATHS.items() if (match := pattern.search(path)))
+    found = match.groupdict()
+    branch = None if "branch" not in found else int(found["branch"])
+
+    def listen(weights: Tensor) -> None:
+        maps.append(AttentionMap(kind, int(found["stage"]), branch, int(found["block"]), weights))
+        if before is not None:
+            before(weights)
+
+    return listen

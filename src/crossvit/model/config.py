@@ -64,8 +64,10 @@ class BranchConfig:
             _require(_is_int(getattr(self, field)) and getattr(self, field) >= 1, self, field, "an integer of 1 or more")
         _require(_is_int(self.depth) and self.depth >= 0, self, "depth", "an integer of 0 or more")
         _require(self.dim % self.heads == 0, self, "heads", f"a divisor of dim={self.dim}")
-        _require(self.mlp_ratio > 0 and int(self.dim * self.mlp_ratio) >= 1, self, "mlp_ratio", "a positive number")
-        _require(0 < self.image_scale <= 8, self, "image_scale", "a number above 0 and at most 8")
+        ratio, scale = self.mlp_ratio, self.image_scale
+        _require(_is_number(ratio) and 0 < ratio <= 1000 and int(self.dim * ratio) >= 1, self, "mlp_ratio", "a positive number")
+        _require(_is_number(scale) and 0 < scale <= 8, self, "image_scale", "a number above 0 and at most 8")
+        _require(isinstance(self.class_token, bool), self, "class_token", "True or False")
         _require(self.tokeniser in TOKENISERS, self, "tokeniser", f"one of {', '.join(TOKENISERS)}")
         if self.tokeniser in ("dagger", "t2t"):
             _require(self.patch in PAPERS_PATCHES, self, "patch", f"12 or 16 with tokeniser={self.tokeniser!r}")
@@ -162,8 +164,10 @@ class CrossViTConfig:
     def __post_init__(self) -> None:
         if _is_int(self.image_size):
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
-        object.__setattr__(self, "image_size", tuple(self.image_size))
-        object.__setattr__(self, "branches", tuple(self.branches))
+        for field in ("image_size", "branches"):
+            right = "a positive integer or a pair (height, width) of them" if field == "image_size" else "a tuple of BranchConfig"
+            _require(isinstance(getattr(self, field), tuple | list), self, field, right)
+            object.__setattr__(self, field, tuple(getattr(self, field)))
         _require(
             len(self.image_size) == 2 and all(_is_int(side) and side >= 1 for side in self.image_size),
             self,
@@ -173,7 +177,11 @@ class CrossViTConfig:
         for field in ("num_classes", "in_channels", "stages", "fusion_depth"):
             _require(_is_int(getattr(self, field)) and getattr(self, field) >= 1, self, field, "an integer of 1 or more")
         for field in ("drop", "attention_drop", "drop_path"):
-            _require(0.0 <= getattr(self, field) < 1.0, self, field, "a number from 0 up to (not including) 1")
+            value = getattr(self, field)
+            _require(_is_number(value) and 0.0 <= value < 1.0, self, field, "a number from 0 up to (not including) 1")
+        for switch in dataclasses.fields(self):
+            if isinstance(switch.default, bool):
+                _require(isinstance(getattr(self, switch.name), bool), self, switch.name, "True or False")
         for field, known in (("init", INITIALISATIONS), ("fusion", FUSIONS), ("keys_values", KEYS_VALUES)):
             _require(getattr(self, field) in known, self, field, f"one of {', '.join(known)}")
         self._check_branches()
@@ -194,6 +202,9 @@ class CrossViTConfig:
             raise ConfigError(f"class_token = {given} over the branches: should be the same in every branch")
         if len(self.branches) == 1:
             _require(self.fusion == "none", self, "fusion", "'none' with a single branch")
+        if self.fusion_depth > 1:
+            deep = ("all-attention", "cross-attention")
+            _require(self.fusion in deep, self, "fusion", f"{' or '.join(deep)} with fusion_depth={self.fusion_depth}")
         if self.as_released:
             _require(self.fusion == "cross-attention", self, "fusion", "'cross-attention' with as_released=True")
 
@@ -207,6 +218,8 @@ class CrossViTConfig:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> CrossViTConfig:
         """The config of `to_dict`'s record. An unknown or missing field is a ConfigError that names it."""
+        if not isinstance(record, Mapping) or not isinstance(record.get("branches", ()), tuple | list):
+            raise ConfigError("config: should be a dict as to_dict() gives, with a list of branches")
         fields = dict(record)
         fields["branches"] = tuple(_build(BranchConfig, branch) for branch in fields.get("branches", ()))
         return _build(cls, fields)
@@ -216,6 +229,8 @@ T = TypeVar("T")
 
 
 def _build(kind: type[T], fields: Mapping[str, Any]) -> T:
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{kind.__name__} = {fields!r}: should be a dict of its fields")
     known = {field.name for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(fields) - known)
     if unknown:
@@ -228,6 +243,10 @@ def _build(kind: type[T], fields: Mapping[str, Any]) -> T:
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _require(holds: bool, record: object, field: str, right: str) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from crossvit.model.config import T2T_DIM, BranchConfig, CrossViTConfig
+from crossvit.errors import ConfigError
+from crossvit.model.config import KEYS_VALUES, T2T_DIM, BranchConfig, CrossViTConfig
 
 PARTS = ("tokens", "positions", "encoders", "fusion", "heads")
 
@@ -42,6 +43,8 @@ def cost(config: CrossViTConfig, *, keys_values: str | None = None) -> dict[str,
         parts["positions"] += Cost(tokens * branch.dim)
         parts["encoders"] += _block(branch, tokens) * (config.stages * branch.depth)
         parts["heads"] += _norm(branch.dim) + _linear(branch.dim, config.num_classes, rows=1)
+    if keys_values not in (None, *KEYS_VALUES):
+        raise ConfigError(f"keys_values = {keys_values!r}: should be one of {', '.join(KEYS_VALUES)}")
     parts["fusion"] = _fusion(config, keys_values or config.keys_values) * config.stages
     parts["total"] = sum(parts.values(), NOTHING)
     return parts

@@ -70,7 +70,8 @@ class MultiScaleEncoder(nn.Module):
         return self.fusion(encoded, grids)  # type: ignore[no-any-return]
 
     def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        if self.checkpointing and torch.is_grad_enabled():
+        recorded = isinstance(block, EncoderBlock) and block.attention.listener is not None  # once is enough
+        if self.checkpointing and torch.is_grad_enabled() and not recorded:
             return checkpoint(block, tokens, use_reentrant=False)  # type: ignore[no-any-return]
         return block(tokens)  # type: ignore[no-any-return]
 

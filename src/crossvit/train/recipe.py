@@ -197,6 +197,8 @@ class Recipe:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number of 0 or more, below 2^32")
         _require(self.workers >= 0, "workers", self.workers, "a whole number of 0 or more")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "a share between 0 and 1")
+        for name in ("model", "weights"):
+            _require(getattr(self, name) != "", name, "", "a name, or left out")
         for name in ("label_smoothing", "drop_path", "ema"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), share)
         _require(self.class_weights in ("none", "balanced"), "class_weights", self.class_weights, "none or balanced")

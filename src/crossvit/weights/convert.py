@@ -48,7 +48,10 @@ def convert_weights(source: str | Path, destination: str | Path, *, to: str, ove
     if to != "ours":
         timm_arguments(config)  # refuses what timm and the authors cannot hold
     tensors = in_layout(weights.tensors, config, to)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path.parent} cannot be a folder ({error.strerror or error}): choose another name") from None
     write_weights(path, tensors, header(model=name, config=config, classes=weights.classes, preprocessing=weights.preprocessing))
     parameters = sum(tensor.numel() for tensor in tensors.values())
     return Conversion(str(source), str(path), name, layout_of(weights.tensors), to, len(tensors), parameters)

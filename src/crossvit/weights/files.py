@@ -6,10 +6,13 @@ files written here, in a run's `run.json`, or in part in the `config.json` of a 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import io
 import json
 import pickle
+import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +26,10 @@ from crossvit.errors import ConfigError, UsageError, WeightsError
 from crossvit.model.config import CrossViTConfig
 from crossvit.run import write_atomically
 from crossvit.weights.hub import locate
+from crossvit.weights.sniff import kind_of
 
 WEIGHTS_NAME = "model.safetensors"  # in a run folder, and in a folder of timm's
+TIMM_NAME = "pytorch_model.bin"  # in a folder that timm saved without safetensors
 HEADER = "crossvit"  # the entry of a safetensors file's metadata
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
 
@@ -50,7 +55,7 @@ class Weights:
     def num_classes(self) -> int:
         """Rows of the classifier; 0 if there is none."""
         head = self.tensors.get("heads.0.weight", self.tensors.get("head.0.weight"))
-        return 0 if head is None else head.shape[0]
+        return 0 if head is None else head.shape[0]  # no tensor of a file is 0-dimensional
 
 
 def weight_file(source: str | Path) -> Path:
@@ -62,7 +67,7 @@ def weight_file(source: str | Path) -> Path:
     if (path / "run.json").is_file() and not (path / WEIGHTS_NAME).is_file():
         raise UsageError(f"the run {path} has no weights yet: let it finish with --resume")
     if path.is_dir():
-        path = path / WEIGHTS_NAME
+        path = next((path / name for name in (WEIGHTS_NAME, TIMM_NAME) if (path / name).is_file()), path / WEIGHTS_NAME)
     if not path.is_file():
         raise UsageError(f"no weights at {path}: give a run folder, a .safetensors or a .pth file")
     return path
@@ -75,22 +80,48 @@ def read_weights(source: str | Path) -> Weights:
     UsageError if there is no such file; WeightsError if it is damaged or holds something other than tensors.
     """
     path = weight_file(source)
-    described: dict[str, Any] = {}
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a dict
-                described = json.loads((file.metadata() or {}).get(HEADER, "{}"))
-        else:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # an untrusted file can make the unpickler fail in any way
-        known = isinstance(error, SafetensorError | pickle.UnpicklingError | RuntimeError | OSError)
-        reason = str(error).strip().splitlines()[0] if known and str(error).strip() else "not a file of tensors"
-        raise WeightsError(f"{path} cannot be read as weights ({reason}): fetch or save it again") from error
-    tensors = tensors.get("model", tensors) if isinstance(tensors, dict) else tensors
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise WeightsError(f"{path} is not a state dict: it should map names to tensors, flat or under 'model'")
+    if kind_of(path) == "safetensors":
+        tensors, described = _read_safetensors(path)
+    else:
+        tensors, described = _read_torch(path), {}
+    _refuse_odd_tensors(path, tensors)
     return _described(Weights(str(source), path, tensors), described or _read_beside(path, "run.json"))
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a dict
+            described = json.loads((file.metadata() or {}).get(HEADER, "{}"))
+    except (SafetensorError, ValueError, OSError, RecursionError) as error:
+        raise WeightsError(f"{path} cannot be read as weights ({error}): fetch or save it again") from error
+    return tensors, described if isinstance(described, dict) else {}
+
+
+def _read_torch(path: Path) -> dict[str, Tensor]:
+    """The state dict of a torch file, flat or under `model`. Of what is not tensors only the options of a training script
+    are let in (an argparse.Namespace, as the authors' checkpoints have); nothing is run."""
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+            warnings.simplefilter("ignore")
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # an untrusted file can make the unpickler fail in any way
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        why = f"it holds {refused[1]}, which is not plain tensors; nothing of it was run" if refused else "not a file of tensors"
+        raise WeightsError(f"{path} cannot be read as weights ({why}): fetch or save it again") from error
+    state = found.get("model", found) if isinstance(found, dict) else found
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} is not a state dict: it should map names to tensors, flat or under 'model'")
+    return state
+
+
+def _refuse_odd_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """WeightsError for what no parameter is: names that are not text, and tensors without numbers of their own."""
+    for name, value in tensors.items():
+        plain = isinstance(name, str) and value.layout == torch.strided and not value.is_nested and value.device.type == "cpu"
+        own = plain and not value.is_quantized and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        if not own or value.numel() == 0 or value.ndim == 0:
+            raise WeightsError(f"{path} cannot be read as weights ({name!r} is not a plain tensor): fetch or save it again")
 
 
 def header(
@@ -108,7 +139,7 @@ def header(
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
     """Write `tensors`, whole or not at all: a safetensors file with `described` in it, or a flat state dict for `.pth`."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     if path.suffix == ".safetensors":
         content = to_safetensors(plain, metadata={"format": "pt", HEADER: json.dumps(described, allow_nan=False)})
     else:
@@ -124,13 +155,37 @@ def _described(weights: Weights, record: dict[str, Any]) -> Weights:
     try:
         return dataclasses.replace(
             weights,
-            model=record.get("model"),
-            config=CrossViTConfig.from_dict(record["config"]) if "config" in record else None,
-            classes=tuple(map(str, record["classes"])) if record.get("classes") else None,
-            preprocessing=record.get("preprocessing"),
+            model=record["model"] if isinstance(record.get("model"), str) else None,
+            config=_config(record["config"], len(weights.tensors)) if "config" in record else None,
+            classes=_classes(record["classes"], weights.num_classes) if record.get("classes") else None,
+            preprocessing=_preprocessing(record["preprocessing"]) if record.get("preprocessing") else None,
         )
-    except (ConfigError, TypeError, AttributeError) as error:
-        raise WeightsError(f"what {weights.path} says of its model is damaged ({error}): fetch or save it again") from error
+    except (ConfigError, TypeError, ValueError, KeyError, AttributeError) as error:
+        reason = error if isinstance(error, ConfigError | ValueError) else type(error).__name__
+        raise WeightsError(f"what {weights.path} says of its model is damaged ({reason}): fetch or save it again") from error
+
+
+def _config(record: Any, tensors: int) -> CrossViTConfig:
+    """The config of a header; a model of more blocks than there are tensors is not even begun."""
+    config = CrossViTConfig.from_dict(record)
+    if config.stages * max(1, *(branch.depth for branch in config.branches)) * config.fusion_depth > tensors:
+        raise ConfigError(f"stages = {config.stages}: there are {tensors} tensors")
+    return config
+
+
+def _classes(labels: Any, rows: int) -> tuple[str, ...]:
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or len(labels) != rows:
+        raise ConfigError(f"classes: should be {rows} names")
+    return tuple(labels)
+
+
+def _preprocessing(record: Any) -> dict[str, Any]:
+    return {
+        "image_size": [int(side) for side in record["image_size"]],
+        "crop": None if record["crop"] is None else float(record["crop"]),
+        "mean": [float(value) for value in record["mean"]],
+        "std": [float(value) for value in record["std"]],
+    }
 
 
 def _described_by_timm(weights: Weights) -> Weights:
@@ -142,14 +197,10 @@ def _described_by_timm(weights: Weights) -> Weights:
     try:
         preprocessing = None
         if isinstance(said, dict):
-            preprocessing = {
-                "image_size": [int(side) for side in said["input_size"][-2:]],
-                "crop": None if said.get("crop_mode") == "squash" else float(said["crop_pct"]),
-                "mean": [float(value) for value in said["mean"]],
-                "std": [float(value) for value in said["std"]],
-            }
-        classes = tuple(map(str, labels)) if isinstance(labels, list) else None
-    except (KeyError, TypeError, ValueError) as error:
+            crop = None if said.get("crop_mode") == "squash" else said["crop_pct"]
+            preprocessing = _preprocessing({**said, "image_size": said["input_size"][-2:], "crop": crop})
+        classes = _classes(labels, weights.num_classes) if labels and isinstance(labels, list) else None
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
         beside = weights.path.with_name("config.json")
         raise WeightsError(f"{beside} is damaged ({type(error).__name__}: {error}): fetch or save it again") from None
     return dataclasses.replace(weights, timm=record, classes=classes, preprocessing=preprocessing)
@@ -158,7 +209,7 @@ def _described_by_timm(weights: Weights) -> Weights:
 def _read_beside(path: Path, name: str) -> dict[str, Any]:
     """The JSON object in the file `name` beside `path`; empty if there is none."""
     beside = path.with_name(name)
-    if path.name != WEIGHTS_NAME or not beside.is_file():
+    if path.name not in (WEIGHTS_NAME, TIMM_NAME) or not beside.is_file():
         return {}
     try:
         record = json.loads(beside.read_text(encoding="utf-8"))

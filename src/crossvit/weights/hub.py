@@ -32,6 +32,7 @@ from filelock import FileLock
 from crossvit.errors import UsageError, WeightsError
 from crossvit.model.presets import ALIASES, PRESETS, Preset
 from crossvit.run import write_atomically
+from crossvit.weights.sniff import kind_of
 
 HUB_FILE = "model.safetensors"
 HUB_DESCRIPTION = "config.json"  # of a timm repository: what the model is and its class names; not every one has it
@@ -40,7 +41,6 @@ TRIES = 4  # in a row that bring no byte, after which a download is given up
 PAUSE = 1.0  # seconds between two tries
 CHUNK = 1 << 18  # bytes; at most this much is lost by an interruption
 _REPOSITORY = re.compile(r"(?:hf-hub:)?(?P<repository>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
-_DIGEST = re.compile(r"#sha256=(?P<sha256>[0-9a-f]{64})$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Remote:
 def cache_folder() -> Path:
     """Where fetched weights are kept."""
     named = os.environ.get("CROSSVIT_CACHE")
-    return Path(named).expanduser() if named else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "crossvit"
+    return Path(named).expanduser() if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crossvit"
 
 
 def locate(source: str | Path) -> Path:
@@ -69,11 +69,27 @@ def locate(source: str | Path) -> Path:
 
     UsageError if it is none of them; WeightsError if it cannot be fetched or is not what it should be.
     """
-    path = Path(source).expanduser()
-    if path.exists() or isinstance(source, Path):
+    try:
+        path = Path(source).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"{str(source)[:100]} cannot be a path ({_reason(error)})") from None
+    if there or isinstance(source, Path):
         return path
-    given = _DIGEST.search(source)
-    name, sha256 = (source[: given.start()], given["sha256"]) if given else (source, None)
+    try:
+        return _fetched(source, path)
+    except OSError as error:
+        raise WeightsError(
+            f"the cache {cache_folder()} cannot be used ({error.strerror or error}): set CROSSVIT_CACHE to a folder of yours"
+        ) from error
+
+
+def _fetched(source: str, path: Path) -> Path:
+    """`locate` for what is not here."""
+    name, mark, digest = source.partition("#")
+    sha256 = digest.removeprefix("sha256=").lower() if mark else None
+    if sha256 is not None and not (digest.startswith("sha256=") and re.fullmatch(r"[0-9a-f]{64}", sha256)):
+        raise UsageError(f"{source}: behind # stands sha256= and 64 hexadecimal digits")
     if name.startswith(("https://", "http://")):
         return _fetch(_of_url(name, sha256))
     preset = PRESETS.get(ALIASES.get(name, name))
@@ -81,6 +97,8 @@ def locate(source: str | Path) -> Path:
         return _fetch(_of_url(preset.url, sha256))
     if preset is not None and preset.released:
         name = preset.hub
+    elif preset is not None:
+        raise UsageError(f"no weights of {name} were released: give a file, a run, or leave --weights out to start anew")
     match = _REPOSITORY.fullmatch(name)
     if match is None or name.endswith((".pth", ".pt", ".bin", ".safetensors", "/")):
         kinds = "a run folder, a .safetensors or .pth file, an https:// address, or owner/name on the hub"
@@ -89,7 +107,10 @@ def locate(source: str | Path) -> Path:
 
 
 def _of_url(url: str, sha256: str | None) -> Remote:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UsageError(f"{url} is not an address ({error})") from None
     if parts.scheme == "http" and sha256 is None and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
         raise UsageError(f"{url} is not encrypted: use https://, or add #sha256=... of the file you expect")
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
@@ -124,6 +145,9 @@ def _pinned(repository: str, revision: str) -> str | None:
 
 def _fetch(remote: Remote, *, optional: bool = False) -> Path:
     """The kept file of `remote`, fetched if it is not there, and checked. `optional`: one that does not exist is fine."""
+    if remote.kept.is_file():  # nothing is written, so that a cache that is only read will do
+        _check(remote, remote.kept)
+        return remote.kept
     remote.kept.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(remote.kept.with_name(f".{remote.kept.name}.lock")):
         if remote.kept.is_file():
@@ -201,6 +225,8 @@ def _add(partial: Path, url: str, headers: dict[str, str], *, size: int | None, 
                 file.write(chunk)
                 file.flush()
                 bar.update(len(chunk))
+    if size is not None and partial.stat().st_size < size:
+        raise ConnectionError("the server ended too early")
 
 
 def _ask(remote: Remote) -> tuple[str, dict[str, str], str | None, int | None]:
@@ -238,27 +264,22 @@ def _check(remote: Remote, file: Path, *, announced: str | None = None) -> None:
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()
     record = cache_folder() / "sha256.json"
-    record.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(record.with_name(".sha256.json.lock")):
-        recorded = _recorded(record)
-        first = recorded.get(remote.name)
-        expected, who = next(
-            (
-                (sha256, who)
-                for sha256, who in (
-                    (remote.sha256, "is trusted"),
-                    (first, f"was recorded at its first use in {record} (remove its line there to trust the new file)"),
-                    (announced, "the hub announced"),
-                )
-                if sha256
-            ),
-            (digest, ""),
-        )
-        if digest != expected:
-            where = f"remove {file} and run again" if file == remote.kept else "run again, or ask where the file comes from"
-            raise WeightsError(f"{remote.name} is not the file it should be: its sha256 is {digest}, {expected} {who}; {where}")
-        if first is None:
-            recorded[remote.name] = digest
+    first = _recorded(record).get(remote.name)
+    known = (
+        (remote.sha256, "is trusted"),
+        (first, f"was recorded at its first use in {record} (remove its line there to trust the new file)"),
+        (announced, "the hub announced"),
+    )
+    expected, who = next(((sha256, who) for sha256, who in known if sha256), (digest, ""))
+    if digest != expected:
+        where = f"remove {file} and run again" if file == remote.kept else "run again, or ask where the file comes from"
+        raise WeightsError(f"{remote.name} is not the file it should be: its sha256 is {digest}, {expected} {who}; {where}")
+    if first is None:
+        if file.name != HUB_DESCRIPTION and not remote.name.endswith(HUB_DESCRIPTION):
+            kind_of(file, name=remote.name)  # a login page is not recorded as the file of the first use
+        record.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(record.with_name(".sha256.json.lock")):
+            recorded = _recorded(record) | {remote.name: digest}
             write_atomically(record, f"{json.dumps(recorded, indent=1, sort_keys=True)}\n".encode())
 
 
@@ -266,8 +287,8 @@ def _recorded(record: Path) -> dict[str, str]:
     if not record.is_file():
         return {}
     try:
-        return dict(json.loads(record.read_text(encoding="utf-8")))
-    except ValueError as error:
+        return {str(name): str(digest) for name, digest in json.loads(record.read_text(encoding="utf-8")).items()}
+    except (ValueError, AttributeError) as error:
         raise WeightsError(f"{record} is damaged ({error}): remove it to record digests anew") from None
 
 

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from crossvit.errors import WeightsError
+from crossvit.errors import ConfigError, WeightsError
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.crossvit import CrossViT
 from crossvit.model.presets import PRESETS
@@ -29,8 +29,8 @@ def identify(weights: Weights) -> tuple[str | None, CrossViTConfig]:
     The name is None for a config that is not a preset's. Raises WeightsError if they are of no model known here.
     """
     if weights.config is not None:
-        to_ours(weights.tensors, blank_state(weights.config))
-        return weights.model, weights.config
+        _refuse_misfits(to_ours(weights.tensors, blank_state(weights.config)), weights.config)
+        return weights.model if _is_of(weights.model, weights.config) else None, weights.config
     layout = layout_of(weights.tensors)
     _refuse_unusual_timm(weights)
     widths: list[int] = []
@@ -41,7 +41,7 @@ def identify(weights: Weights) -> tuple[str | None, CrossViTConfig]:
     for name in candidates:
         try:
             fitting.append((name, _fitted(weights, PRESETS[name].config)))
-        except WeightsError as error:
+        except (WeightsError, ConfigError) as error:
             misfit = misfit or f" (it is not {name}: {error})"
     if not fitting:
         fix = "give the run folder, or a file written by `crossvit weights convert`, which say what they are"
@@ -65,13 +65,26 @@ def _fitted(weights: Weights, config: CrossViTConfig) -> CrossViTConfig:
         in_channels=config.in_channels if stem is None or stem.ndim != 4 else stem.shape[1],
         image_size=_image_size(state, config, weights),
     )
+    _refuse_misfits(state, config)
+    return config
+
+
+def _is_of(model: str | None, config: CrossViTConfig) -> bool:
+    """Whether `model` names the preset that `config` is of, whatever its sizes."""
+    if model not in PRESETS:
+        return False
+    own = PRESETS[model].config
+    shapes = [[(branch.dim, branch.depth, branch.patch, branch.heads) for branch in one.branches] for one in (own, config)]
+    return shapes[0] == shapes[1] and own.stages == config.stages
+
+
+def _refuse_misfits(state: dict[str, Tensor], config: CrossViTConfig) -> None:
     own = blank_state(config)
     misfits = [
         f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in own if state[name].shape != own[name].shape
     ]
     if misfits:
-        raise WeightsError(", ".join(misfits))
-    return config
+        raise WeightsError(f"the weights do not fit what they are said to be: {', '.join(misfits)}")
 
 
 def _image_size(state: dict[str, Tensor], config: CrossViTConfig, weights: Weights) -> tuple[int, int]:
@@ -82,6 +95,11 @@ def _image_size(state: dict[str, Tensor], config: CrossViTConfig, weights: Weigh
     side = round(math.isqrt(max(counts[0], 0)) * first.patch / first.image_scale)
     said = (weights.timm or {}).get("pretrained_cfg", {}).get("input_size")
     sizes = [config.image_size, (int(said[-2]), int(said[-1])) if said else None, (side, side)]
+    if said and any(
+        tuple(int(side * branch.image_scale) for side in sizes[1] or ()) != branch.image_size(sizes[1] or (1, 1))
+        for branch in config.branches
+    ):
+        raise WeightsError(f"timm gives the branches other image sizes at {sizes[1]} pixels than they have here")
     for size in sizes:
         if size and min(size) > 0 and [math.prod(branch.grid(size)) for branch in config.branches] == counts:
             return size

@@ -8,9 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from crossvit.errors import ConfigError, WeightsError
+from crossvit.model.config import CrossViTConfig
 from crossvit.model.crossvit import CrossViT
 from crossvit.weights.adapt import adapt_channels, adapt_positions, new_head
 from crossvit.weights.files import Weights, read_weights
+from crossvit.weights.identify import identify
 from crossvit.weights.keys import to_ours
 
 HEADS = ("same", "new")
@@ -34,8 +36,16 @@ def load_weights(
         raise ConfigError(f"head = {head!r}: should be one of {', '.join(HEADS)}")
     weights = source if isinstance(source, Weights) else read_weights(source)
     own = model.state_dict()
-    state = to_ours(weights.tensors, own)
-    notes = adapt_positions(state, own, model.config, weights.config)
+    try:
+        state = to_ours(weights.tensors, own)
+    except WeightsError as error:
+        raise WeightsError(f"{weights.source}: {error}") from None
+    found = weights.config
+    if found is not None:
+        _refuse_other_function(found, model.config, weights.source)
+    elif weights.timm is not None:
+        _, found = identify(weights)
+    notes = adapt_positions(state, own, model.config, found)
     notes += adapt_channels(state, own, model.config)
     if head == "new":
         notes += new_head(state, own, found=weights.classes, classes=classes)
@@ -45,8 +55,24 @@ def load_weights(
     notes += sorted(
         {f"{value.dtype} weights loaded as {own[name].dtype}" for name, value in state.items() if value.dtype != own[name].dtype}
     )
+    if not all(bool(value.isfinite().all()) for value in state.values()):
+        notes.append(f"{weights.source} has numbers that are not finite")
     model.load_state_dict(state)
     return notes
+
+
+def _refuse_other_function(found: CrossViTConfig, own: CrossViTConfig, source: str) -> None:
+    """WeightsError for weights whose shapes fit and which were made for another function: other heads, other f and g."""
+    unlike = [
+        f"{name} {there!r} for {here!r}"
+        for name in ("as_released", "projection_norm", "projection_gelu")
+        if (there := getattr(found, name)) != (here := getattr(own, name))
+        if name != "as_released" or own.fusion_depth > 1
+    ]
+    for index, (there, here) in enumerate(zip(found.branches, own.branches, strict=False)):
+        unlike += [f"branches[{index}].heads {there.heads} for {here.heads}"] * (there.heads != here.heads)
+    if unlike:
+        raise WeightsError(f"{source} was made for another model: {', '.join(unlike)}")
 
 
 def _refuse_misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str) -> None:

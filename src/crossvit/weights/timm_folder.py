@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from crossvit.errors import WeightsError
+from crossvit.errors import UsageError, WeightsError
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.cost import cost
 from crossvit.model.presets import PRESETS
@@ -118,7 +118,10 @@ def save_timm(
     """
     architecture, arguments = timm_arguments(config)
     path = Path(folder).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be a folder ({error.strerror or error}): choose another name") from None
     state = to_ours(tensors, blank_state(config))
     theirs = renamed(state, "timm")
     first = "proj.0" if config.branches[0].tokeniser == "dagger" else "proj"
@@ -169,7 +172,7 @@ def model_card(
 
     model: the preset's name, None for a config of one's own.
     """
-    total = cost(config)["total"]
+    total = cost(config, keys_values="materialised")["total"]  # as timm computes
     height, width = config.image_size
     labels = f"{config.num_classes}: {', '.join(classes)}" if classes and len(classes) <= 20 else str(config.num_classes)
     details = {

@@ -1,0 +1,65 @@
+"""Fine-tuning on few photos against training from scratch: the same images, seeds and number of passes, mean and spread.
+
+    python examples/finetuning.py PRETRAINED DATA --each 20 --seeds 3 --out runs/finetuning
+
+PRETRAINED is a run (or anything that `--weights` takes), DATA a folder with train/ and val/. For each seed, `--each` images of
+every class are drawn from train/; both models learn from them and are measured on all of val/. Nothing is selected on val/:
+the last epoch counts, so the recipe's early stopping is off here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import statistics
+from pathlib import Path
+
+import crossvit
+from crossvit.weights.files import read_weights
+from crossvit.weights.identify import identify
+
+
+def draw(data: Path, out: Path, *, each: int, seed: int) -> Path:
+    """A folder with `each` images of every class of data/train, and a link to data/val."""
+    shutil.rmtree(out, ignore_errors=True)
+    for folder in sorted((data / "train").iterdir()):
+        (out / "train" / folder.name).mkdir(parents=True)
+        for photo in random.Random(seed).sample(sorted(folder.iterdir()), each):
+            shutil.copy(photo, out / "train" / folder.name / photo.name)
+    (out / "val").symlink_to((data / "val").resolve())
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("pretrained")
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--each", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("runs/finetuning"))
+    options = parser.parse_args()
+    model, _ = identify(read_weights(options.pretrained))
+    scores: dict[str, list[float]] = {"fine-tuned": [], "from scratch": []}
+    for seed in range(options.seeds):
+        photos = str(draw(options.data, options.out / f"photos-{seed}", each=options.each, seed=seed))
+        last = {"patience": "0", "select": "last"}
+        tuned = crossvit.load_recipe(
+            "finetune", data=photos, out=str(options.out / f"tuned-{seed}"), weights=options.pretrained, seed=seed, **last
+        )
+        result = crossvit.fit(tuned, overwrite=True)
+        scores["fine-tuned"].append(100 * result.top1)
+        scratch = crossvit.load_recipe(
+            "small", data=photos, out=str(options.out / f"scratch-{seed}"), model=model, seed=seed,
+            batch_size=tuned.batch_size, epochs=len(result.epochs),
+        )  # fmt: skip
+        scores["from scratch"].append(100 * crossvit.fit(scratch, overwrite=True).top1)
+        print(f"seed {seed}: " + ", ".join(f"{name} {found[-1]:.2f} %" for name, found in scores.items()), flush=True)
+    print(f"{model}, {options.each} photos a class, {len(result.epochs)} epochs, {result.n} held-out photos")
+    for name, found in scores.items():
+        spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
+        print(f"{name:13} {statistics.mean(found):6.2f} %{spread}  ({', '.join(f'{value:.2f}' for value in found)})")
+
+
+if __name__ == "__main__":
+    main()
