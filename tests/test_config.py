@@ -61,11 +61,42 @@ def test_bad_branch(change: dict[str, object], says: str) -> None:
         ({"stages": True}, "stages = True"),
         ({"drop_path": 1.0}, "drop_path = 1.0: should be a number from 0 up to"),
         ({"init": "zeros"}, "init = 'zeros': should be one of paper, xavier"),
+        ({"dynamic_size": "no"}, "dynamic_size = 'no': should be True or False"),
+        ({"projection_norm": 2}, "projection_norm = 2: should be True or False"),
+        ({"image_size": {32, 48}}, "image_size = .*: should be a positive integer or a pair"),
+        ({"image_size": None}, "image_size = None: should be a positive integer or a pair"),
+        ({"branches": None}, "branches = None: should be a tuple of BranchConfig"),
+        ({"drop": "a"}, "drop = 'a': should be a number from 0"),
+        ({"fusion": "class-token", "fusion_depth": 3}, "should be all-attention or cross-attention with fusion_depth=3"),
     ],
 )
 def test_bad_model(change: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         CrossViTConfig(**({"branches": (GOOD, GOOD), "image_size": 32} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"class_token": 2}, "class_token = 2: should be True or False"),
+        ({"mlp_ratio": "x"}, "mlp_ratio = 'x': should be a positive number"),
+        ({"mlp_ratio": float("inf")}, "mlp_ratio = inf: should be a positive number"),
+        ({"image_scale": "a"}, "image_scale = 'a': should be a number"),
+    ],
+)
+def test_branch_fields_of_another_type(change: dict[str, object], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        dataclasses.replace(GOOD, **change)
+
+
+def test_what_is_no_config_is_said() -> None:
+    for record in ("abc", {"branches": [5]}, {"branches": 5}):
+        with pytest.raises(ConfigError, match="should be a dict"):
+            CrossViTConfig.from_dict(record)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"name_or_config = 5: should be a name from list_models\(\) or a CrossViTConfig"):
+        create_model(5)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="keys_values = 'materialized': should be one of lazy, materialised"):
+        cost(CrossViTConfig(branches=(GOOD, GOOD), image_size=32), keys_values="materialized")
 
 
 def test_unknown_names_are_suggested() -> None:

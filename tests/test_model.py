@@ -327,3 +327,54 @@ def test_compile_has_no_graph_break_and_export_gives_the_same(scheme: str) -> No
     exported = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))
     more = torch.randn(5, 3, 24, 36)
     torch.testing.assert_close(exported.module()(more), model(more))
+
+
+def test_maps_are_recorded_once_under_gradient_checkpointing_and_can_be_differentiated() -> None:
+    model = CrossViT(SMALL).train()
+    images = torch.randn(2, 3, *SMALL.image_size)
+    with record_attention(model) as plain:
+        model(images)
+    model.set_gradient_checkpointing()
+    with record_attention(model) as maps:
+        model(images).sum().backward()
+    assert len(maps) == len(plain)
+    with record_attention(model) as maps:
+        logits = model(images)
+    (gradient,) = torch.autograd.grad(logits.sum(), maps[0].weights)
+    assert gradient.abs().sum() > 0
+
+
+def test_maps_of_a_model_within_another_and_of_one_recording_within_another() -> None:
+    model = CrossViT(SMALL).eval()
+    whole = torch.nn.Sequential(torch.nn.Identity(), model)
+    images = torch.randn(1, 3, *SMALL.image_size)
+    with record_attention(whole) as outer:
+        with record_attention(model) as inner:
+            whole(images)
+        whole(images)
+    assert len(outer) == 2 * len(inner) > 0
+    assert [(one.kind, one.stage, one.branch, one.block) for one in outer[: len(inner)]] == [
+        (one.kind, one.stage, one.branch, one.block) for one in inner
+    ]
+    assert all(module.listener is None for module in model.modules() if hasattr(module, "listener"))
+
+
+def test_maps_of_a_compiled_model() -> None:
+    model = CrossViT(SMALL).eval()
+    compiled = torch.compile(model, backend="eager")
+    images = torch.randn(1, 3, *SMALL.image_size)
+    with torch.no_grad(), record_attention(model) as plain:
+        model(images)
+    with torch.no_grad(), record_attention(compiled) as maps:
+        compiled(images)
+    assert len(maps) == len(plain)
+    for one, other in zip(maps, plain, strict=True):
+        torch.testing.assert_close(one.weights, other.weights)
+
+
+def test_the_key_bias_has_its_gradient_of_zero_without_being_in_the_scores() -> None:
+    module = CrossAttention(24, 3).double()
+    torch.nn.init.normal_(module.key.bias)
+    module(torch.randn(2, 9, 24, dtype=torch.float64)).square().sum().backward()
+    assert module.key.bias.grad is not None
+    assert torch.equal(module.key.bias.grad, torch.zeros(24, dtype=torch.float64))
