@@ -15,10 +15,12 @@ quickstart: $(VENV)/.installed  ## install, train on real scans, evaluate, predi
 	@$(BIN)/python examples/quickstart.py
 
 test: $(VENV)/.installed-test  ## the tests CI runs
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 -m "not slow and not alone"
+	$(BIN)/python -m pytest -m alone
 
 test-all: $(VENV)/.installed-test  ## those and the long ones
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 -m "not alone"
+	$(BIN)/python -m pytest -m alone
 
 check: $(VENV)/.installed-check  ## format, lint, types and the rooms' import contract
 	$(BIN)/ruff format --check .

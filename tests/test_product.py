@@ -16,6 +16,7 @@ import crossvit
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.alone
 def test_the_quickstart_gets_at_least_99_percent_of_the_held_out_scans(tmp_path: Path) -> None:
     torch.set_num_threads(2)
     result = crossvit.fit(crossvit.load_recipe("quickstart", data="digits", out=str(tmp_path / "run")))
