@@ -26,6 +26,9 @@ from crossvit.train.recipe import Recipe, load_recipe
 from crossvit.train.watch import Watch
 
 
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # several processes with two threads each stand in each other's way
+
+
 def recipe(data: Path | str, out: Path, **changes: object) -> Recipe:
     return load_recipe("small", data=str(data), out=str(out), **(TINY | changes))
 
@@ -292,7 +295,7 @@ def test_a_stopped_process_resumes_to_the_same_bits(moment: signal.Signals, scan
 
     def start(name: str, *more: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "crossvit", "train", str(scans), "--out", str(tmp_path / name), *words, *more]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
 
     whole = start("whole")
     stopped = start("cut")
