@@ -25,7 +25,6 @@ from crossvit.train.loop import fit
 from crossvit.train.recipe import Recipe, load_recipe
 from crossvit.train.watch import Watch
 
-
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # several processes with two threads each stand in each other's way
 
 
