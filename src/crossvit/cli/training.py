@@ -10,6 +10,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from crossvit.cli.options import TrainingOptions
+from crossvit.cli.switch import Switch
 from crossvit.run import Run
 
 
@@ -20,10 +21,10 @@ def train(
     out: str,
     recipe: str | None = None,
     options: Annotated[TrainingOptions | None, Parameter(name="*")] = None,
-    dry_run: Annotated[bool, Parameter(negative=())] = False,
-    resume: Annotated[bool, Parameter(negative=())] = False,
-    overwrite: Annotated[bool, Parameter(negative=())] = False,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    dry_run: Switch = False,
+    resume: Switch = False,
+    overwrite: Switch = False,
+    json: Switch = False,
 ) -> int:
     """Train a classifier on a folder of images and evaluate it.
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import App, Parameter
+from cyclopts import App
 
 from crossvit import __version__
+from crossvit.cli.switch import Switch
 from crossvit.cli.weights import app as weights_app
 
 app = App(
@@ -24,7 +25,7 @@ app.command(weights_app)
 
 
 @app.command
-def recipes(name: str | None = None, /, *, json: Annotated[bool, Parameter(negative=())] = False) -> int:
+def recipes(name: str | None = None, /, *, json: Switch = False) -> int:
     """List the shipped recipes, or print one as a TOML file to change and give to `train --recipe FILE.toml`.
 
     Parameters
@@ -57,8 +58,8 @@ def evaluate(
     batch_size: int = 64,
     precision: str = "auto",
     device: str = "auto",
-    skip_bad: Annotated[bool, Parameter(negative=())] = False,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    skip_bad: Switch = False,
+    json: Switch = False,
 ) -> int:
     """Measure a run on labelled images.
 
@@ -112,7 +113,7 @@ def predict(
     top_k: int = 5,
     precision: str = "auto",
     device: str = "auto",
-    json: Annotated[bool, Parameter(negative=())] = False,
+    json: Switch = False,
 ) -> int:
     """Classify images. Exits with 1 if one of them could not be read; the others are classified all the same.
 
@@ -154,9 +155,7 @@ def predict(
 
 
 @app.command
-def models(
-    *, paper: Annotated[bool, Parameter(negative=())] = False, json: Annotated[bool, Parameter(negative=())] = False
-) -> int:
+def models(*, paper: Switch = False, json: Switch = False) -> int:
     """List the models: name, input, parameters, multiply-accumulates of one image, and top-1 on ImageNet-1k in the paper.
 
     Multiply-accumulates are counted as the paper counts, with the keys and values of cross-attention built for every token;

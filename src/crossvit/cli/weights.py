@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json as json_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import App, Parameter
+from cyclopts import App
+
+from crossvit.cli.switch import Switch
 
 if TYPE_CHECKING:
     from crossvit.model.config import CrossViTConfig
@@ -16,7 +18,7 @@ app = App(name="weights", help="Show, convert and hand on weights: a run, a file
 
 
 @app.command
-def show(source: str, /, *, json: Annotated[bool, Parameter(negative=())] = False) -> int:
+def show(source: str, /, *, json: Switch = False) -> int:
     """Say what weights are: whose keys they have, of which model, for which classes and size. Fetches what is elsewhere.
 
     Parameters
@@ -68,8 +70,8 @@ def convert(
     /,
     *,
     to: str,
-    overwrite: Annotated[bool, Parameter(negative=())] = False,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    overwrite: Switch = False,
+    json: Switch = False,
 ) -> int:
     """Write weights under other keys. Every bit of the numbers stays, so that there and back gives the same ones.
 
@@ -104,8 +106,8 @@ def save_timm(
     folder: str,
     /,
     *,
-    overwrite: Annotated[bool, Parameter(negative=())] = False,
-    json: Annotated[bool, Parameter(negative=())] = False,
+    overwrite: Switch = False,
+    json: Switch = False,
 ) -> int:
     """Write a folder that timm and Transformers load, with a model card: for the hub, or for `timm.create_model`.
 
