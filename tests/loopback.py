@@ -14,13 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 @dataclasses.dataclass
 class Hub:
     """files: path -> content. cut: bytes after which an answer breaks off, taken off the list one answer at a time.
-    announced: path -> the sha256 to announce instead of the true one. asked: (method, path, Range header) of every request."""
+    announced: path -> the sha256 to announce instead of the true one. refuses_head: answers GET alone. asked: (method, path, Range header) of every request."""
 
     address: str
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
     cut: list[int] = dataclasses.field(default_factory=list)
     announced: dict[str, str] = dataclasses.field(default_factory=dict)
     asked: list[tuple[str, str, str | None]] = dataclasses.field(default_factory=list)
+    refuses_head: bool = False
 
     def put(self, repository: str, file: str, content: bytes, *, revision: str = "main") -> None:
         self.files[f"/{repository}/resolve/{revision}/{file}"] = content
@@ -58,8 +59,9 @@ class _Handler(BaseHTTPRequestHandler):
         span = self.headers.get("Range")
         hub.asked.append((self.command, self.path, span))
         content = hub.files.get(self.path)
-        if content is None:
-            self.send_response(404)
+        refused = hub.refuses_head and not with_content
+        if content is None or refused:
+            self.send_response(405 if refused else 404)
             self.send_header("X-Error-Code", "EntryNotFound")
             self.send_header("Content-Length", "0")
             self.end_headers()

@@ -222,6 +222,12 @@ def test_an_address_is_fetched_checked_and_gone_on_with(hub: Hub, model: crossvi
         locate(f"{hub.address}/gone.pth")
 
 
+def test_a_server_that_answers_get_alone_is_asked_by_get(hub: Hub, released: bytes) -> None:
+    hub.files["/signed"] = released
+    hub.refuses_head = True
+    assert locate(f"{hub.address}/signed").read_bytes() == released
+
+
 def test_an_address_that_is_not_encrypted_needs_a_digest(hub: Hub) -> None:
     with pytest.raises(UsageError, match="is not encrypted: use https://, or add #sha256="):
         locate("http://example.com/weights.pth")

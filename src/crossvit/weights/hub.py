@@ -239,6 +239,8 @@ def _ask(remote: Remote) -> tuple[str, dict[str, str], str | None, int | None]:
         home = urlsplit(about.location).netloc == urlsplit(remote.url).netloc  # the token is for the hub's own host
         return about.location, build_hf_headers() if home else build_hf_headers(token=False), about.etag, about.size
     answer = get_session().head(remote.url, follow_redirects=True, timeout=TIMEOUT)
+    if answer.status_code in (HTTPStatus.FORBIDDEN, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED):
+        return remote.url, {}, None, None  # it may answer GET all the same, as signed addresses do
     answer.raise_for_status()
     size = answer.headers.get("Content-Length")
     return remote.url, {}, answer.headers.get("ETag"), int(size) if size else None
