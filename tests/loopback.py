@@ -14,7 +14,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 @dataclasses.dataclass
 class Hub:
     """files: path -> content. cut: bytes after which an answer breaks off, taken off the list one answer at a time.
-    announced: path -> the sha256 to announce instead of the true one. refuses_head: answers GET alone. asked: (method, path, Range header) of every request."""
+    announced: path -> the sha256 to announce instead of the true one. asked: (method, path, Range header) of every request.
+    refuses_head: answers GET alone."""
 
     address: str
     files: dict[str, bytes] = dataclasses.field(default_factory=dict)
