@@ -2,7 +2,8 @@
 
 Prints for each precision and number of tokens the milliseconds of both forms, their ratio, and what each holds at its peak
 beyond its input (activations and gradients, as torch's profiler counts allocations): of the attention alone, inference and
-forward with backward; and of the block around it in inference, with the LayerNorm and the joining of the class token.
+forward with backward; and of the block around it in inference, with the LayerNorm and the class token's row, beside two lazy
+blocks that were tried and are slower: `joined` (concatenation first) and `folded` (no LayerNorm is made).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from crossvit.model.fusion import NORM_EPS, CrossReadBlock
 DIM, HEADS, BATCH = 256, 4, 4  # crossvit_9's L branch
 TOKENS = (197, 401, 577, 1157, 4096)
 FORMS = ("materialised", "lazy")
+TRIED = ("joined", "folded")  # lazy blocks that are slower: dev/LOG.md
 ROUNDS = 25
 
 
@@ -41,9 +43,46 @@ class PaperBlock(nn.Module):
         return query + self.attention(self.norm(joined))  # type: ignore[no-any-return]
 
 
+class JoinedBlock(PaperBlock):
+    """The lazy form with class token and patches joined first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention.keys_values = "lazy"
+
+
+class FoldedBlock(JoinedBlock):
+    """The lazy form with the LayerNorm folded in: a mean μ and a scale r for each token, and nothing of size N x D is made.
+
+    Scores r (p∘γ)·(x − μ) + p·β, mixture Σ w r (x − μ)∘γ + β, the class token's own row apart.
+    """
+
+    def forward(self, query: Tensor, other: Tensor) -> Tensor:
+        attention, norm = self.attention, self.norm
+        heads = attention.num_heads
+        own = norm(query)[:, 0]
+        asked = attention.query(own).unflatten(-1, (heads, -1)).transpose(0, 1)  # (H, B, K)
+        probe = (asked @ attention.key.weight.unflatten(0, (heads, -1))).transpose(0, 1) * asked.shape[-1] ** -0.5
+        variance, mean = torch.var_mean(other, dim=-1, correction=0)  # (B, N)
+        scale = (variance + norm.eps).rsqrt()
+        scaled = probe * norm.weight
+        scores = (scaled @ other.transpose(1, 2) - scaled.sum(dim=-1, keepdim=True) * mean[:, None]) * scale[:, None]
+        scores[:, :, 0] = (probe * (own - norm.bias)[:, None]).sum(dim=-1)
+        weights = scores.softmax(dim=-1)
+        first = weights[:, :, :1].clone()
+        rest = weights * scale[:, None]
+        rest[:, :, 0] = 0
+        mixed = (rest @ other - (rest * mean[:, None]).sum(dim=-1, keepdim=True)) * norm.weight
+        mixed = mixed + (1 - first) * norm.bias + first * own[:, None]  # (B, H, D)
+        value = mixed.transpose(0, 1) @ attention.value.weight.unflatten(0, (heads, -1)).transpose(1, 2)
+        read = attention.out((value.transpose(0, 1).flatten(1) + attention.value.bias)[:, None])
+        return query + read  # type: ignore[no-any-return]
+
+
 def make_block(form: str) -> nn.Module:
-    if form == "materialised":
-        return PaperBlock()
+    own = {"materialised": PaperBlock, "joined": JoinedBlock, "folded": FoldedBlock}
+    if form in own:
+        return own[form]()
     branch = BranchConfig(patch=16, dim=DIM, heads=HEADS, depth=1)
     return CrossReadBlock(branch, CrossViTConfig(branches=(branch, branch)), drop_path=0.0)
 
@@ -86,7 +125,9 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in TOKENS:
             attentions = {form: CrossAttention(DIM, HEADS, keys_values=form).to(dtype) for form in FORMS}
-            blocks = {form: make_block(form).to(dtype) for form in FORMS}
+            blocks = {form: make_block(form).to(dtype) for form in (*FORMS, *TRIED)}
+            for block_of in blocks.values():
+                block_of.load_state_dict(blocks["lazy"].state_dict())
             x, query = torch.randn(BATCH, tokens, DIM).to(dtype), torch.randn(BATCH, 1, DIM).to(dtype)
 
             def infer(form: str, forms: dict[str, CrossAttention] = attentions, x: Tensor = x) -> None:
@@ -100,13 +141,18 @@ def main() -> None:
                 with torch.inference_mode():
                     forms[form](query, x)
 
+            with torch.inference_mode():
+                for form in TRIED if dtype == torch.float32 else ():
+                    torch.testing.assert_close(blocks[form](query, x), blocks["lazy"](query, x), atol=1e-4, rtol=1e-4)
             for what, work in (("inference", infer), ("forward + backward", learn), ("block, inference", block)):
-                rounds = [[milliseconds(functools.partial(work, form)) for form in FORMS] for _ in range(ROUNDS + 5)][5:]
-                paper, lazy = (statistics.median(column) for column in zip(*rounds, strict=True))
+                compared = (*FORMS, *TRIED) if work is block else FORMS
+                rounds = [[milliseconds(functools.partial(work, form)) for form in compared] for _ in range(ROUNDS + 5)][5:]
+                paper, lazy, *others = (statistics.median(column) for column in zip(*rounds, strict=True))
+                tried = "   ".join(f"{form} {other:.2f} ms" for form, other in zip(TRIED, others, strict=False))
                 memory = [peak_megabytes(functools.partial(work, form)) for form in FORMS]
                 print(
                     f"{str(dtype)[6:]:9}  {tokens:6}  {what:20}  {paper:9.2f} / {lazy:6.2f} ms  {paper / lazy:8.1f}x   "
-                    f"{memory[0]:8.2f} / {memory[1]:5.2f} MB"
+                    f"{memory[0]:8.2f} / {memory[1]:5.2f} MB   {tried}"
                 )
 
 
