@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: help quickstart test test-all check format bench-startup bench-attention bench-fusion bench-train bench-small clean
+.PHONY: help quickstart test test-all check format bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -43,6 +43,9 @@ bench-fusion: $(VENV)/.installed  ## lazy against materialised keys and values: 
 
 bench-train: $(VENV)/.installed  ## a training step of ours against timm's
 	$(BIN)/python benchmarks/training.py
+
+bench-checkpoints: $(VENV)/.installed  ## what writing checkpoints adds to training
+	$(BIN)/python benchmarks/checkpoints.py
 
 PACKS ?= sign_digits_64 cifar10_subset
 bench-small: $(VENV)/.installed  ## from scratch on few photos against resnet18 and vit_tiny: make bench-small PACKS="folder folder"

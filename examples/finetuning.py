@@ -13,7 +13,9 @@ import argparse
 import random
 import shutil
 import statistics
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import crossvit
 from crossvit.weights.files import read_weights
@@ -37,28 +39,42 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--each", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--also", nargs="*", default=[], help='fine-tuned with other settings: "lr=3e-3 layer_decay=0.7" ...')
+    parser.add_argument("--no-scratch", action="store_true", help="leave out training from scratch")
     parser.add_argument("--out", type=Path, default=Path("runs/finetuning"))
     options = parser.parse_args()
     model, _ = identify(read_weights(options.pretrained))
-    scores: dict[str, list[float]] = {"fine-tuned": [], "from scratch": []}
+    ways: dict[str, dict[str, Any]] = {"fine-tuned": {}}
+    ways |= {settings: tomllib.loads(settings.replace(" ", "\n")) for settings in options.also}
+    scores: dict[str, list[float]] = {name: [] for name in ways}
+    if not options.no_scratch:
+        scores["from scratch"] = []
     for seed in range(options.seeds):
         photos = str(draw(options.data, options.out / f"photos-{seed}", each=options.each, seed=seed))
-        last = {"patience": "0", "select": "last"}
-        tuned = crossvit.load_recipe(
-            "finetune", data=photos, out=str(options.out / f"tuned-{seed}"), weights=options.pretrained, seed=seed, **last
-        )
-        result = crossvit.fit(tuned, overwrite=True)
-        scores["fine-tuned"].append(100 * result.top1)
-        scratch = crossvit.load_recipe(
-            "small", data=photos, out=str(options.out / f"scratch-{seed}"), model=model, seed=seed,
-            batch_size=tuned.batch_size, epochs=len(result.epochs),
-        )  # fmt: skip
-        scores["from scratch"].append(100 * crossvit.fit(scratch, overwrite=True).top1)
+        for name, settings in ways.items():
+            tuned = crossvit.load_recipe(
+                "finetune", data=photos, out=str(options.out / f"tuned-{seed}"), weights=options.pretrained, seed=seed,
+                patience="0", select="last", **settings,
+            )  # fmt: skip
+            result = crossvit.fit(tuned, overwrite=True)
+            scores[name].append(100 * result.top1)
+        if not options.no_scratch:
+            scratch = crossvit.load_recipe(
+                "small", data=photos, out=str(options.out / f"scratch-{seed}"), model=model, seed=seed,
+                batch_size=result.record["recipe"]["batch_size"], epochs=result.record["recipe"]["epochs"],
+            )  # fmt: skip
+            scores["from scratch"].append(100 * crossvit.fit(scratch, overwrite=True).top1)
         print(f"seed {seed}: " + ", ".join(f"{name} {found[-1]:.2f} %" for name, found in scores.items()), flush=True)
-    print(f"{model}, {options.each} photos a class, {len(result.epochs)} epochs, {result.n} held-out photos")
+    chosen = result.record["recipe"]
+    print(
+        f"{model}, {options.each} photos a class, {chosen['epochs']} epochs of batches of {chosen['batch_size']}, "
+        f"{result.n} held-out photos"
+    )
+    width = max(len(name) for name in scores)
     for name, found in scores.items():
         spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-        print(f"{name:13} {statistics.mean(found):6.2f} %{spread}  ({', '.join(f'{value:.2f}' for value in found)})")
+        each = ", ".join(f"{value:.2f}" for value in found)
+        print(f"{name:{width}} {statistics.mean(found):6.2f} %{spread}  ({each})")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,15 @@ import torch
 
 from crossvit.errors import CheckpointError, RunError
 from crossvit.run import write_atomically
-from crossvit.train.checkpoint import checkpoint_path, load_checkpoint, load_newest, save_checkpoint
+from crossvit.train.checkpoint import (
+    WAITING_AT_MOST,
+    Writer,
+    checkpoint_path,
+    copied,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
 
 
 def test_checkpoints_come_back_to_the_bit_and_the_newest_two_are_kept(tmp_path: Path) -> None:
@@ -68,3 +77,58 @@ def test_a_failing_write_keeps_the_old_file_and_leaves_nothing(
         write_atomically(target, b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert target.read_bytes() == b"old"
+
+
+def test_what_is_written_beside_training_is_the_state_when_it_was_given(tmp_path: Path) -> None:
+    go = threading.Event()
+    weight = torch.zeros(3)
+    state = {"step": 1, "nested": [{"weight": weight}], "rest": (1.5, None)}
+    with Writer() as writer:
+        writer.submit(go.wait)
+        writer.submit(save_checkpoint, tmp_path, copied(state), step=1)
+        weight += 1  # the next step of training
+        state["step"] = 2
+        assert not list(tmp_path.iterdir())
+        go.set()
+        writer.flush()
+        assert load_checkpoint(checkpoint_path(tmp_path, 1))["nested"][0]["weight"].tolist() == [0, 0, 0]
+        assert load_checkpoint(checkpoint_path(tmp_path, 1))["step"] == 1
+
+
+def test_writes_keep_their_order_and_no_more_than_some_wait() -> None:
+    go = threading.Event()
+    written: list[int] = []
+    done = threading.Event()
+
+    def give(writer: Writer) -> None:
+        for number in range(WAITING_AT_MOST + 1):
+            writer.submit(lambda number=number: (go.wait(), written.append(number)))
+        done.set()
+
+    with Writer() as writer:
+        giving = threading.Thread(target=give, args=(writer,))
+        giving.start()
+        assert not done.wait(0.2)  # the last one waits for the first
+        go.set()
+        giving.join()
+    assert written == [*range(WAITING_AT_MOST + 1)]
+
+
+def test_a_write_that_failed_is_raised_where_training_is() -> None:
+    def fail() -> None:
+        raise RunError("cannot write")
+
+    writer = Writer()
+    with pytest.raises(RunError, match="cannot write"), writer:  # on leaving
+        writer.submit(fail)
+    with Writer() as writer:
+        writer.submit(fail)
+        with pytest.raises(RunError, match="cannot write"):
+            writer.flush()
+        writer.flush()  # and once only
+    written: list[int] = []
+    with pytest.raises(KeyboardInterrupt), Writer() as writer:
+        writer.submit(written.append, 1)
+        writer.submit(fail)
+        raise KeyboardInterrupt  # is not hidden by the write, and what waits is written first
+    assert written == [1]

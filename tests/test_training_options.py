@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crossvit.errors import ConfigError
+from crossvit.errors import ConfigError, UsageError
 from crossvit.results import Epoch
 from crossvit.run import Run
 from crossvit.train.loop import fit
@@ -32,6 +32,23 @@ def test_what_saves_memory_or_time_changes_nothing_but_rounding(changes: dict[st
     start = fit(recipe(scans, tmp_path / "start", **(PLAIN | {"lr": 1e-12})))
     moved = distance(weights_of(plain.run), weights_of(start.run))
     assert distance(weights_of(plain.run), weights_of(saving.run)) < 1e-3 * moved
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_but_for_rounding(scans: Path, tmp_path: Path) -> None:
+    plain = fit(recipe(scans, tmp_path / "plain", **PLAIN))
+    compiled = fit(recipe(scans, tmp_path / "compiled", **PLAIN, compile=True))
+    start = fit(recipe(scans, tmp_path / "start", **(PLAIN | {"lr": 1e-12})))
+    moved = distance(weights_of(plain.run), weights_of(start.run))
+    assert distance(weights_of(plain.run), weights_of(compiled.run)) < 1e-3 * moved
+
+
+def test_compile_without_a_compiler_is_refused(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UsageError, match=r"--compile needs a C\+\+ compiler and finds none: install g\+\+"):
+        fit(recipe(scans, tmp_path / "run", compile=True))
+    assert not (tmp_path / "run" / "run.json").exists()
 
 
 def test_an_average_of_the_weights_is_kept_and_evaluated(scans: Path, tmp_path: Path) -> None:

@@ -20,7 +20,9 @@ from crossvit.errors import ConfigError
 KERNELS = ("auto", "fused", "plain")
 Listener = Callable[[Tensor], object]
 
-_HAS_AMX = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+_CPU = torch.cpu.get_capabilities()
+_HAS_AMX = bool(_CPU.get("amx_bf16"))
+_HAS_BF16 = _HAS_AMX or bool(_CPU.get("avx512_bf16"))
 _kernel = "auto"
 
 
@@ -41,12 +43,12 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0
     """softmax(q kᵀ / √K) v.
 
     query, key, value: (B, H, N, K), one floating dtype. Returns (B, H, N, K) in that dtype. `dropout` is the chance of
-    dropping an attention weight. Two products and a softmax are taken where they beat the fused kernel, which is on a CPU
-    in reduced precision, with a backward pass or without AMX (`make bench-attention`); the fused kernel elsewhere.
-    `attention_kernel` overrides the choice.
+    dropping an attention weight. Two products and a softmax are taken where they beat the fused kernel (`make
+    bench-attention`): in reduced precision on a CPU that computes in it, with a backward pass or without AMX. The fused
+    kernel is taken elsewhere. `attention_kernel` overrides the choice.
     """
     reduced = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
-    plain = reduced and (query.requires_grad or not _HAS_AMX) if _kernel == "auto" else _kernel == "plain"
+    plain = reduced and _HAS_BF16 and (query.requires_grad or not _HAS_AMX) if _kernel == "auto" else _kernel == "plain"
     if plain:
         # In reduced precision autocast would widen the softmax to fp32 and lose the gain.
         with torch.autocast(query.device.type, enabled=False) if reduced else contextlib.nullcontext():

@@ -1,7 +1,7 @@
 """Checkpoints: the whole state of training in one file, written whole, verified when read.
 
 A file is a magic line, the sha256 of the rest, and a torch archive that is read with `weights_only=True`. A torn file is
-noticed by its sum, and the one before it is used.
+noticed by its sum, and the one before it is used. `Writer` writes beside the training, which waits for a copy in memory only.
 """
 
 from __future__ import annotations
@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import io
 import pickle
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from torch import Tensor
 
 from crossvit.errors import CheckpointError
 from crossvit.run import write_atomically
 
 MAGIC = b"crossvit checkpoint 2\n"
+WAITING_AT_MOST = 2  # files: each holds a copy of what it writes in memory
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -64,6 +68,46 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if passed_over:
         raise CheckpointError(f"no whole checkpoint in {folder}: {passed_over[0]}; start again with --overwrite")
     return None, []
+
+
+def copied(state: Any) -> Any:
+    """`state` with its tensors copied to the CPU's memory, so that training may go on changing them."""
+    match state:
+        case Tensor():
+            return state.detach().to("cpu", copy=True)
+        case dict():
+            return {key: copied(value) for key, value in state.items()}
+        case list() | tuple():
+            return type(state)(copied(value) for value in state)
+    return state
+
+
+class Writer:
+    """Writes files in the order given, in a thread of its own. What failed is raised in the thread that trains: when the next
+    file is given, by `flush`, and on leaving. Leaving on an error or Ctrl-C waits for what is being written."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoints")
+        self._waiting: list[Future[Any]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._thread.shutdown(wait=True)
+        if kind is None:
+            self.flush()
+
+    def submit(self, write: Callable[..., Any], *given: Any, **named: Any) -> None:
+        """Call `write` with what is given after all that waits. Waits itself where WAITING_AT_MOST are waiting."""
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= WAITING_AT_MOST):
+            self._waiting.pop(0).result()
+        self._waiting.append(self._thread.submit(write, *given, **named))
+
+    def flush(self) -> None:
+        """Wait until all is written."""
+        while self._waiting:
+            self._waiting.pop(0).result()
 
 
 def _newest_first(folder: Path) -> list[Path]:

@@ -56,6 +56,7 @@ def fit(
             if not run.exists():
                 held.enter_context(run.lock())
             run.prepare(training.record(result=None), overwrite=overwrite)
+        held.enter_context(training.writer)
         training.start()
         while not training.ended:
             training.run_epoch()
@@ -92,7 +93,8 @@ def rehearse(recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | N
         training.evaluate()
         evaluation = time.perf_counter() - started
         started = time.perf_counter()
-        training.save()
+        with training.writer:
+            training.save()
         checkpoint = time.perf_counter() - started
         training.restore_newest()
         training.finish()

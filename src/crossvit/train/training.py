@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,14 +25,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 import crossvit
-from crossvit.errors import TrainingError
+from crossvit.errors import TrainingError, UsageError
 from crossvit.evaluation import measure, summarise
 from crossvit.factory import create_model
 from crossvit.model.crossvit import CrossViT
 from crossvit.results import Epoch, Evaluation, TrainingResult, to_json
 from crossvit.run import Run, write_atomically
 from crossvit.runtimes.torch import TorchEngine, autocast, resolve_device, resolve_precision
-from crossvit.train.checkpoint import load_newest, save_checkpoint
+from crossvit.train.checkpoint import Writer, copied, load_newest, save_checkpoint
 from crossvit.train.durations import parse_duration, spoken
 from crossvit.train.losses import Criterion, Mixing, Teacher, class_weights
 from crossvit.train.optim import freeze, learning_rate, make_optimiser
@@ -74,6 +77,7 @@ class Training:
         freeze(self.model, plan.config, recipe.freeze)
         self.forward: Callable[[Tensor], Tensor] = self.model.branch_logits
         if recipe.compile:
+            _refuse_without_compiler(self.device)
             self.forward = torch.compile(self.model.branch_logits)
         self.optimiser = make_optimiser(self.model, plan.config, recipe.optimiser)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
@@ -97,6 +101,7 @@ class Training:
         self.rate_factor = 1.0  # halved when a run goes back
         self.bad_in_a_row = 0
         self.checkpointed_at = time.monotonic()
+        self.writer = Writer()
 
     @property
     def per_epoch(self) -> int:
@@ -135,6 +140,7 @@ class Training:
 
     def restore_newest(self) -> bool:
         """Take up the newest whole checkpoint; False if there is none yet."""
+        self.writer.flush()
         state, passed_over = load_newest(self.run.checkpoints)
         for line in passed_over:
             self.watch.say(f"{line}; using the one before it")
@@ -174,7 +180,7 @@ class Training:
         if self.best is None or score[:2] > self.best[:2]:
             self.best = score
             if self.recipe.checkpoints.select == "best":
-                write_atomically(self.run.checkpoints / BEST_NAME, to_safetensors(_plain(self.evaluated.state_dict())))
+                self.writer.submit(_write_best, self.run.checkpoints / BEST_NAME, copied(self.evaluated.state_dict()))
         if self.ended or self._due():
             self.save()
         self.run.log(to_json(entry))
@@ -269,7 +275,9 @@ class Training:
         return self.step % max(1, every.steps(per_epoch=self.per_epoch, total=self.steps)) == 0
 
     def save(self) -> None:
-        save_checkpoint(self.run.checkpoints, self.state(), step=self.step, keep=self.recipe.checkpoints.keep)
+        """A checkpoint of this step, written beside the training."""
+        keep = self.recipe.checkpoints.keep
+        self.writer.submit(save_checkpoint, self.run.checkpoints, copied(self.state()), step=self.step, keep=keep)
         self.checkpointed_at = time.monotonic()
 
     def state(self) -> dict[str, Any]:
@@ -299,6 +307,7 @@ class Training:
 
     def finish(self) -> TrainingResult:
         """Write the weights, then the record with the result: a run with a result has its weights."""
+        self.writer.flush()
         if self.recipe.checkpoints.select == "best" and self.best is not None:
             self.evaluated.load_state_dict(from_safetensors((self.run.checkpoints / BEST_NAME).read_bytes()))
         evaluation = self.evaluate()
@@ -397,8 +406,14 @@ def _average(model: CrossViT, decay: float) -> Any:
     return ModelEmaV3(model, decay=decay, use_warmup=True)
 
 
-def _plain(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+def _refuse_without_compiler(device: torch.device) -> None:
+    """UsageError where torch.compile has nothing to build its code with."""
+    if device.type == "cpu" and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl")))):
+        raise UsageError("--compile needs a C++ compiler and finds none: install g++, name one in CXX, or leave --compile out")
+
+
+def _write_best(path: Path, state: dict[str, Tensor]) -> None:
+    write_atomically(path, to_safetensors({name: tensor.contiguous() for name, tensor in state.items()}))
 
 
 def step_seed(seed: int, step: int) -> int:
