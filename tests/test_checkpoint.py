@@ -127,8 +127,13 @@ def test_a_write_that_failed_is_raised_where_training_is() -> None:
             writer.flush()
         writer.flush()  # and once only
     written: list[int] = []
-    with pytest.raises(KeyboardInterrupt), Writer() as writer:
-        writer.submit(written.append, 1)
-        writer.submit(fail)
-        raise KeyboardInterrupt  # is not hidden by the write, and what waits is written first
+
+    def interrupted() -> None:
+        with Writer() as writer:
+            writer.submit(written.append, 1)
+            writer.submit(fail)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):  # is not hidden by the write, and what waits is written first
+        interrupted()
     assert written == [1]
