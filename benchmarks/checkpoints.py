@@ -51,7 +51,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             run = Run(Path(folder) / "run")
             recipe = crossvit.load_recipe("small", data="digits", out=str(run.path), model=name, batch_size=batch_size)
-            training = prepare(recipe, run, Watch(), None, None)
+            training = prepare(recipe, run, Watch())
             run.path.mkdir()
             run.prepare(training.record(result=None), overwrite=False)
             training.model.train()

@@ -23,8 +23,9 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
 import crossvit
+from crossvit.data.images import ImageSet
 from crossvit.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-from crossvit.data.sources import ImageSet, open_data
+from crossvit.data.sources import open_data
 from crossvit.factory import model_config
 from crossvit.train.losses import NormalisedAnew
 

@@ -124,7 +124,11 @@ def test_predict_says_which_image_failed_and_goes_on(command: Command, tiny_run:
 
 
 BAD_CALLS = {
-    "no such folder": (["train", "nowhere", "--out", "OUT"], 2, "no folder nowhere: give a folder of class folders, or `digits`"),
+    "no such folder": (
+        ["train", "nowhere", "--out", "OUT"],
+        2,
+        "no folder nowhere: give a folder of class folders",
+    ),
     "unknown model": (["train", "digits", "--out", "OUT", "--model", "crossvit_pica_32"], 2, "did you mean crossvit_pico_32"),
     "negative epochs": (["train", "digits", "--out", "OUT", "--epochs", "-3"], 2, "epochs = -3: should be a whole number"),
     "epochs not a number": (["train", "digits", "--out", "OUT", "--epochs", "many"], 2, "many"),

@@ -15,9 +15,10 @@ from PIL import Image, ImageOps
 
 from crossvit.data.augment import Augment, seeded
 from crossvit.data.check import look_at
+from crossvit.data.images import stratified_split
 from crossvit.data.loader import Order, TrainingLoader
 from crossvit.data.preprocess import MAX_PIXELS, Preprocessing, read_image
-from crossvit.data.sources import open_data, stratified_split
+from crossvit.data.sources import open_data
 from crossvit.errors import DataError, UsageError
 
 STRENGTHS = {"min_crop": 1.0, "flip": 0.5, "rotate": 15.0, "shift": 0.1, "zoom": 0.1, "colour": 0.3}
@@ -118,7 +119,7 @@ def test_train_can_be_a_class(own_scans: Path) -> None:
 
 
 def test_bad_folders_are_refused_with_the_fix(own_scans: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no folder .*nowhere: give a folder of class folders, or `digits`"):
+    with pytest.raises(UsageError, match="no folder .*nowhere: give a folder of class folders, a CSV"):
         open_data(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="has no class folders"):

@@ -14,7 +14,8 @@ from PIL import Image
 from sklearn.metrics import confusion_matrix, f1_score, log_loss, precision_recall_fscore_support, top_k_accuracy_score
 
 import crossvit
-from crossvit.data.sources import ImageSet, open_data
+from crossvit.data.images import Arrays, ImageSet
+from crossvit.data.sources import open_data
 from crossvit.errors import DataError, RunError, UnknownNameError, UsageError
 from crossvit.evaluation import summarise
 from crossvit.prediction import find_images
@@ -26,9 +27,8 @@ from crossvit.run import SCHEMA, Run
 def image_set(labels: list[int], classes: int) -> ImageSet:
     names = tuple(f"{index:03d}" for index in range(len(labels)))
     pixels = np.zeros((len(labels), 4, 4), dtype=np.uint8)
-    return ImageSet(
-        "made-up", tuple(f"class {index}" for index in range(classes)), names, tuple(labels), (1,) * len(labels), pixels
-    )
+    known = tuple(f"class {index}" for index in range(classes))
+    return ImageSet(Arrays("made-up", pixels), known, names, tuple(labels), (1,) * len(labels))
 
 
 def test_metrics_equal_scikit_learns() -> None:

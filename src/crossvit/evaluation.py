@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from crossvit.data.images import Data, ImageSet
 from crossvit.data.preprocess import Preprocessing
-from crossvit.data.sources import Data, ImageSet, open_data
+from crossvit.data.sources import open_data
 from crossvit.errors import DataError, UsageError
 from crossvit.results import BranchScore, ClassScore, Evaluation, Mistake
 from crossvit.run import Run
@@ -85,7 +86,7 @@ def _relabelled(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
     unknown = sorted(set(images.classes) - set(classes))
     if unknown:
         raise UsageError(
-            f"{images.root} has classes the run was not trained on: {', '.join(unknown)} (it knows {', '.join(classes)})"
+            f"{images.location} has classes the run was not trained on: {', '.join(unknown)} (it knows {', '.join(classes)})"
         )
     labels = tuple(classes.index(images.classes[label]) for label in images.labels)
     return dataclasses.replace(images, classes=classes, labels=labels)
@@ -132,7 +133,7 @@ def measure(
             f"{len(bad)} of {len(images)} images cannot be decoded: {next(iter(bad.values()))}; mend them or add --skip-bad"
         )
     if not logits:
-        raise DataError(f"{images.root} has no image that can be decoded")
+        raise DataError(f"{images.location} has no image that can be decoded")
     return np.concatenate(logits, axis=1), images.take([index for index in range(len(images)) if index not in bad])
 
 

@@ -26,7 +26,7 @@ def run(words: list[str], *, debug: bool = False) -> int:
     from cyclopts import CycloptsError
 
     from crossvit.cli.verbs import app
-    from crossvit.errors import CrossViTError
+    from crossvit.errors import CrossViTError, DataError, UsageError
 
     try:
         status = app(words or ["--help"], exit_on_error=False, print_error=False, result_action="return_value")
@@ -35,7 +35,9 @@ def run(words: list[str], *, debug: bool = False) -> int:
     except CycloptsError as error:
         return _fail(f"{str(error).strip().rstrip('.')} (see `{_help_for(words)}`)", 2, debug=debug)
     except CrossViTError as error:
-        return _fail(str(error), error.exit_status, debug=debug)
+        # Where torchrun started several processes, the first one says what all of them found.
+        quiet = os.environ.get("RANK", "0") != "0" and isinstance(error, UsageError | DataError)
+        return error.exit_status if quiet else _fail(str(error), error.exit_status, debug=debug)
     except KeyboardInterrupt:
         return _fail("stopped", INTERRUPTED)
     except (BrokenPipeError, SystemExit):  # standard output was closed early, as by `| head`; SystemExit is rich's word for it

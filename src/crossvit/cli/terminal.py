@@ -16,10 +16,11 @@ from crossvit.train.watch import Watch
 
 if TYPE_CHECKING:
     from crossvit.model.paper import Row
-    from crossvit.results import Epoch, Evaluation, Prediction, Rehearsal, TrainingResult
+    from crossvit.results import DataCheck, Epoch, Evaluation, ImagePair, Prediction, Rehearsal, TrainingResult
 
 
 TOP5_FROM = 10  # classes from which top-5 says something
+PAIRS_PRINTED = 8  # of each kind of finding; the rest are counted
 TABLE_WIDTH = 100  # columns that the widest table takes
 
 
@@ -151,6 +152,42 @@ def print_models(rows: Sequence[dict[str, Any]]) -> None:
         parameters, macs = f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.3f} G"
         table.add_row(row["name"], f"{height}x{width}", parameters, macs, top1, "released" if row["weights"] else "")
     _wide_console().print(table)
+
+
+def print_data_check(found: DataCheck) -> None:
+    """What was found: parts, classes, and what is wrong, the worst first."""
+    for part in found.parts:
+        low, middle, high = (f"{height}x{width}" for height, width in (part.smallest, part.median, part.largest))
+        sizes = low if low == high else f"{low} to {high}, typically {middle}"
+        print(f"{part.part:8} {part.n:,} images of {len(part.classes)} classes, {sizes} pixels")
+    modes = ", ".join(f"{count:,} {mode}" for mode, count in found.modes.items())
+    print(f"modes    {modes}; the largest class has {found.imbalance:.1f} times the images of the smallest")
+    table = Table(Column("class", no_wrap=True), box=None, pad_edge=False, header_style="bold")
+    for part in found.parts:
+        table.add_column(part.part, justify="right")
+    for name in found.parts[0].classes:
+        table.add_row(name, *(str(part.classes.get(name, 0)) for part in found.parts))
+    _wide_console().print(table)
+    for note in found.notes:
+        print(f"note     {note}")
+    for broken in found.broken[:PAIRS_PRINTED]:
+        print(f"broken   {broken.reason}")
+    if len(found.broken) > PAIRS_PRINTED:
+        print(f"broken   and {len(found.broken) - PAIRS_PRINTED} more (--json lists them)")
+    for what, count, pairs in (("same", found.identical_count, found.identical), ("near", found.near_count, found.near)):
+        for pair in pairs[:PAIRS_PRINTED]:
+            print(f"{what:8} {' and '.join(pair.images)}{_wrong_with(pair)}")
+        if count > PAIRS_PRINTED:
+            print(f"{what:8} and {count - PAIRS_PRINTED:,} more (--report draws them)")
+    print(
+        f"in all   {len(found.broken)} broken, {found.identical_count:,} pairs the same, {found.near_count:,} nearly, "
+        f"{found.leak_count:,} of them on both sides of the split; {found.conflict_count} the same with two labels"
+    )
+
+
+def _wrong_with(pair: ImagePair) -> str:
+    wrong = [f"in {' and '.join(pair.parts)}"] * pair.leak + [f"labelled {' and '.join(pair.labels)}"] * pair.conflict
+    return f" ({'; '.join(wrong)})" if wrong else ""
 
 
 def print_paper(rows: Sequence[Row], tables: Mapping[str, str]) -> None:

@@ -56,6 +56,7 @@ def train(
     from crossvit.results import to_json
     from crossvit.run import write_atomically
     from crossvit.train.loop import fit, rehearse
+    from crossvit.train.parallel import leading
 
     with TerminalWatch() as watch:
         try:
@@ -68,6 +69,8 @@ def train(
             again = shlex.join(["crossvit", "train", data, "--out", out, "--resume"])
             print(f"crossvit: stopped; go on with `{again}`" if watch.training else "crossvit: stopped", file=sys.stderr)
             return 130
+    if not leading():
+        return 0
     if dry_run:
         if json:
             print(dumps(to_json(rehearsal), ensure_ascii=False, allow_nan=False))

@@ -8,6 +8,7 @@ from typing import Any
 from cyclopts import App
 
 from crossvit import __version__
+from crossvit.cli.data import app as data_app
 from crossvit.cli.switch import Switch
 from crossvit.cli.weights import app as weights_app
 
@@ -21,6 +22,7 @@ app = App(
 )
 TRAIN_HELP = "Train a classifier on a folder of images and evaluate it."
 app.command("crossvit.cli.training:train", name="train", help=TRAIN_HELP)  # loaded when it is called: it has many options
+app.command(data_app)
 app.command(weights_app)
 
 

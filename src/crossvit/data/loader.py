@@ -6,7 +6,7 @@ import dataclasses
 import signal
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -18,11 +18,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from crossvit.data.augment import Augment
+from crossvit.data.images import ImageSet
 from crossvit.data.preprocess import Preprocessing
-from crossvit.data.sources import ImageSet
 
 View = NDArray[Any]  # (H, W, 3) uint8, or (3, H, W) float32 if it is normalised already
 CACHE_BYTES = 2 * 2**30  # decoded pictures kept in memory, over all workers; beyond it every epoch decodes again
+
+
+Bounds = Callable[[int], tuple[int, int]]  # of a batch of so many, the part that is loaded here: from, to
+
+
+def whole(count: int) -> tuple[int, int]:
+    """All of a batch."""
+    return 0, count
 
 
 class Key(NamedTuple):
@@ -93,11 +101,16 @@ class TrainingSet(Dataset[tuple[View, int]]):
 
 
 class EpochBatches:
-    """Batches of keys for the DataLoader; `epoch` and `start`, the first batch of the pass, are set before each pass."""
+    """Batches of keys for the DataLoader; `epoch` and `start`, the first batch of the pass, are set before each pass.
 
-    def __init__(self, order: Order, *, batch_size: int) -> None:
+    Of each batch the part within `bounds`, but one image at least: a process without a share has to take part all the same,
+    and gives it no weight.
+    """
+
+    def __init__(self, order: Order, *, batch_size: int, bounds: Bounds) -> None:
         self.order = order
         self.batch_size = batch_size
+        self.bounds = bounds
         self.epoch = 0
         self.start = 0
 
@@ -107,7 +120,15 @@ class EpochBatches:
     def __iter__(self) -> Iterator[list[Key]]:
         keys = self.order.epoch(self.epoch)
         for start in range(self.start * self.batch_size, len(keys), self.batch_size):
-            yield keys[start : start + self.batch_size]
+            batch = keys[start : start + self.batch_size]
+            first, last = self.bounds(len(batch))
+            yield batch[first:last] or batch[:1]
+
+    def shares(self, index: int) -> tuple[int, int]:
+        """(images of batch `index` of a pass that are loaded here, images in all of it)."""
+        size = min(self.batch_size, len(self.order.labels) - index * self.batch_size)
+        first, last = self.bounds(size)
+        return last - first, size
 
 
 class TrainingLoader:
@@ -127,10 +148,11 @@ class TrainingLoader:
         repeats: int = 1,
         balanced: bool = False,
         workers: int = 0,
+        bounds: Bounds = whole,
     ) -> None:
         self.preprocessing = preprocessing
         order = Order(tuple(images.labels), seed, repeats=repeats, balanced=balanced)
-        self.batches = EpochBatches(order, batch_size=batch_size)
+        self.batches = EpochBatches(order, batch_size=batch_size, bounds=bounds)
         self.loader = DataLoader(
             TrainingSet(images, augment, seed=seed, cache_bytes=CACHE_BYTES // max(1, workers)),
             batch_sampler=self.batches,  # keys rather than positions

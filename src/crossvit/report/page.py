@@ -1,29 +1,24 @@
-"""report.html: one self-contained page about a finished run. No network, no script that is needed to read it."""
+"""Self-contained pages: about a finished run, and about what is in some data. No network, no script that is needed to read it."""
 
 from __future__ import annotations
 
 import base64
 import json
 import shlex
-from importlib import resources
 from typing import Any
 
 import jinja2
 from markupsafe import Markup
 
 from crossvit.report.plots import curves
-from crossvit.results import Evaluation, TrainingResult
+from crossvit.results import DataCheck, Evaluation, TrainingResult
 
 LABELLED_CELLS = 20  # classes up to which the confusion matrix writes its counts and names; beyond it they show on hover
 
 
 def run_page(result: TrainingResult, evaluation: Evaluation) -> str:
     """The HTML of a finished run: headline, curves, confusion matrix, classes, surest mistakes, configuration."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f}\u202f%"
-    environment.filters["picture"] = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    environment.filters["short"] = lambda path: "/".join(path.split("/")[-2:])
-    template = environment.from_string((resources.files("crossvit") / "report" / "page.html").read_text(encoding="utf-8"))
+    template = _environment().get_template("page.html")
     record = result.record
     return template.render(
         result=result,
@@ -41,6 +36,27 @@ def run_page(result: TrainingResult, evaluation: Evaluation) -> str:
             ["crossvit", "train", record["recipe"]["data"], "--recipe", result.run, "--out", f"{result.run}-again"]
         ),
     )
+
+
+def data_page(found: DataCheck) -> str:
+    """The HTML of what `crossvit data check` found, with the pairs as pictures."""
+    largest = max(max(part.classes.values()) for part in found.parts[:1])
+    return _environment().get_template("data.html").render(found=found, largest=max(largest, 1))
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("crossvit", "report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["percent"] = lambda share: f"{100 * share:.1f}\u202f%"
+    environment.filters["picture"] = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    environment.filters["jpeg"] = lambda jpeg: f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
+    environment.filters["short"] = lambda path: "/".join(path.split("/")[-2:])
+    return environment
 
 
 def _confusion_rows(evaluation: Evaluation) -> list[tuple[str, list[dict[str, Any]]]]:

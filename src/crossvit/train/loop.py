@@ -18,6 +18,7 @@ from crossvit.results import Epoch, Rehearsal, TrainingResult
 from crossvit.run import Run
 from crossvit.runtimes.torch import resolve_device
 from crossvit.train.losses import Teacher
+from crossvit.train.parallel import ALONE, Team, assembled
 from crossvit.train.plan import make_plan
 from crossvit.train.recipe import Recipe
 from crossvit.train.teachers import A_CALLABLE, load_teacher
@@ -43,16 +44,20 @@ def fit(
     if teacher is not None:
         recipe = recipe.changed(teacher=A_CALLABLE)
     run = Run(recipe.out)
-    recorded = recorded_run(recipe, run, resume=resume, overwrite=overwrite)
-    if recorded is not None and recorded["result"]:
-        return finished_result(run, recorded, watch)
     with contextlib.ExitStack() as held:
-        if run.exists():
+        team = held.enter_context(assembled(resolve_device(recipe.device)))
+        watch = watch if team.leads else Watch()
+        if team.restarts:  # torchrun has started the run anew after one of its processes died
+            resume, overwrite = True, False
+        recorded = team.tell(recorded_run(recipe, run, resume=resume, overwrite=overwrite) if team.leads else None)
+        if recorded is not None and recorded["result"]:
+            return finished_result(run, recorded, watch)
+        if run.exists() and team.leads:
             held.enter_context(run.lock())  # before the images are read; a new run's folder is made only after them
         if recorded is not None:
             held.enter_context(threads(recorded["threads"]))
-        training = prepare(recipe, run, watch, recorded, teacher)
-        if recorded is None:
+        training = prepare(recipe, run, watch, recorded=recorded, teacher=teacher, team=team)
+        if recorded is None and team.leads:
             if not run.exists():
                 held.enter_context(run.lock())
             run.prepare(training.record(result=None), overwrite=overwrite)
@@ -82,7 +87,7 @@ def rehearse(recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | N
     folder = Path(tempfile.mkdtemp(prefix="crossvit-"))
     try:
         run = Run(folder / "run")
-        training = prepare(recipe, run, watch, None, teacher)
+        training = prepare(recipe, run, watch, teacher=teacher)
         run.path.mkdir()
         run.prepare(training.record(result=None), overwrite=False)
         images, labels = next(iter(training.loader.epoch(0)))
@@ -116,17 +121,26 @@ def rehearse(recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | N
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def prepare(recipe: Recipe, run: Run, watch: Watch, recorded: dict[str, Any] | None, teacher: Teacher | None) -> Training:
+def prepare(
+    recipe: Recipe,
+    run: Run,
+    watch: Watch,
+    *,
+    recorded: dict[str, Any] | None = None,
+    teacher: Teacher | None = None,
+    team: Team = ALONE,
+) -> Training:
     """The training of `recipe` in its starting state: the newest checkpoint's, or that of the starting weights. Writes
     nothing."""
     device = resolve_device(recipe.device)  # a wrong call is said before the images are read
-    plan = make_plan(recipe, watch, recorded=recorded)
+    plan = make_plan(recipe, watch, recorded=recorded, team=team)
     if recorded is not None and recorded["data"]["fingerprint"] != plan.data.fingerprint:
         fix = "put them back, or train anew with --overwrite"
         raise UsageError(f"the files in {recipe.data} are not those {run.path} was trained on: {fix}")
     if teacher is None and recipe.distillation.teacher:
-        teacher = load_teacher(recipe.distillation.teacher, plan, device=device)
-    training = Training(plan, run, watch, precision=recorded["precision"] if recorded else recipe.precision, teacher=teacher)
+        teacher = load_teacher(recipe.distillation.teacher, plan, device=team.device(device))
+    precision = recorded["precision"] if recorded else recipe.precision
+    training = Training(plan, run, watch, precision=precision, teacher=teacher, team=team)
     if recorded is None or not training.restore_newest():
         training.load_starting_weights()
     elif training.step:

@@ -11,14 +11,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossvit.data.augment import Augment
-from crossvit.data.check import Findings, look_at
-from crossvit.data.loader import CACHE_BYTES, Order, TrainingLoader
+from crossvit.data.check import Findings, look_at, warnings_of
+from crossvit.data.images import HELD_OUT_PARTS, NAMED_AT_MOST, Data, ImageSet
+from crossvit.data.loader import CACHE_BYTES, Bounds, Order, TrainingLoader, whole
 from crossvit.data.preprocess import Preprocessing
-from crossvit.data.sources import HELD_OUT_PARTS, Data, ImageSet, open_data
+from crossvit.data.sources import open_data
 from crossvit.errors import DataError, UsageError
 from crossvit.factory import model_config
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.presets import preset
+from crossvit.train.parallel import ALONE, Team
 from crossvit.train.recipe import AugmentationRecipe, MixingRecipe, Recipe
 from crossvit.train.watch import Watch
 from crossvit.weights.files import read_weights, weight_file
@@ -26,7 +28,7 @@ from crossvit.weights.identify import identify
 
 ENOUGH_FOR_9_DAGGER = 20_000  # training images from which a model of the paper is chosen for its size; see dev/LOG.md
 IMAGES_SEEN = 60_000  # by a run whose epochs are chosen; see dev/LOG.md
-NAMED_AT_MOST = 5  # broken images named in a message; the rest are counted
+UNEVEN = 10  # times as many images of one class as of another, from which it is said
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +45,8 @@ class Plan:
     config: CrossViTConfig
     preprocessing: Preprocessing
 
-    def training_loader(self) -> TrainingLoader:
+    def training_loader(self, *, bounds: Bounds = whole) -> TrainingLoader:
+        """`bounds`: the share of each batch that is loaded here."""
         recipe = self.recipe
         settings = dataclasses.asdict(recipe.augmentation)
         repeats = settings.pop("repeats")
@@ -56,6 +59,7 @@ class Plan:
             repeats=repeats,
             balanced=recipe.sampling == "balanced",
             workers=recipe.workers,
+            bounds=bounds,
         )
 
     def room_for_held_out(self) -> dict[int, NDArray[np.uint8]] | None:
@@ -77,17 +81,17 @@ class Plan:
         }
 
 
-def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None = None) -> Plan:
+def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None = None, team: Team = ALONE) -> Plan:
     """Open the data, look at every image, choose the model and say what was found.
 
-    recorded: run.json of the run that is gone on with; its model stays.
+    recorded: run.json of the run that is gone on with; its model stays.  team: each process looks at its share.
     Raises UsageError for a wrong call and DataError, before anything is trained, for images that cannot be decoded.
     """
     data = open_data(recipe.data)
     data.split(held_out=recipe.held_out, seed=recipe.seed)  # a folder that cannot be split is said before, too
     chosen = _chosen_model(recipe, recorded)
-    watch.checking(sum(len(images) for images in data.parts.values()))
-    looked = {part: look_at(images, progress=watch.checked) for part, images in data.parts.items()}
+    watch.checking(sum(len(team.share(images.names)) for images in data.parts.values()))
+    looked = {part: _look(images, watch, team) for part, images in data.parts.items()}
     data = _without_broken(data, looked, skip=recipe.skip_bad)
     train, held_out = data.split(held_out=recipe.held_out, seed=recipe.seed)
     sizes = [size for findings in looked.values() for size in findings.sizes]
@@ -108,9 +112,18 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
         recipe, data, train, held_out, part, name, why, config,
         Preprocessing(image_size=config.image_size, crop=preset(name).crop),
     )  # fmt: skip
-    for line in _found(plan, sizes):
+    for line in (*_found(plan, sizes), *_warnings(plan, looked)):
         watch.say(line)
     return plan
+
+
+def _look(images: ImageSet, watch: Watch, team: Team) -> Findings:
+    own = images.take(range(*team.bounds(len(images))))
+    found = team.gather(look_at(own, progress=watch.checked))
+    return Findings(
+        {name: reason for one in found for name, reason in one.broken.items()},
+        {name: look for one in found for name, look in one.looks.items()},
+    )
 
 
 def suitable_epochs(images: int) -> int:
@@ -166,6 +179,20 @@ def _without_broken(data: Data, looked: Mapping[str, Findings], *, skip: bool) -
         raise DataError(f"{line}. Mend or remove them, or add --skip-bad")
     good = data.without({part: findings.broken for part, findings in looked.items()})
     return dataclasses.replace(good, notes=(*data.notes, f"skipped: {line}"))
+
+
+def _warnings(plan: Plan, looked: Mapping[str, Findings]) -> list[str]:
+    """What makes a score look better than it is, or a class be learnt worse than others."""
+    sides = {"train": plan.train} if plan.held_out is plan.train else {"train": plan.train, "held out": plan.held_out}
+    lines = warnings_of(plan.data, looked, sides)
+    counts = {name: count for name, count in plan.train.counts().items() if count}
+    most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
+    if counts[most] > UNEVEN * counts[least] and plan.recipe.sampling != "balanced" and plan.recipe.class_weights == "none":
+        lines.append(
+            f"{most} has {counts[most]} images and {least} {counts[least]}: --class-weights balanced or --sampling balanced "
+            "makes up for it"
+        )
+    return [f"warn   {line}" for line in lines]
 
 
 def _found(plan: Plan, image_sizes: Sequence[tuple[int, int]]) -> list[str]:

@@ -6,6 +6,7 @@ state is the step, the weights, the optimiser and the few sums below: what a che
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -25,6 +26,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 import crossvit
+from crossvit.data.images import ImageSet
 from crossvit.errors import TrainingError, UsageError
 from crossvit.evaluation import measure, summarise
 from crossvit.factory import create_model
@@ -36,6 +38,7 @@ from crossvit.train.checkpoint import Writer, copied, load_newest, save_checkpoi
 from crossvit.train.durations import parse_duration, spoken
 from crossvit.train.losses import Criterion, Mixing, Teacher, class_weights
 from crossvit.train.optim import freeze, learning_rate, make_optimiser
+from crossvit.train.parallel import ALONE, BranchLogits, Team
 from crossvit.train.plan import Plan
 from crossvit.train.watch import Watch
 from crossvit.weights.files import header, read_weights, write_weights
@@ -65,24 +68,36 @@ class Tally:
 class Training:
     """One run of a plan. `run_epoch` until `ended`, then `finish`."""
 
-    def __init__(self, plan: Plan, run: Run, watch: Watch, *, precision: str, teacher: Teacher | None = None) -> None:
-        self.plan, self.run, self.watch = plan, run, watch
+    def __init__(
+        self,
+        plan: Plan,
+        run: Run,
+        watch: Watch,
+        *,
+        precision: str,
+        teacher: Teacher | None = None,
+        team: Team = ALONE,
+    ) -> None:
+        self.plan, self.run, self.watch, self.team = plan, run, watch, team
         self.recipe = recipe = plan.recipe
-        self.device = resolve_device(recipe.device)
+        self.device = team.device(resolve_device(recipe.device))
+        if recipe.batch_size < team.size:
+            raise UsageError(f"--batch-size {recipe.batch_size} for {team.size} processes: give each at least one image")
         self.precision = resolve_precision(precision, self.device)
         torch.manual_seed(recipe.seed)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model: CrossViT = create_model(plan.config).to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.model.set_gradient_checkpointing(recipe.gradient_checkpointing)
         freeze(self.model, plan.config, recipe.freeze)
-        self.forward: Callable[[Tensor], Tensor] = self.model.branch_logits
+        self.together = team.together(BranchLogits(self.model))
+        self.forward: Callable[[Tensor], Tensor] = self.model.branch_logits if team.size == 1 else self.together
         if recipe.compile:
             _refuse_without_compiler(self.device)
-            self.forward = torch.compile(self.model.branch_logits)
+            self.forward = torch.compile(self.forward)
         self.optimiser = make_optimiser(self.model, plan.config, recipe.optimiser)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.average = _average(self.model, recipe.ema)
-        self.loader = plan.training_loader()
+        self.loader = plan.training_loader(bounds=team.bounds)
         self.mixing = Mixing(
             recipe.mixing, classes=plan.config.num_classes, label_smoothing=recipe.label_smoothing, seed=recipe.seed
         )
@@ -139,9 +154,9 @@ class Training:
             self.average.set(self.model)
 
     def restore_newest(self) -> bool:
-        """Take up the newest whole checkpoint; False if there is none yet."""
+        """Take up the newest whole checkpoint; False if there is none yet. The first process reads it for all."""
         self.writer.flush()
-        state, passed_over = load_newest(self.run.checkpoints)
+        state, passed_over = self.team.tell(load_newest(self.run.checkpoints) if self.team.leads else (None, []))
         for line in passed_over:
             self.watch.say(f"{line}; using the one before it")
         if state is not None:
@@ -150,7 +165,8 @@ class Training:
 
     def start(self) -> None:
         """Say what is trained and how long it will take, and have a checkpoint to go back to."""
-        self.run.rewrite_log([to_json(epoch) for epoch in self.epochs])
+        if self.team.leads:
+            self.run.rewrite_log([to_json(epoch) for epoch in self.epochs])
         self.watch.started(self.describe(), epochs=self.recipe.epochs, done=self.step / self.per_epoch, steps=self.per_epoch)
         if self.step == 0:
             self.save()
@@ -179,11 +195,12 @@ class Training:
         score = (evaluation.top1, -evaluation.loss, epoch + 1)
         if self.best is None or score[:2] > self.best[:2]:
             self.best = score
-            if self.recipe.checkpoints.select == "best":
+            if self.recipe.checkpoints.select == "best" and self.team.leads:
                 self.writer.submit(_write_best, self.run.checkpoints / BEST_NAME, copied(self.evaluated.state_dict()))
         if self.ended or self._due():
             self.save()
-        self.run.log(to_json(entry))
+        if self.team.leads:
+            self.run.log(to_json(entry))
         self.watch.epoch_done(entry)
 
     def _train_epoch(self, epoch: int) -> None:
@@ -191,15 +208,12 @@ class Training:
         done = self.step - epoch * self.per_epoch
         started = time.perf_counter() - self.tally.seconds
         for images, labels in self.loader.epoch(epoch, start=done) if done < self.per_epoch else ():
+            size = self.loader.batches.shares(self.step % self.per_epoch)[1]
             loss, right = self.train_step(images.to(self.device), labels.to(self.device))
             self.step += 1
             tally = self.tally
             if math.isfinite(loss):
-                tally.loss, tally.right, tally.seen = (
-                    tally.loss + loss * len(labels),
-                    tally.right + right,
-                    tally.seen + len(labels),
-                )
+                tally.loss, tally.right, tally.seen = tally.loss + loss * size, tally.right + right, tally.seen + size
             tally.seconds = time.perf_counter() - started
             seen = max(tally.seen, 1)
             self.watch.stepped(epoch, tally.loss / seen, tally.right / seen, tally.seen / tally.seconds)
@@ -208,25 +222,37 @@ class Training:
                 started += time.perf_counter() - started - tally.seconds  # writing is not training
 
     def train_step(self, images: Tensor, labels: Tensor) -> tuple[float, int]:
-        """(loss, images that were right) of one batch, after which the weights have moved unless something was not finite."""
-        torch.manual_seed(step_seed(self.recipe.seed, self.step))  # dropout and stochastic depth follow from the step alone
+        """(loss, images that were right) of one batch, of which these images are this process's share, after which the weights
+        have moved unless something was not finite."""
+        own, size = self.loader.batches.shares(self.step % self.per_epoch)
+        torch.manual_seed(
+            step_seed(self.recipe.seed, self.step, self.team.rank)
+        )  # dropout and stochastic depth follow from the step alone
         images, targets = self.mixing(images, labels, step=self.step)
         if self.recipe.channels_last:
             images = images.contiguous(memory_format=torch.channels_last)
         for group in self.optimiser.param_groups:
             group["lr"] = self.rate(self.step) * group["lr_scale"]
-        total, right = 0.0, 0
+        total, right = 0.0, 0.0
         chunks = max(1, math.ceil(len(images) / self.recipe.accumulate))
         parts = zip(images.split(chunks), targets.split(chunks), labels.split(chunks), strict=True)
+        left = len(images)
         for part, wanted, label in parts:
-            with autocast(self.device, self.precision):
+            left -= len(part)
+            with self._apart(left > 0), autocast(self.device, self.precision):
                 logits = self.forward(part)
-            loss = self.criterion(logits, wanted, part) * (len(part) / len(images))
-            self.scaler.scale(loss).backward()
+            loss = self.criterion(logits, wanted, part) * (len(part) / size if own else 0.0)
+            with self._apart(left > 0):  # gradients of several processes become their mean
+                self.scaler.scale(self.team.size * loss).backward()
             total += loss.item()
-            right += int((logits.float().mean(dim=0).argmax(dim=1) == label).sum())
+            right += int((logits.float().mean(dim=0).argmax(dim=1) == label).sum()) * (own > 0)
+        total, right = self.team.total(total, right)
         self._update(finite=math.isfinite(total))
-        return total, right
+        return total, int(right)
+
+    def _apart(self, apart: bool) -> contextlib.AbstractContextManager[object]:
+        """Inside, with `apart`, gradients add up in this process: they are exchanged with the batch's last part."""
+        return self.together.no_sync() if apart and self.team.size > 1 else contextlib.nullcontext()  # type: ignore[operator]
 
     def _update(self, *, finite: bool) -> None:
         """Move the weights by the gradients, or count the step as skipped if they or the loss are not finite."""
@@ -254,7 +280,8 @@ class Training:
         if self.rate_factor < 1:
             raise TrainingError(f"{problem}, at half the rate too: train anew with a lower --lr (now {rate:g})")
         self.restore_newest()
-        self.run.rewrite_log([to_json(entry) for entry in self.epochs])
+        if self.team.leads:
+            self.run.rewrite_log([to_json(entry) for entry in self.epochs])
         self.rate_factor = 0.5
         self.watch.say(f"{problem}: going back to step {self.step} of {self.steps} with half the rate")
 
@@ -275,7 +302,9 @@ class Training:
         return self.step % max(1, every.steps(per_epoch=self.per_epoch, total=self.steps)) == 0
 
     def save(self) -> None:
-        """A checkpoint of this step, written beside the training."""
+        """A checkpoint of this step, written beside the training by the first process."""
+        if not self.team.leads:
+            return
         keep = self.recipe.checkpoints.keep
         self.writer.submit(save_checkpoint, self.run.checkpoints, copied(self.state()), step=self.step, keep=keep)
         self.checkpointed_at = time.monotonic()
@@ -309,36 +338,49 @@ class Training:
         """Write the weights, then the record with the result: a run with a result has its weights."""
         self.writer.flush()
         if self.recipe.checkpoints.select == "best" and self.best is not None:
-            self.evaluated.load_state_dict(from_safetensors((self.run.checkpoints / BEST_NAME).read_bytes()))
+            best = self.team.tell((self.run.checkpoints / BEST_NAME).read_bytes() if self.team.leads else b"")
+            self.evaluated.load_state_dict(from_safetensors(best))
         evaluation = self.evaluate()
         plan = self.plan
         described = header(
             model=plan.model_name, config=plan.config, classes=plan.train.classes, preprocessing=plan.preprocessing.to_dict()
         )
-        write_weights(self.run.weights_path, self.evaluated.state_dict(), described)
+        if self.team.leads:
+            write_weights(self.run.weights_path, self.evaluated.state_dict(), described)
         seconds = sum(entry.seconds for entry in self.epochs)
         result = {"top1": evaluation.top1, "n": evaluation.n, "loss": evaluation.loss, "seconds": seconds}
         if self.recipe.checkpoints.select == "best" and self.best is not None:
             result["selected_epoch"] = self.best[2]
-        self.run.write_record(self.record(result=result))
+        record = self.record(result=result)
+        if self.team.leads:
+            self.run.write_record(record)
         return TrainingResult(
             run=str(self.run.path),
             top1=evaluation.top1,
             n=evaluation.n,
             seconds=seconds,
-            record=self.run.record(),
+            record=self.team.tell(self.run.record() if self.team.leads else record),
             epochs=tuple(self.epochs),
             evaluation=evaluation,
         )
 
     def evaluate(self) -> Evaluation:
         engine = TorchEngine(self.evaluated, device=self.device)
-        logits, images = measure(engine, self.plan.held_out, self.plan.preprocessing, kept=self.kept)
+        logits, images = self._measure(engine)
         patches = [branch.patch for branch in self.plan.config.branches]
         with np.errstate(all="ignore"):  # weights that have run away are noticed by the loss
             return summarise(
                 logits, images, patches=patches, run=str(self.run.path), data=self.recipe.data, split=self.plan.held_out_part
             )
+
+    def _measure(self, engine: TorchEngine) -> tuple[NDArray[np.float32], ImageSet]:
+        """Branch logits of the held-out images. Each process measures its share, none twice."""
+        images, team = self.plan.held_out, self.team
+        if len(images) < team.size:
+            return measure(engine, images, self.plan.preprocessing, kept=self.kept)
+        own = images.take(range(*team.bounds(len(images))))
+        logits, _ = measure(engine, own, self.plan.preprocessing, kept=self.kept)
+        return np.concatenate(team.gather(logits), axis=1), images
 
     # ---- saying
 
@@ -354,8 +396,12 @@ class Training:
         return [
             f"model  {plan.model_name}: {parameters / 1e6:.2f} M parameters{frozen} at {height}x{width}{plan.why_model}",
             f"train  {recipe.epochs} x {self.per_epoch} steps, batch {recipe.batch_size}, "
-            f"{self.precision} on {self.device.type} with {torch.get_num_threads()} threads, about {spoken(left)}",
+            f"{self.precision} on {self.device.type} with {self._workforce()}, about {spoken(left)}",
         ]
+
+    def _workforce(self) -> str:
+        processes = f"{self.team.size} processes of " if self.team.size > 1 else ""
+        return f"{processes}{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
 
     def time_steps(self) -> tuple[float, int]:
         """(seconds a step, images a step) from a few on the next images whose gradients are thrown away."""
@@ -366,10 +412,11 @@ class Training:
         for _, (images, labels) in zip(range(TIMED_STEPS), self.loader.epoch(self.step // self.per_epoch), strict=False):
             chunk = max(1, math.ceil(len(images) / self.recipe.accumulate))
             for part, wanted in zip(images.to(self.device).split(chunk), labels.to(self.device).split(chunk), strict=True):
-                with autocast(self.device, self.precision):
-                    logits = self.forward(part)
-                loss = self.criterion(logits, wanted, part)
-                loss.backward()
+                with self._apart(True):
+                    with autocast(self.device, self.precision):
+                        logits = self.forward(part)
+                    loss = self.criterion(logits, wanted, part)
+                    loss.backward()
                 loss.item()  # waits for the device
             size = max(size, len(images))
             times.append(time.perf_counter() - started)
@@ -390,6 +437,7 @@ class Training:
             "precision": self.precision,
             "device": self.device.type,
             "threads": torch.get_num_threads(),
+            "processes": self.team.size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "recipe": self.recipe.to_dict(),
             "config": self.plan.config.to_dict(),
@@ -416,6 +464,8 @@ def _write_best(path: Path, state: dict[str, Tensor]) -> None:
     write_atomically(path, to_safetensors({name: tensor.contiguous() for name, tensor in state.items()}))
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of the generators in step `step`: follows from the two numbers alone, so a resumed run draws the same."""
-    return int(np.random.SeedSequence((seed, step)).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of the generators in step `step` of process `rank`: follows from the numbers alone, so a resumed run draws the
+    same."""
+    key = (seed, step, rank) if rank else (seed, step)
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,150 @@
+"""Several processes that train one model together: the only user of torch.distributed.
+
+`torchrun --nproc-per-node 2 -m crossvit train ...` starts them. Each computes its share of every batch; gradients, losses and
+counts are added up, so the result is that of one process with the whole batch. The first process alone writes and speaks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from crossvit.errors import TrainingError, UsageError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+    """The processes of one run, seen from one of them. `rank` counts from 0; `local_rank` among those on this machine.
+    restarts: how often torchrun has started them anew."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    restarts: int = 0
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def device(self, device: torch.device) -> torch.device:
+        """This process's own device of that type."""
+        return torch.device("cuda", self.local_rank) if device.type == "cuda" and self.size > 1 else device
+
+    def bounds(self, count: int) -> tuple[int, int]:
+        """This process's share of `count` things: from, to. The shares are in order and differ by one at most."""
+        return count * self.rank // self.size, count * (self.rank + 1) // self.size
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This process's share of `items`."""
+        start, end = self.bounds(len(items))
+        return items[start:end]
+
+    def total(self, *numbers: float) -> list[float]:
+        """Each number added up over the processes, in float64."""
+        if self.size == 1:
+            return list(numbers)
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
+        with _neighbours():
+            dist.all_reduce(tensor)
+        return [float(number) for number in tensor.tolist()]
+
+    def gather(self, own: T) -> list[T]:
+        """Every process's `own`, by rank."""
+        if self.size == 1:
+            return [own]
+        found: list[Any] = [None] * self.size
+        with _neighbours():
+            dist.all_gather_object(found, own)
+        return found
+
+    def tell(self, value: T) -> T:
+        """The first process's `value`."""
+        if self.size == 1:
+            return value
+        told: list[Any] = [value]
+        with _neighbours():
+            dist.broadcast_object_list(told, src=0)
+        return told[0]  # type: ignore[no-any-return]
+
+    def together(self, module: nn.Module) -> nn.Module:
+        """`module` whose gradients are the mean over the processes. They start from the first one's parameters."""
+        if self.size == 1:
+            return module
+        parameter = next(module.parameters())
+        devices = [parameter.device.index] if parameter.is_cuda else None
+        return DistributedDataParallel(module, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+ALONE = Team()
+
+
+def started_by_torchrun() -> bool:
+    return "TORCHELASTIC_RUN_ID" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def leading() -> bool:
+    """Whether this process is the first of its run, or the only one: the one that prints and writes."""
+    return not started_by_torchrun() or os.environ["RANK"] == "0"
+
+
+@contextlib.contextmanager
+def assembled(device: torch.device) -> Iterator[Team]:
+    """The team that torchrun started, gloo on a CPU and nccl on CUDA; ALONE without torchrun."""
+    if not started_by_torchrun():
+        yield ALONE
+        return
+    team = Team(
+        rank=int(os.environ["RANK"]),
+        size=int(os.environ["WORLD_SIZE"]),
+        local_rank=int(os.environ["LOCAL_RANK"]),
+        restarts=int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+    if device.type == "cuda":
+        if team.local_rank >= torch.cuda.device_count():
+            raise UsageError(f"{team.local_rank + 1} processes here and {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
+        torch.cuda.set_device(team.local_rank)
+    try:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"the processes of this run cannot meet ({str(error).splitlines()[0]}): try another --master-port"
+        ) from error
+    try:
+        yield team
+    finally:
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _neighbours() -> Iterator[None]:
+    """TrainingError in one line where another process has gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise TrainingError(
+            f"another process of this run has ended ({str(error).splitlines()[0]}); look at what it said"
+        ) from error
+
+
+class BranchLogits(nn.Module):
+    """A model whose forward pass is `branch_logits`, which is what is trained."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.model.branch_logits(images)
+        return logits
