@@ -246,7 +246,7 @@ def test_the_papers_tables_mark_every_difference_with_its_reason(command: Comman
 def test_every_command_in_the_readme_is_real(command: Command) -> None:
     """Each `crossvit VERB --option` and `make TARGET` in README.md exists."""
     readme = (ROOT / "README.md").read_text()
-    calls = re.findall(r"^(?:\$ )?(?:\.venv/bin/)?crossvit (weights [a-z-]+|[a-z]+)(.*)$", readme, flags=re.MULTILINE)
+    calls = re.findall(r"^(?:\$ )?(?:\.venv/bin/)?crossvit ((?:weights|data) [a-z-]+|[a-z]+)(.*)$", readme, flags=re.MULTILINE)
     assert {verb for verb, _ in calls} >= {"train", "evaluate", "predict", "models", "weights convert", "weights save-timm"}
     for verb, rest in calls:
         status, help_text, _ = command(*verb.split(), "--help")
