@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import uuid
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from crossvit.errors import TrainingError, UsageError
 
 T = TypeVar("T")
+ANSWER = timedelta(seconds=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +119,9 @@ def assembled(device: torch.device) -> Iterator[Team]:
             raise UsageError(f"{team.local_rank + 1} processes here and {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
         torch.cuda.set_device(team.local_rank)
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = next(dist.rendezvous("env://"))
+        round_ = dist.PrefixStore(_round(store, rank, size), store)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=round_, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"the processes of this run cannot meet ({str(error).splitlines()[0]}): try another --master-port"
@@ -125,6 +130,27 @@ def assembled(device: torch.device) -> Iterator[Team]:
         yield team
     finally:
         dist.destroy_process_group()
+
+
+def _round(store: dist.Store, rank: int, size: int) -> str:
+    """A name that exactly the processes that are alive now agree on. torchrun keeps its store over a restart, with the
+    addresses of processes that have died in it: under this name there are none.
+
+    The first process gives the name; each other one greets it under that name and waits to be answered by one that lives.
+    """
+    own = uuid.uuid4().hex
+    if rank == 0:
+        store.set("crossvit/leader", own)
+        for other in range(1, size):
+            greeting = store.get(f"crossvit/{own}/hello/{other}").decode()
+            store.set(f"crossvit/{own}/welcome/{greeting}", "")
+        return own
+    while True:  # as long as torchrun keeps this process: it ends all when one does not come
+        name = store.get("crossvit/leader").decode()
+        store.set(f"crossvit/{name}/hello/{rank}", own)
+        with contextlib.suppress(dist.DistStoreError):  # nobody there: the name was an earlier round's
+            store.wait([f"crossvit/{name}/welcome/{own}"], ANSWER)
+            return name
 
 
 @contextlib.contextmanager
