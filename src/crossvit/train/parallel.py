@@ -17,6 +17,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._C._distributed_c10d import DistStoreError, PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from crossvit.errors import TrainingError, UsageError
@@ -119,8 +121,8 @@ def assembled(device: torch.device) -> Iterator[Team]:
             raise UsageError(f"{team.local_rank + 1} processes here and {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
         torch.cuda.set_device(team.local_rank)
     try:
-        store, rank, size = next(dist.rendezvous("env://"))
-        round_ = dist.PrefixStore(_round(store, rank, size), store)
+        store, rank, size = next(rendezvous("env://"))
+        round_ = PrefixStore(_round(store, rank, size), store)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=round_, rank=rank, world_size=size)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
@@ -132,7 +134,7 @@ def assembled(device: torch.device) -> Iterator[Team]:
         dist.destroy_process_group()
 
 
-def _round(store: dist.Store, rank: int, size: int) -> str:
+def _round(store: Store, rank: int, size: int) -> str:
     """A name that exactly the processes that are alive now agree on. torchrun keeps its store over a restart, with the
     addresses of processes that have died in it: under this name there are none.
 
@@ -146,9 +148,9 @@ def _round(store: dist.Store, rank: int, size: int) -> str:
             store.set(f"crossvit/{own}/welcome/{greeting}", "")
         return own
     while True:  # as long as torchrun keeps this process: it ends all when one does not come
-        name = store.get("crossvit/leader").decode()
+        name: str = store.get("crossvit/leader").decode()
         store.set(f"crossvit/{name}/hello/{rank}", own)
-        with contextlib.suppress(dist.DistStoreError):  # nobody there: the name was an earlier round's
+        with contextlib.suppress(DistStoreError):  # nobody there: the name was an earlier round's
             store.wait([f"crossvit/{name}/welcome/{own}"], ANSWER)
             return name
 
