@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch._C._distributed_c10d import DistStoreError, PrefixStore, Store
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -150,7 +150,7 @@ def _round(store: Store, rank: int, size: int) -> str:
     while True:  # as long as torchrun keeps this process: it ends all when one does not come
         name: str = store.get("crossvit/leader").decode()
         store.set(f"crossvit/{name}/hello/{rank}", own)
-        with contextlib.suppress(DistStoreError):  # nobody there: the name was an earlier round's
+        with contextlib.suppress(dist.DistStoreError):  # nobody there: the name was an earlier round's
             store.wait([f"crossvit/{name}/welcome/{own}"], ANSWER)
             return name
 
