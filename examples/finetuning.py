@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
-import statistics
 import tomllib
 from pathlib import Path
 from typing import Any
+
+from over_seeds import print_scores, print_seed
 
 import crossvit
 from crossvit.weights.files import read_weights
@@ -64,17 +65,13 @@ def main() -> None:
                 batch_size=result.record["recipe"]["batch_size"], epochs=result.record["recipe"]["epochs"],
             )  # fmt: skip
             scores["from scratch"].append(100 * crossvit.fit(scratch, overwrite=True).top1)
-        print(f"seed {seed}: " + ", ".join(f"{name} {found[-1]:.2f} %" for name, found in scores.items()), flush=True)
+        print_seed(seed, scores)
     chosen = result.record["recipe"]
     print(
         f"{model}, {options.each} photos a class, {chosen['epochs']} epochs of batches of {chosen['batch_size']}, "
         f"{result.n} held-out photos"
     )
-    width = max(len(name) for name in scores)
-    for name, found in scores.items():
-        spread = f" ± {statistics.stdev(found):.2f}" if len(found) > 1 else ""
-        each = ", ".join(f"{value:.2f}" for value in found)
-        print(f"{name:{width}} {statistics.mean(found):6.2f} %{spread}  ({each})")
+    print_scores(scores)
 
 
 if __name__ == "__main__":

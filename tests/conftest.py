@@ -14,9 +14,10 @@ from PIL import Image
 from crossvit import BranchConfig, CrossViTConfig
 from crossvit.cli import run as crossvit_command
 from crossvit.data.sources import open_data
-from crossvit.results import TrainingResult
+from crossvit.results import Epoch, TrainingResult
 from crossvit.train.loop import fit
 from crossvit.train.recipe import load_recipe
+from crossvit.train.watch import Watch
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
@@ -36,6 +37,20 @@ SMALL = CrossViTConfig(
         BranchConfig(patch=6, dim=24, heads=3, depth=2, image_scale=0.9),
     ),
 )
+
+
+class Heard(Watch):
+    """Remembers what a training run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.epochs: list[Epoch] = []
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def epoch_done(self, entry: Epoch) -> None:
+        self.epochs.append(entry)
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from conftest import Heard
 from crossvit.data.check import check, look_at, near_identical
 from crossvit.data.images import Arrays, Data, ImageSet
 from crossvit.data.sources import open_data
 from crossvit.train.loop import fit
-from crossvit.train.watch import Watch
 from test_training import recipe
 
 Command = Callable[..., tuple[int, str, str]]
@@ -112,14 +112,6 @@ def test_the_command_says_it_and_draws_it(photos: Path, tmp_path: Path, command:
     assert "first_picture" not in record["identical"][0]
 
 
-class Lines(Watch):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-
 def test_train_warns_of_what_it_sees_anyway(scans: Path, tmp_path: Path) -> None:
     folder = tmp_path / "scans"
     shutil.copytree(scans, folder)
@@ -127,11 +119,11 @@ def test_train_warns_of_what_it_sees_anyway(scans: Path, tmp_path: Path) -> None
         shutil.copy(sorted((folder / "0").iterdir())[0], folder / "0" / f"again-{number}.png")
     for photo in sorted((folder / "2").iterdir())[2:]:
         photo.unlink()
-    watch = Lines()
+    watch = Heard()
     fit(recipe(folder, tmp_path / "run"), watch=watch)
     warned = [line for line in watch.lines if line.startswith("warn")]
     assert any("identical images stand on both sides of the split, such as" in line for line in warned)
     assert any("--class-weights balanced or --sampling balanced" in line for line in warned)
-    clean = Lines()
+    clean = Heard()
     fit(recipe(scans, tmp_path / "clean"), watch=clean)
     assert not [line for line in clean.lines if line.startswith("warn")]

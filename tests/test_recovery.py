@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import torch
 
+from conftest import Heard
 from crossvit.errors import RunError, TrainingError
-from crossvit.results import Epoch
 from crossvit.run import Run
 from crossvit.train.checkpoint import load_newest, save_checkpoint
 from crossvit.train.loop import fit
@@ -31,12 +31,11 @@ EVERYTHING = {
 }  # fmt: skip
 
 
-class Poison(Watch):
+class Poison(Heard):
     """Makes the loss of some steps not a number; remembers what was said."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, poisoned: Any) -> None:
-        self.lines: list[str] = []
-        self.epochs: list[Epoch] = []
+        super().__init__()
         step = Training.train_step
 
         def poisoned_step(training: Training, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
@@ -44,12 +43,6 @@ class Poison(Watch):
             return step(training, images * float("nan") if bad else images, labels)
 
         monkeypatch.setattr(Training, "train_step", poisoned_step)
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def epoch_done(self, entry: Epoch) -> None:
-        self.epochs.append(entry)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +162,7 @@ SAVE = """
 import errno, os, sys
 from pathlib import Path
 import torch
+from conftest import Heard
 import crossvit.run as run
 from crossvit.train.checkpoint import save_checkpoint
 

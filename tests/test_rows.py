@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from crossvit.data.shards import MANIFEST, write_shards
 from crossvit.data.sources import open_data
 from crossvit.errors import UsageError
 from crossvit.train.loop import fit
@@ -43,6 +44,13 @@ def test_a_dataset_trains_as_its_folder_does(kind: str, own_scans: Path, tmp_pat
     assert one.epochs[0].loss == other.epochs[0].loss
     two_workers = fit(recipe(place, tmp_path / "workers", workers=2))
     assert two_workers.epochs[0].loss == one.epochs[0].loss
+
+
+def test_rows_become_shards_that_others_can_read(own_scans: Path, tmp_path: Path) -> None:
+    dataset_of(own_scans).to_parquet(str(tmp_path / "scans.parquet"))  # type: ignore[attr-defined]
+    write_shards(open_data(tmp_path / "scans.parquet"), tmp_path / "shards")
+    (tmp_path / "shards" / MANIFEST).unlink()
+    assert open_data(tmp_path / "shards").part("all").counts() == {"0": 8, "1": 8, "2": 8}
 
 
 def test_splits_and_labels_as_texts(own_scans: Path, tmp_path: Path) -> None:

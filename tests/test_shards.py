@@ -35,6 +35,7 @@ def test_every_file_comes_back_to_the_bit_in_the_same_order(own_scans: Path, sha
     assert (after.names, after.labels, after.classes) == (before.names, before.labels, before.classes)
     assert all(after.source(index) == Path(before.path(index)).read_bytes() for index in range(len(before)))
     assert tars.fingerprint == folder.fingerprint
+    assert open_data(shards / MANIFEST).fingerprint == folder.fingerprint
     assert after.path(0).endswith(f".tar:{after.names[0]}")
 
 
@@ -189,6 +190,19 @@ def test_a_place_that_holds_something_is_kept(own_scans: Path, tmp_path: Path, c
     assert status == 0
     assert "24 images in 1 tar file of" in out
     assert "crossvit train" in out
+
+
+def test_shards_are_never_written_into_what_they_are_made_of(own_scans: Path, shards: Path) -> None:
+    for place, data in ((shards, shards), (own_scans / "shards", own_scans)):
+        with pytest.raises(UsageError, match="lies inside the images that are to be written"):
+            write_shards(open_data(data), place, overwrite=True)
+    assert open_data(shards).fingerprint == open_data(own_scans).fingerprint
+
+
+def test_a_place_that_cannot_be_written_is_one_line(own_scans: Path, command: Command) -> None:
+    status, _, err = command("data", "shard", own_scans, "/proc/nowhere")
+    assert status == 1
+    assert err == "crossvit: cannot write to /proc/nowhere: No such file or directory\n"
 
 
 def test_built_in_scans_become_pictures(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import Heard
 from crossvit.errors import ConfigError, UsageError
 from crossvit.results import Epoch
 from crossvit.run import Run
@@ -59,19 +60,9 @@ def test_an_average_of_the_weights_is_kept_and_evaluated(scans: Path, tmp_path: 
     assert not same_bits(weights_of(averaged.run), weights_of(plain.run))
 
 
-class Scores(Watch):
-    """Remembers the epochs."""
-
-    def __init__(self) -> None:
-        self.epochs: list[Epoch] = []
-
-    def epoch_done(self, entry: Epoch) -> None:
-        self.epochs.append(entry)
-
-
 def test_training_stops_when_the_score_no_longer_rises_and_takes_the_best(scans: Path, tmp_path: Path) -> None:
     """A rate so high that the first epochs are the best."""
-    watch = Scores()
+    watch = Heard()
     result = fit(recipe(scans, tmp_path / "run", epochs=40, lr=0.05, warmup="0", patience="3 epochs"), watch=watch)
     scores = [(entry.val_top1, -entry.val_loss) for entry in watch.epochs]
     best = max(range(len(scores)), key=lambda index: scores[index])

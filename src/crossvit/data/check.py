@@ -190,12 +190,10 @@ def check(data: Data, *, progress: Callable[[int, int], object] = lambda done, t
 
 def warnings_of(data: Data, looks: Mapping[str, Findings], parts: Mapping[str, ImageSet]) -> list[str]:
     """What `train` says of the bytes it has seen anyway: images in both `parts` (of a split), conflicting labels."""
-    side = {(id(images.store), name): part for part, images in parts.items() for name in images.names}
+    side = {images.path(index): part for part, images in parts.items() for index in range(len(images))}
     leaks, conflicts = [], []
     for one, other in identical(data, looks):
-        sides = [
-            side.get((id(data.parts[where.part].store), data.parts[where.part].names[where.position])) for where in (one, other)
-        ]
+        sides = [side.get(_path(data, where)) for where in (one, other)]
         leaks += [(one, other)] * (sides[0] != sides[1])
         conflicts += [(one, other)] * (_label(data, one) != _label(data, other))
     lines = []

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from crossvit.data.images import HELD_OUT_PARTS, Data, ImageSet, Store
-from crossvit.data.preprocess import SUFFIXES
+from crossvit.data.preprocess import FORMATS, SUFFIXES
 from crossvit.errors import DataError, UsageError
 from crossvit.results import ShardSummary
 
@@ -75,11 +76,12 @@ def is_sharded(folder: Path) -> bool:
 
 
 def open_shards(place: str | Path) -> Data:
-    """The images in the shards at `place`: by its manifest, or else by reading through the tar files once for where what lies.
+    """The images in the shards at `place`, a folder or the manifest in it: by the manifest, or else by reading through the tar
+    files once for where what lies.
 
     UsageError where the manifest is not one, or does not fit the tar files.
     """
-    location = str(place).rstrip("/")
+    location = str(place).removesuffix(MANIFEST).rstrip("/") or "."
     files, root = _filesystem(location)
     if files.exists(f"{root}/{MANIFEST}"):
         return _from_manifest(location, files, root)
@@ -118,37 +120,41 @@ def write_shards(
     """
     location = str(out).rstrip("/")
     files, root = _filesystem(location)
-    there = files.ls(root, detail=False) if files.exists(root) else []
-    ours = [name for name in there if name.endswith((".tar", ".partial", f"/{MANIFEST}"))]
-    if there and not overwrite:
-        raise UsageError(f"{location} is not empty: choose another place, or add --overwrite to replace the shards in it")
-    if len(ours) < len(there):
-        raise UsageError(f"{location} holds other files than shards: choose another place")
-    for name in ours:
-        files.rm(name)
-    files.makedirs(root, exist_ok=True)
-    total = sum(len(images) for images in data.parts.values())
-    parts: dict[str, Any] = {}
-    done = 0
-
-    def written() -> None:
-        nonlocal done
-        done += 1
-        progress(done, total)
-
-    for part, images in data.parts.items():
-        parts[part] = _write_part(part, images, files, root, shard_bytes=shard_bytes, written=written)
-    manifest = {"format": FORMAT, "classes": list(data.classes), "parts": parts}
-    content = json.dumps(manifest, ensure_ascii=False).encode("utf-8", "surrogateescape")
-    with files.open(f"{root}/{MANIFEST}.partial", "wb") as file:
-        file.write(content)
-    files.mv(f"{root}/{MANIFEST}.partial", f"{root}/{MANIFEST}")
+    if _within(location, data):
+        raise UsageError(f"{location} lies inside the images that are to be written: choose another place")
+    with _writing(location):
+        there = files.ls(root, detail=False) if files.exists(root) else []
+        ours = [name for name in there if name.endswith((".tar", ".partial", f"/{MANIFEST}"))]
+        if there and not overwrite:
+            raise UsageError(f"{location} is not empty: choose another place, or add --overwrite to replace the shards in it")
+        if len(ours) < len(there):
+            raise UsageError(f"{location} holds other files than shards: choose another place")
+        for name in ours:
+            files.rm(name)
+        files.makedirs(root, exist_ok=True)
+        total = sum(len(images) for images in data.parts.values())
+        count = itertools.count(1)
+        parts = {
+            part: _write_part(part, images, files, root, shard_bytes=shard_bytes, written=lambda: progress(next(count), total))
+            for part, images in data.parts.items()
+        }
+        manifest = {"format": FORMAT, "classes": list(data.classes), "parts": parts}
+        with _whole(files, f"{root}/{MANIFEST}") as file:
+            file.write(json.dumps(manifest, ensure_ascii=False).encode("utf-8", "surrogateescape"))
     shards = [shard for record in parts.values() for shard in record["shards"]]
     return ShardSummary(location, total, len(shards), sum(shard["bytes"] for shard in shards))
 
 
+def _within(location: str, data: Data) -> bool:
+    """Whether `location` is, or lies below, the folder that `data` is read from."""
+    if "://" in location or "://" in data.location:
+        return location == data.location
+    place, source = (Path(text).expanduser().resolve() for text in (location, data.location))
+    return source.is_dir() and (source == place or source in place.parents)
+
+
 def _write_part(
-    part: str, images: ImageSet, files: Any, root: str, *, shard_bytes: int, written: Callable[[], None]
+    part: str, images: ImageSet, files: Any, root: str, *, shard_bytes: int, written: Callable[[], object]
 ) -> dict[str, Any]:
     """The tar files of one part, and its columns in the manifest, in the order of `images`."""
     count = len(images)
@@ -158,7 +164,7 @@ def _write_part(
     while order:
         name = f"{part}-{len(shards):05d}.tar"
         taken = 0
-        with _hashed(files, f"{root}/{name}") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with _whole(files, f"{root}/{name}") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             while order and file.written < shard_bytes:
                 index = order.pop()
                 content, suffix = _file_of(images, index)
@@ -197,10 +203,16 @@ def _file_of(images: ImageSet, index: int) -> tuple[bytes, str]:
         except OSError as error:
             raise DataError(f"{source}: cannot be read ({error.strerror or error})") from error
     if isinstance(source, bytes):
-        return source, PurePosixPath(images.names[index]).suffix.lower()
+        return source, PurePosixPath(images.names[index]).suffix.lower() or _suffix_of(source)
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(source)).save(buffer, format="PNG")
     return buffer.getvalue(), ".png"
+
+
+def _suffix_of(content: bytes) -> str:
+    """The name ending of an encoded picture without a name, such as a parquet file's."""
+    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+        return f".{str(image.format).lower()}".replace(".jpeg", ".jpg")
 
 
 class _Hashed:
@@ -221,14 +233,20 @@ class _Hashed:
 
 
 @contextlib.contextmanager
-def _hashed(files: Any, path: str) -> Iterator[Any]:
+def _whole(files: Any, path: str) -> Iterator[Any]:
     """A file at `path`, which is there under its name once it is whole."""
+    with files.open(f"{path}.partial", "wb") as file:
+        yield _Hashed(file)
+    files.mv(f"{path}.partial", path)
+
+
+@contextlib.contextmanager
+def _writing(location: str) -> Iterator[None]:
+    """DataError in one line for a place that cannot be written to."""
     try:
-        with files.open(f"{path}.partial", "wb") as file:
-            yield _Hashed(file)
-        files.mv(f"{path}.partial", path)
+        yield
     except OSError as error:
-        raise DataError(f"cannot write {path}: {error.strerror or error}") from error
+        raise DataError(f"cannot write to {location}: {error.strerror or error}") from error
 
 
 # ---- reading

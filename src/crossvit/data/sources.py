@@ -35,7 +35,7 @@ def open_data(location: str | Path) -> Data:
     elif text.startswith(HUB):
         data = open_rows(text)
     elif "://" in text or place.name == MANIFEST or is_sharded(place):
-        data = open_shards(text.removesuffix(MANIFEST) if "://" in text else place.parent if place.name == MANIFEST else place)
+        data = open_shards(text if "://" in text else place)
     elif place.suffix.lower() in TABLES:
         data = open_csv(place)
     elif place.suffix.lower() in PARQUET or is_saved(place):

@@ -15,12 +15,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from safetensors.torch import load as from_safetensors
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from crossvit.errors import CheckpointError
 from crossvit.run import write_atomically
 
 MAGIC = b"crossvit checkpoint 2\n"
+BEST_NAME = "best.safetensors"
 WAITING_AT_MOST = 2  # files: each holds a copy of what it writes in memory
 
 
@@ -68,6 +71,15 @@ def load_newest(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
     if passed_over:
         raise CheckpointError(f"no whole checkpoint in {folder}: {passed_over[0]}; start again with --overwrite")
     return None, []
+
+
+def save_best(folder: Path, state: dict[str, Tensor]) -> None:
+    """Keep the weights of the best epoch so far, beside the checkpoints."""
+    write_atomically(folder / BEST_NAME, to_safetensors({name: tensor.contiguous() for name, tensor in state.items()}))
+
+
+def load_best(folder: Path) -> dict[str, Tensor]:
+    return from_safetensors((folder / BEST_NAME).read_bytes())
 
 
 def copied(state: Any) -> Any:

@@ -17,6 +17,7 @@ from crossvit.errors import UsageError
 from crossvit.results import Epoch, Rehearsal, TrainingResult
 from crossvit.run import Run
 from crossvit.runtimes.torch import resolve_device
+from crossvit.train.estimate import described, time_step
 from crossvit.train.losses import Teacher
 from crossvit.train.parallel import ALONE, Team, assembled
 from crossvit.train.plan import make_plan
@@ -62,7 +63,7 @@ def fit(
                 held.enter_context(run.lock())
             run.prepare(training.record(result=None), overwrite=overwrite)
         held.enter_context(training.writer)
-        training.start()
+        training.start(described(training))
         while not training.ended:
             training.run_epoch()
         return training.finish()
@@ -93,7 +94,7 @@ def rehearse(recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | N
         images, labels = next(iter(training.loader.epoch(0)))
         training.model.train()
         loss, _ = training.train_step(images.to(training.device), labels.to(training.device))
-        seconds, _ = training.time_steps()
+        seconds = time_step(training)
         started = time.perf_counter()
         training.evaluate()
         evaluation = time.perf_counter() - started

@@ -12,17 +12,13 @@ import math
 import os
 import platform
 import shutil
-import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load as from_safetensors
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 import crossvit
@@ -32,10 +28,10 @@ from crossvit.evaluation import measure, summarise
 from crossvit.factory import create_model
 from crossvit.model.crossvit import CrossViT
 from crossvit.results import Epoch, Evaluation, TrainingResult, to_json
-from crossvit.run import Run, write_atomically
+from crossvit.run import Run
 from crossvit.runtimes.torch import TorchEngine, autocast, resolve_device, resolve_precision
-from crossvit.train.checkpoint import Writer, copied, load_newest, save_checkpoint
-from crossvit.train.durations import parse_duration, spoken
+from crossvit.train.checkpoint import Writer, copied, load_best, load_newest, save_best, save_checkpoint
+from crossvit.train.durations import parse_duration
 from crossvit.train.losses import Criterion, Mixing, Teacher, class_weights
 from crossvit.train.optim import freeze, learning_rate, make_optimiser
 from crossvit.train.parallel import ALONE, BranchLogits, Team
@@ -44,10 +40,7 @@ from crossvit.train.watch import Watch
 from crossvit.weights.files import header, read_weights, write_weights
 from crossvit.weights.load import load_weights
 
-TIMED_STEPS, WARM_UP_STEPS = 8, 3  # steps that are run and thrown away to estimate the time; the first ones are slower
-TIMED_SECONDS = 10.0  # no further step is timed after this long
 BAD_IN_A_ROW = 10  # steps without a finite loss and gradient after which a run goes back; fp16 needs a few to find its scale
-BEST_NAME = "best.safetensors"  # beside the checkpoints
 
 
 class Diverged(Exception):  # noqa: N818  # a turn in a run, not an error until it happens twice
@@ -163,11 +156,11 @@ class Training:
             self.restore(state)
         return state is not None
 
-    def start(self) -> None:
-        """Say what is trained and how long it will take, and have a checkpoint to go back to."""
+    def start(self, lines: Sequence[str]) -> None:
+        """Say `lines`, which are about the run, and have a checkpoint to go back to."""
         if self.team.leads:
             self.run.rewrite_log([to_json(epoch) for epoch in self.epochs])
-        self.watch.started(self.describe(), epochs=self.recipe.epochs, done=self.step / self.per_epoch, steps=self.per_epoch)
+        self.watch.started(lines, epochs=self.recipe.epochs, done=self.step / self.per_epoch, steps=self.per_epoch)
         if self.step == 0:
             self.save()
 
@@ -196,7 +189,7 @@ class Training:
         if self.best is None or score[:2] > self.best[:2]:
             self.best = score
             if self.recipe.checkpoints.select == "best" and self.team.leads:
-                self.writer.submit(_write_best, self.run.checkpoints / BEST_NAME, copied(self.evaluated.state_dict()))
+                self.writer.submit(save_best, self.run.checkpoints, copied(self.evaluated.state_dict()))
         if self.ended or self._due():
             self.save()
         if self.team.leads:
@@ -239,10 +232,10 @@ class Training:
         left = len(images)
         for part, wanted, label in parts:
             left -= len(part)
-            with self._apart(left > 0), autocast(self.device, self.precision):
+            with self.apart(left > 0), autocast(self.device, self.precision):
                 logits = self.forward(part)
             loss = self.criterion(logits, wanted, part) * (len(part) / size if own else 0.0)
-            with self._apart(left > 0):  # gradients of several processes become their mean
+            with self.apart(left > 0):  # gradients of several processes become their mean
                 self.scaler.scale(self.team.size * loss).backward()
             total += loss.item()
             right += int((logits.float().mean(dim=0).argmax(dim=1) == label).sum()) * (own > 0)
@@ -250,7 +243,7 @@ class Training:
         self._update(finite=math.isfinite(total))
         return total, int(right)
 
-    def _apart(self, apart: bool) -> contextlib.AbstractContextManager[object]:
+    def apart(self, apart: bool) -> contextlib.AbstractContextManager[object]:
         """Inside, with `apart`, gradients add up in this process: they are exchanged with the batch's last part."""
         return self.together.no_sync() if apart and self.team.size > 1 else contextlib.nullcontext()  # type: ignore[operator]
 
@@ -338,8 +331,7 @@ class Training:
         """Write the weights, then the record with the result: a run with a result has its weights."""
         self.writer.flush()
         if self.recipe.checkpoints.select == "best" and self.best is not None:
-            best = self.team.tell((self.run.checkpoints / BEST_NAME).read_bytes() if self.team.leads else b"")
-            self.evaluated.load_state_dict(from_safetensors(best))
+            self.evaluated.load_state_dict(self.team.tell(load_best(self.run.checkpoints) if self.team.leads else {}))
         evaluation = self.evaluate()
         plan = self.plan
         described = header(
@@ -382,50 +374,6 @@ class Training:
         logits, _ = measure(engine, own, self.plan.preprocessing, kept=self.kept)
         return np.concatenate(team.gather(logits), axis=1), images
 
-    # ---- saying
-
-    def describe(self) -> list[str]:
-        plan, recipe = self.plan, self.recipe
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        trained = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
-        frozen = "" if trained == parameters else f", {trained / 1e6:.2f} M of them trained"
-        height, width = plan.config.image_size
-        step, _ = self.time_steps()
-        evaluation = len(plan.held_out) / recipe.batch_size / 3  # in steps: forward alone is about a third of one
-        left = step * (self.steps - self.step + evaluation * (recipe.epochs - len(self.epochs)))
-        return [
-            f"model  {plan.model_name}: {parameters / 1e6:.2f} M parameters{frozen} at {height}x{width}{plan.why_model}",
-            f"train  {recipe.epochs} x {self.per_epoch} steps, batch {recipe.batch_size}, "
-            f"{self.precision} on {self.device.type} with {self._workforce()}, about {spoken(left)}",
-        ]
-
-    def _workforce(self) -> str:
-        processes = f"{self.team.size} processes of " if self.team.size > 1 else ""
-        return f"{processes}{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
-
-    def time_steps(self) -> tuple[float, int]:
-        """(seconds a step, images a step) from a few on the next images whose gradients are thrown away."""
-        times: list[float] = []
-        size = 0
-        self.model.train()
-        started = time.perf_counter()
-        for _, (images, labels) in zip(range(TIMED_STEPS), self.loader.epoch(self.step // self.per_epoch), strict=False):
-            chunk = max(1, math.ceil(len(images) / self.recipe.accumulate))
-            for part, wanted in zip(images.to(self.device).split(chunk), labels.to(self.device).split(chunk), strict=True):
-                with self._apart(True):
-                    with autocast(self.device, self.precision):
-                        logits = self.forward(part)
-                    loss = self.criterion(logits, wanted, part)
-                    loss.backward()
-                loss.item()  # waits for the device
-            size = max(size, len(images))
-            times.append(time.perf_counter() - started)
-            started = time.perf_counter()
-            if sum(times) > TIMED_SECONDS:
-                break
-        self.optimiser.zero_grad()
-        return statistics.median(times[WARM_UP_STEPS:] or times[-1:]), size
-
     def record(self, *, result: dict[str, Any] | None) -> dict[str, Any]:
         """What run.json holds."""
         return {
@@ -458,10 +406,6 @@ def _refuse_without_compiler(device: torch.device) -> None:
     """UsageError where torch.compile has nothing to build its code with."""
     if device.type == "cpu" and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl")))):
         raise UsageError("--compile needs a C++ compiler and finds none: install g++, name one in CXX, or leave --compile out")
-
-
-def _write_best(path: Path, state: dict[str, Tensor]) -> None:
-    write_atomically(path, to_safetensors({name: tensor.contiguous() for name, tensor in state.items()}))
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

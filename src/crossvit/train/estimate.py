@@ -1,0 +1,57 @@
+"""How long a run will take: a few of its steps, timed and thrown away."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+
+import torch
+
+from crossvit.runtimes.torch import autocast
+from crossvit.train.durations import spoken
+from crossvit.train.training import Training
+
+TIMED_STEPS, WARM_UP_STEPS = 8, 3  # the first ones are slower
+TIMED_SECONDS = 10.0  # no further step is timed after this long
+
+
+def described(training: Training) -> list[str]:
+    """What is trained, and how long what is left of it will take: two lines for people."""
+    plan, recipe = training.plan, training.recipe
+    parameters = sum(parameter.numel() for parameter in training.model.parameters())
+    trained = sum(parameter.numel() for parameter in training.model.parameters() if parameter.requires_grad)
+    frozen = "" if trained == parameters else f", {trained / 1e6:.2f} M of them trained"
+    height, width = plan.config.image_size
+    evaluation = len(plan.held_out) / recipe.batch_size / 3  # in steps: forward alone is about a third of one
+    left = time_step(training) * (training.steps - training.step + evaluation * (recipe.epochs - len(training.epochs)))
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
+    workforce = threads if training.team.size == 1 else f"{training.team.size} processes of {threads}"
+    return [
+        f"model  {plan.model_name}: {parameters / 1e6:.2f} M parameters{frozen} at {height}x{width}{plan.why_model}",
+        f"train  {recipe.epochs} x {training.per_epoch} steps, batch {recipe.batch_size}, "
+        f"{training.precision} on {training.device.type} with {workforce}, about {spoken(left)}",
+    ]
+
+
+def time_step(training: Training) -> float:
+    """Seconds a step, from a few on the next images whose gradients are thrown away."""
+    times: list[float] = []
+    device = training.device
+    training.model.train()
+    started = time.perf_counter()
+    for _, (images, labels) in zip(range(TIMED_STEPS), training.loader.epoch(training.step // training.per_epoch), strict=False):
+        chunk = max(1, math.ceil(len(images) / training.recipe.accumulate))
+        for part, wanted in zip(images.to(device).split(chunk), labels.to(device).split(chunk), strict=True):
+            with training.apart(True):
+                with autocast(device, training.precision):
+                    logits = training.forward(part)
+                loss = training.criterion(logits, wanted, part)
+                loss.backward()
+            loss.item()  # waits for the device
+        times.append(time.perf_counter() - started)
+        started = time.perf_counter()
+        if sum(times) > TIMED_SECONDS:
+            break
+    training.optimiser.zero_grad()
+    return statistics.median(times[WARM_UP_STEPS:] or times[-1:])
