@@ -50,6 +50,7 @@ def main() -> None:
     scores: dict[str, list[float]] = {name: [] for name in ways}
     if not options.no_scratch:
         scores["from scratch"] = []
+    settled: dict[str, dict[str, Any]] = {}  # the recipe of each way, with the number of epochs that was chosen
     for seed in range(options.seeds):
         photos = str(draw(options.data, options.out / f"photos-{seed}", each=options.each, seed=seed))
         for name, settings in ways.items():
@@ -59,14 +60,15 @@ def main() -> None:
             )  # fmt: skip
             result = crossvit.fit(tuned, overwrite=True)
             scores[name].append(100 * result.top1)
+            settled.setdefault(name, result.record["recipe"])
         if not options.no_scratch:
             scratch = crossvit.load_recipe(
                 "small", data=photos, out=str(options.out / f"scratch-{seed}"), model=model, seed=seed,
-                batch_size=result.record["recipe"]["batch_size"], epochs=result.record["recipe"]["epochs"],
+                batch_size=settled["fine-tuned"]["batch_size"], epochs=settled["fine-tuned"]["epochs"],
             )  # fmt: skip
             scores["from scratch"].append(100 * crossvit.fit(scratch, overwrite=True).top1)
         print_seed(seed, scores)
-    chosen = result.record["recipe"]
+    chosen = settled["fine-tuned"]
     print(
         f"{model}, {options.each} photos a class, {chosen['epochs']} epochs of batches of {chosen['batch_size']}, "
         f"{result.n} held-out photos"

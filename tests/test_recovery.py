@@ -162,7 +162,6 @@ SAVE = """
 import errno, os, sys
 from pathlib import Path
 import torch
-from conftest import Heard
 import crossvit.run as run
 from crossvit.train.checkpoint import save_checkpoint
 
