@@ -14,7 +14,7 @@ from crossvit.errors import ConfigError, UsageError
 from crossvit.results import Epoch
 from crossvit.run import Run
 from crossvit.train.loop import fit
-from crossvit.train.plan import suitable_epochs
+from crossvit.train.plan import suitable_batch, suitable_epochs
 from crossvit.train.watch import Watch
 from test_training import recipe, same_bits, weights_of
 
@@ -73,6 +73,14 @@ def test_training_stops_when_the_score_no_longer_rises_and_takes_the_best(scans:
     assert "selected_epoch" not in last.record["result"]
 
 
+def test_patience_may_be_a_share_of_the_run(scans: Path, tmp_path: Path) -> None:
+    settings = {"lr": 0.05, "warmup": "0", "epochs": 20}
+    share, epochs = (Heard(), Heard())
+    fit(recipe(scans, tmp_path / "share", **settings, patience="10 %"), watch=share)
+    fit(recipe(scans, tmp_path / "epochs", **settings, patience="2 epochs"), watch=epochs)
+    assert len(share.epochs) == len(epochs.epochs) < 20
+
+
 def test_one_batch_is_learnt_by_heart(scans: Path, tmp_path: Path) -> None:
     result = fit(recipe(scans, tmp_path / "run", epochs=60, lr=3e-3, overfit_one_batch=True))
     assert result.n == 16  # the batch itself is what is measured
@@ -96,17 +104,26 @@ def test_a_rehearsal_says_time_and_memory_and_leaves_nothing(scans: Path, tmp_pa
 
 
 def test_epochs_are_chosen_by_the_number_of_images_and_stay(scans: Path, tmp_path: Path) -> None:
-    assert [suitable_epochs(images) for images in (10, 1_000, 2_000, 10_000, 10**6)] == [60, 60, 30, 6, 6]
+    counts = (10, 50, 100, 200, 1_000, 2_000, 10_000, 10**6)
+    assert [suitable_epochs(images) for images in counts] == [240, 240, 120, 60, 60, 30, 6, 6]
+    assert [suitable_batch(images) for images in (10, 399, 400, 10**6)] == [16, 16, 32, 32]
 
     class Stop(Watch):
+        def __init__(self, *, at: int) -> None:
+            self.at = at
+
         def epoch_done(self, entry: Epoch) -> None:
-            if entry.epoch == 2:
+            if entry.epoch == self.at:
                 raise KeyboardInterrupt
 
-    plan = recipe(scans, tmp_path / "run", epochs=0)
+    plan = recipe(scans, tmp_path / "run", epochs=0, batch_size=0, lr=0.0001)
     with pytest.raises(KeyboardInterrupt):
-        fit(plan, watch=Stop())
-    assert Run(tmp_path / "run").record()["recipe"]["epochs"] == 60
+        fit(plan, watch=Stop(at=2))
+    recorded = Run(tmp_path / "run").record()["recipe"]
+    assert (recorded["epochs"], recorded["batch_size"]) == (240, 16)
+    with pytest.raises(KeyboardInterrupt):  # what was chosen is not a change
+        fit(plan, resume=True, watch=Stop(at=4))
+    assert [entry["epoch"] for entry in Run(tmp_path / "run").entries()] == [1, 2, 3, 4]
 
 
 def test_balanced_sampling_and_weights_train(scans: Path, tmp_path: Path) -> None:

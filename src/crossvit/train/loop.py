@@ -165,7 +165,7 @@ def refuse_changes(recipe: Recipe, recorded: Recipe) -> None:
         f"{'DATA' if name == 'data' else '--' + name.replace('_', '-')} {given[name]} (the run has {before[name]})"
         for name in given
         if name not in FREE_TO_CHANGE and _same(name, given[name]) != _same(name, before[name])
-        if not (name == "epochs" and given[name] == 0)  # chosen by the number of images, when the run began
+        if not (name in ("epochs", "batch_size") and given[name] == 0)  # chosen by the number of images, when the run began
     ]
     if changed:
         fix = "leave it out, train anew with --overwrite, or start another run from this one's weights with --weights"

@@ -28,6 +28,8 @@ from crossvit.weights.identify import identify
 
 ENOUGH_FOR_9_DAGGER = 20_000  # training images from which a model of the paper is chosen for its size; see dev/LOG.md
 IMAGES_SEEN = 60_000  # by a run whose epochs are chosen; see dev/LOG.md
+SEEN_AT_LEAST = 12_000  # images, by such a run; see dev/LOG.md
+FEW = 400  # images, for which the batch is smaller; see dev/LOG.md
 UNEVEN = 10  # times as many images of one class as of another, from which it is said
 
 
@@ -103,6 +105,8 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
         drop_path=recipe.drop_path,
     )
     part = next((part for part in HELD_OUT_PARTS if part in data.parts), "held-out")
+    if recipe.batch_size == 0:
+        recipe = dataclasses.replace(recipe, batch_size=suitable_batch(len(train)))
     if recipe.overfit_one_batch:
         recipe, train = _one_batch(recipe, train)
         held_out, part = train, "train"
@@ -127,8 +131,14 @@ def _look(images: ImageSet, watch: Watch, team: Team) -> Findings:
 
 
 def suitable_epochs(images: int) -> int:
-    """Epochs for `images` training images, so that a run sees about IMAGES_SEEN of them: from 6 to 60."""
-    return min(max(round(IMAGES_SEEN / images), 6), 60)
+    """Epochs for `images` training images, so that a run sees about IMAGES_SEEN of them: from 6 to 60, and of fewer than 200
+    images up to 240, so that it sees 12,000."""
+    return max(min(max(round(IMAGES_SEEN / images), 6), 60), min(round(SEEN_AT_LEAST / images), 240))
+
+
+def suitable_batch(images: int) -> int:
+    """Images a step for `images` training images: 16 for fewer than FEW of them, so that there are enough steps, else 32."""
+    return 16 if images < FEW else 32
 
 
 def _one_batch(recipe: Recipe, train: ImageSet) -> tuple[Recipe, ImageSet]:

@@ -137,16 +137,18 @@ class CheckpointRecipe:
 
     every: str = option("1 epochs", "how often: steps, epochs, s, min or h; the end of a run always has one")
     keep: int = option(2, "how many of the newest are kept")
-    patience: str = option("0", "stop when the held-out score has not risen for so many epochs, and take the best; 0 never")
+    patience: str = option(
+        "0", "stop when the held-out score has not risen for so many epochs, or % of the run, and take the best; 0 never"
+    )
     select: str = option("last", "whose weights become the run's: last or best (on the held-out images)")
 
     def __post_init__(self) -> None:
         _tidy_duration(self, "every", tuple(unit for unit in UNITS if unit != "%"))
         _require(parse_duration(self.every, name="every").amount > 0, "every", self.every, "more than 0")
         _require(self.keep >= 1, "keep", self.keep, "a whole number of 1 or more")
-        _tidy_duration(self, "patience", ("epochs",))
+        _tidy_duration(self, "patience", ("epochs", "%"))
         _require(self.select in ("last", "best"), "select", self.select, "last or best")
-        if parse_duration(self.patience, name="patience", units=("epochs",)).amount:
+        if parse_duration(self.patience, name="patience", units=("epochs", "%")).amount:
             object.__setattr__(self, "select", "best")
 
 
@@ -164,7 +166,7 @@ class Recipe:
     )
     image_size: int | None = option(None, "side of the model's input in pixels; the model's own if left out")
     epochs: int = option(40, "passes over the training images; 0 takes a number that suits how many there are")
-    batch_size: int = option(64, "images a step, over all processes")
+    batch_size: int = option(64, "images a step, over all processes; 0 takes a number that suits how many images there are")
     accumulate: int = option(1, "parts that a batch is taken in, one after the other, to save memory")
     seed: int = option(0, "another number gives another split, start and order; the same one gives the same run")
     held_out: float = option(0.2, "share of every class kept for evaluation where the data has no val/ or test/")
@@ -191,8 +193,13 @@ class Recipe:
     def __post_init__(self) -> None:
         whole, share = "a whole number of 1 or more", "a number from 0 up to (not including) 1"
         _require(self.epochs >= 0, "epochs", self.epochs, "a whole number, 0 to have it chosen")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, whole)
-        _require(1 <= self.accumulate <= self.batch_size, "accumulate", self.accumulate, "from 1 up to the batch size")
+        _require(self.batch_size >= 0, "batch_size", self.batch_size, f"{whole}, or 0 to have it chosen")
+        _require(
+            1 <= self.accumulate <= (self.batch_size or self.accumulate),
+            "accumulate",
+            self.accumulate,
+            "from 1 up to the batch size",
+        )
         _require(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "a number of pixels, 1 or more")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number of 0 or more, below 2^32")
         _require(self.workers >= 0, "workers", self.workers, "a whole number of 0 or more")

@@ -122,7 +122,7 @@ class Training:
     @property
     def ended(self) -> bool:
         """Whether every epoch is done and evaluated, or the score has stopped rising."""
-        patience = parse_duration(self.recipe.checkpoints.patience, name="patience").amount
+        patience = parse_duration(self.recipe.checkpoints.patience, name="patience").steps(per_epoch=1, total=self.recipe.epochs)
         waited = len(self.epochs) - self.best[2] if self.best else 0
         return len(self.epochs) == self.recipe.epochs or bool(patience and waited >= patience)
 
