@@ -139,7 +139,7 @@ BAD_CALLS = {
     "image smaller than a patch": (["train", "digits", "--out", "OUT", "--image-size", "4"], 2, "shorter than the 8-pixel patch"),
     "device not here": (["train", "digits", "--out", "OUT", "--device", "tpu"], 2, "device = 'tpu': should be one of"),
     "weights not here": (["train", "digits", "--out", "OUT", "--weights", "gone.pth"], 2, "no weights at gone.pth"),
-    "run not here": (["evaluate", "gone", "digits"], 2, "gone is not a run folder"),
+    "run not here": (["evaluate", "gone", "digits"], 2, "no weights at gone: give a run folder"),
     "no image": (["predict", "RUN"], 2, "no image given"),
     "image not here": (["predict", "RUN", "gone.jpg"], 2, "no image at gone.jpg"),
     "top-k of zero": (["predict", "RUN", "SCANS", "--top-k", "0"], 2, "top_k = 0: should be 1 or more"),

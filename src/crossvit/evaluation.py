@@ -17,11 +17,12 @@ from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import open_data
 from crossvit.errors import DataError, UsageError
 from crossvit.results import BranchScore, ClassScore, Evaluation, Mistake
-from crossvit.run import Run
-from crossvit.runtimes.torch import TorchEngine
+from crossvit.runtimes.choose import load_engine
+from crossvit.trained import Trained, open_trained
 
 BATCH_SIZE = 64
 MISTAKES_KEPT = 24
+CLASSES_NAMED = 20  # in a message; the rest are counted
 PICTURE_SIDE = 128  # pixels of a mistake's picture in the report
 
 Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -47,27 +48,23 @@ def evaluate(
     """
     if batch_size < 1:
         raise UsageError(f"batch_size = {batch_size}: should be 1 or more")
-    folder = Run(run)
-    record = folder.finished_record()
-    engine = TorchEngine.load(folder, device=device, precision=precision)
+    trained = open_trained(run)
     found = open_data(data)
-    images, part = choose_part(found, record, split)
-    preprocessing = Preprocessing.from_dict(record["preprocessing"])
-    logits, images = measure(engine, images, preprocessing, batch_size=batch_size, skip_bad=skip_bad, progress=progress)
-    patches = [branch["patch"] for branch in record["config"]["branches"]]
-    return summarise(logits, images, patches=patches, run=str(folder.path), data=str(data), split=part)
+    images, part = choose_part(found, trained, split)
+    engine = load_engine(trained, device=device, precision=precision)
+    logits, images = measure(engine, images, trained.preprocessing, batch_size=batch_size, skip_bad=skip_bad, progress=progress)
+    patches = [branch.patch for branch in trained.config.branches]
+    return summarise(logits, images, patches=patches, run=trained.source, data=str(data), split=part)
 
 
-def choose_part(data: Data, record: dict[str, object], split: str | None) -> tuple[ImageSet, str]:
+def choose_part(data: Data, trained: Trained, split: str | None) -> tuple[ImageSet, str]:
     """(images, name of the part) of DATA that `evaluate` takes, under the run's own class indices.
 
     Images that the run held out are known by name and size, wherever they lie now: where there are some, the others may
     have been trained on, so those are taken alone unless `split` says otherwise.
     """
-    recorded = record["data"]
-    assert isinstance(recorded, dict)
     whole = data.parts.get("all") or data.parts.get("train")
-    known = recorded["held_out"]
+    known = trained.record.get("data", {}).get("held_out", {})
     files = zip(whole.names, whole.file_sizes, strict=True) if whole is not None else ()
     held_out = [index for index, (name, size) in enumerate(files) if known.get(name) == size]
     if whole is not None and held_out and split in (None, "held-out"):
@@ -79,17 +76,24 @@ def choose_part(data: Data, record: dict[str, object], split: str | None) -> tup
     else:
         images = data.evaluation_part()
         part = next(name for name, candidate in data.parts.items() if candidate is images)
-    return _relabelled(images, tuple(record["classes"])), part  # type: ignore[arg-type]
+    return _relabelled(images, trained), part
 
 
-def _relabelled(images: ImageSet, classes: tuple[str, ...]) -> ImageSet:
-    unknown = sorted(set(images.classes) - set(classes))
+def _relabelled(images: ImageSet, trained: Trained) -> ImageSet:
+    """`images` under the model's own class indices; their classes may go by any name that the model's have."""
+    positions = trained.positions()
+    unknown = sorted(set(images.classes) - set(positions))
     if unknown:
         raise UsageError(
-            f"{images.location} has classes the run was not trained on: {', '.join(unknown)} (it knows {', '.join(classes)})"
+            f"{images.location} has classes the run was not trained on: {_listed(unknown)} (it knows {_listed(trained.classes)})"
         )
-    labels = tuple(classes.index(images.classes[label]) for label in images.labels)
-    return dataclasses.replace(images, classes=classes, labels=labels)
+    labels = tuple(positions[images.classes[label]] for label in images.labels)
+    return dataclasses.replace(images, classes=trained.classes, labels=labels)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - CLASSES_NAMED} more" if len(names) > CLASSES_NAMED else ""
+    return ", ".join(names[:CLASSES_NAMED]) + more
 
 
 def measure(

@@ -12,12 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossvit.data.preprocess import SUFFIXES, ImageSource, Preprocessing, source_name
+from crossvit.data.preprocess import SUFFIXES, ImageSource, source_name
 from crossvit.data.sources import is_image_file
 from crossvit.errors import CrossViTError, DataError, UsageError
 from crossvit.results import Label, Prediction
-from crossvit.run import Run
-from crossvit.runtimes.torch import TorchEngine
+from crossvit.runtimes.choose import load_engine
+from crossvit.trained import open_trained
 
 BATCH_SIZE = 32
 
@@ -32,11 +32,10 @@ class Predictor:
     def __init__(self, run: str | Path, *, top_k: int = 5, device: str = "auto", precision: str = "auto") -> None:
         if top_k < 1:
             raise UsageError(f"top_k = {top_k}: should be 1 or more")
-        folder = Run(run)
-        record = folder.finished_record()
-        self.classes: tuple[str, ...] = tuple(record["classes"])
-        self.preprocessing = Preprocessing.from_dict(record["preprocessing"])
-        self.engine = TorchEngine.load(folder, device=device, precision=precision)
+        self.trained = open_trained(run)
+        self.classes = self.trained.classes
+        self.preprocessing = self.trained.preprocessing
+        self.engine = load_engine(self.trained, device=device, precision=precision)
         self.top_k = min(top_k, len(self.classes))
 
     def __call__(self, images: Iterable[ImageSource] | ImageSource) -> list[Prediction]:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 def to_json(record: Any) -> Any:
     """A record, nested as it may be, as dicts, lists, numbers and strings in the order of its fields. Bytes are left out."""
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        fields = ((field.name, getattr(record, field.name)) for field in dataclasses.fields(record))
+        shown = (field for field in dataclasses.fields(record) if field.metadata.get("json", True))
+        fields = ((field.name, getattr(record, field.name)) for field in shown)
         return {name: to_json(value) for name, value in fields if not isinstance(value, bytes)}
     if isinstance(record, np.ndarray):
         return record.tolist()
@@ -79,13 +80,120 @@ class Mistake:
     predicted: str
     probability: float
     picture: bytes = dataclasses.field(default=b"", repr=False)
+    map: bytes = dataclasses.field(default=b"", repr=False)  # what it looked at, laid over the picture, as PNG bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """What a figure would be on other images like these: 95 % of bootstrap resamplings of the images lie from low to high."""
+
+    low: float
+    high: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ReliabilityBin:
+    """Images answered with a confidence from low to high: how many, how sure on average, and how many of them right (0 to 1)."""
+
+    low: float
+    high: float
+    n: int
+    confidence: float
+    accuracy: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Whether 80 % sure means 80 % right. ece: expected calibration error, 0 to 1, of logits divided by `temperature`.
+
+    suggested_temperature: the one that makes the cross-entropy of these images least; suggested_ece: the error with it, each
+    image under the temperature fitted to the others (two halves), so that it does not flatter.
+    """
+
+    ece: float
+    temperature: float
+    bins: tuple[ReliabilityBin, ...]
+    suggested_temperature: float
+    suggested_ece: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RiskPoint:
+    """Answering only where the model is surer than `threshold`: the share answered, and the share of those that is wrong."""
+
+    threshold: float
+    coverage: float
+    risk: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Selective:
+    """Risk against coverage. area: under the curve, lower is better. threshold: suggested, the lowest confidence from which at
+    most `target_risk` of the answers are wrong, with the coverage and risk it has here; None where none reaches it."""
+
+    points: tuple[RiskPoint, ...]
+    area: float
+    target_risk: float
+    suggested: RiskPoint | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelScore:
+    """One class of a multi-label model: images that have it, average precision, and at `threshold` precision, recall and F1."""
+
+    label: str
+    n: int
+    average_precision: float
+    threshold: float
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclasses.dataclass(frozen=True)
+class MultiLabel:
+    """Several classes an image. map: mean average precision over classes that occur. exact: share of images whose set of
+    classes is right at the thresholds. micro_f1: over all decisions."""
+
+    map: float
+    exact: float
+    micro_f1: float
+    classes: tuple[LabelScore, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class CorruptionScore:
+    """Accuracy (0 to 1) on the same images with one corruption, at severities 1 to 5."""
+
+    name: str
+    top1: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SizeScore:
+    """Accuracy (0 to 1) on the same images scaled down to a shorter side of so many pixels before the preprocessing."""
+
+    pixels: int
+    top1: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Robustness:
+    """Accuracy on images made worse. mean: over corruptions and severities, None where none were asked for."""
+
+    corruptions: tuple[CorruptionScore, ...] = ()
+    sizes: tuple[SizeScore, ...] = ()
+    mean: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """Accuracy of a run on labelled images. top1, top5, macro_f1: 0 to 1; loss: mean cross-entropy in nats.
 
-    confusion: (classes, classes) counts, rows true, columns predicted. mistakes: the surest first.
+    confusion: (classes, classes) counts, rows true, columns predicted. mistakes: the surest first. intervals: of top1, top5,
+    macro_f1 (and map). Of a multi-label model top1 is the share of images whose surest class is one of theirs, loss the mean
+    binary cross-entropy, and confusion, calibration and selective are left out. correct: of each image, in the order of
+    `images`, whether its answer is right: what a paired test of two runs needs; left out of JSON.
     """
 
     top1: float
@@ -100,6 +208,17 @@ class Evaluation:
     classes: tuple[ClassScore, ...]
     confusion: NDArray[np.int64]
     mistakes: tuple[Mistake, ...] = ()
+    task: str = "single-label"
+    intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
+    calibration: Calibration | None = None
+    selective: Selective | None = None
+    multi_label: MultiLabel | None = None
+    robustness: Robustness | None = None
+    seconds: float = 0.0
+    precision: str = "fp32"
+    engine: str = "torch"
+    images: tuple[str, ...] = dataclasses.field(default=(), repr=False, metadata={"json": False})
+    correct: tuple[bool, ...] = dataclasses.field(default=(), repr=False, metadata={"json": False})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,8 @@ app = App(
 )
 TRAIN_HELP = "Train a classifier on a folder of images and evaluate it."
 app.command("crossvit.cli.training:train", name="train", help=TRAIN_HELP)  # loaded when it is called: it has many options
+app.command("crossvit.cli.evaluating:evaluate", name="evaluate", help="Measure a run on labelled images.")
+app.command("crossvit.cli.predicting:predict", name="predict", help="Classify images.")
 app.command(data_app)
 app.command(weights_app)
 
@@ -48,112 +50,6 @@ def recipes(name: str | None = None, /, *, json: Switch = False) -> int:
         for one in names:
             print(f"{one:14}{recipe_text(one).splitlines()[0].lstrip('# ')}")
     return 0
-
-
-@app.command
-def evaluate(
-    run: str,
-    data: str,
-    /,
-    *,
-    split: str | None = None,
-    batch_size: int = 64,
-    precision: str = "auto",
-    device: str = "auto",
-    skip_bad: Switch = False,
-    json: Switch = False,
-) -> int:
-    """Measure a run on labelled images.
-
-    Parameters
-    ----------
-    run
-        A run folder made by `crossvit train`.
-    data
-        As for `train`. Of data with val/ or test/ that part is taken, of the data the run was split from its held-out
-        part, otherwise every image.
-    split
-        Take this part instead: train, val or test where the data has them, all where it has none, or held-out.
-    batch_size
-        Images a step.
-    precision
-        auto (fp32), fp32 or bf16.
-    device
-        auto, cpu, cuda or mps.
-    skip_bad
-        Leave out images that cannot be decoded instead of stopping.
-    json
-        Print one JSON object on stdout.
-    """
-    import crossvit
-    from crossvit.cli.terminal import counting, print_evaluation
-    from crossvit.results import to_json
-
-    with counting("evaluating") as progress:
-        result = crossvit.evaluate(
-            run,
-            data,
-            split=split,
-            batch_size=batch_size,
-            device=device,
-            precision=precision,
-            skip_bad=skip_bad,
-            progress=progress,
-        )
-    if json:
-        _print_json(to_json(result))
-    else:
-        print_evaluation(result)
-    return 0
-
-
-@app.command
-def predict(
-    run: str,
-    /,
-    *paths: str,
-    top_k: int = 5,
-    precision: str = "auto",
-    device: str = "auto",
-    json: Switch = False,
-) -> int:
-    """Classify images. Exits with 1 if one of them could not be read; the others are classified all the same.
-
-    Parameters
-    ----------
-    run
-        A run folder made by `crossvit train`.
-    paths
-        Image files, folders (searched through) or globs.
-    top_k
-        Classes to name for each image, the surest first.
-    precision
-        auto (fp32), fp32 or bf16.
-    device
-        auto, cpu, cuda or mps.
-    json
-        Print one JSON object on stdout.
-    """
-    from crossvit.cli.terminal import print_prediction
-    from crossvit.errors import UsageError
-    from crossvit.prediction import Predictor, find_images
-    from crossvit.results import to_json
-
-    if not paths:
-        raise UsageError("no image given: `crossvit predict RUN photo.jpg`, a folder, or a glob")
-    images = find_images(paths)
-    predictor = Predictor(run, top_k=top_k, device=device, precision=precision)
-    failed = 0
-    found = []
-    for prediction in predictor.stream(images):
-        failed += prediction.error is not None
-        if json:
-            found.append(to_json(prediction))
-        else:
-            print_prediction(prediction)
-    if json:
-        _print_json({"run": run, "n": len(images), "failed": failed, "predictions": found})
-    return 1 if failed else 0
 
 
 @app.command

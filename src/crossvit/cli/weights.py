@@ -5,14 +5,11 @@ from __future__ import annotations
 import hashlib
 import json as json_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cyclopts import App
 
 from crossvit.cli.switch import Switch
-
-if TYPE_CHECKING:
-    from crossvit.model.config import CrossViTConfig
 
 app = App(name="weights", help="Show, convert and hand on weights: a run, a file, an https:// address, or a name on the hub.")
 
@@ -123,7 +120,7 @@ def save_timm(
         Print one JSON object on stdout.
     """
     from crossvit.errors import UsageError
-    from crossvit.model.presets import PRESETS
+    from crossvit.trained import paper_preprocessing
     from crossvit.weights.files import read_weights
     from crossvit.weights.identify import identify
     from crossvit.weights.timm_folder import FILES, save_timm
@@ -133,14 +130,13 @@ def save_timm(
         raise UsageError(f"{folder} has {', '.join(there)}: add --overwrite to replace them, or choose another folder")
     weights = read_weights(source)
     model, config = identify(weights)
-    crop = PRESETS[model].crop if model in PRESETS else None
     path = save_timm(
         folder,
         weights.tensors,
         config,
         model=model,
         classes=weights.classes,
-        preprocessing=weights.preprocessing or _paper_preprocessing(config, crop),
+        preprocessing=weights.preprocessing or paper_preprocessing(model, config),
         facts=_facts(source),
     )
     if json:
@@ -148,15 +144,6 @@ def save_timm(
     else:
         print(f"{path}: timm.create_model('local-dir:{path}', pretrained=True) loads it; the model card is {path / 'README.md'}")
     return 0
-
-
-def _paper_preprocessing(config: CrossViTConfig, crop: float | None) -> dict[str, Any]:
-    """That of the released weights, for a file that says nothing of its own; channels that are not RGB get the mean over RGB."""
-    from crossvit.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
-
-    channels = config.in_channels
-    mean, std = (values if channels == 3 else (round(sum(values) / 3, 3),) * channels for values in (IMAGENET_MEAN, IMAGENET_STD))
-    return Preprocessing(image_size=config.image_size, crop=crop, mean=mean, std=std).to_dict()
 
 
 def _facts(source: str) -> dict[str, str]:

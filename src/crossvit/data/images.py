@@ -119,6 +119,10 @@ class ImageSet:
     def without(self, names: Collection[str]) -> ImageSet:
         return self.take([index for index, name in enumerate(self.names) if name not in names])
 
+    def targets(self) -> NDArray[np.int64]:
+        """What the images show, as metrics take it: (n,) class indices."""
+        return np.asarray(self.labels, dtype=np.int64)
+
     def counts(self) -> dict[str, int]:
         """Images per class, in the order of `classes`."""
         counted = Counter(self.labels)

@@ -9,10 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from crossvit.errors import UsageError
-from crossvit.factory import create_model
-from crossvit.model.config import CrossViTConfig
 from crossvit.model.crossvit import CrossViT
-from crossvit.run import Run
+from crossvit.trained import Trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -26,12 +24,11 @@ class TorchEngine:
         self.precision = precision
 
     @classmethod
-    def load(cls, run: Run, *, device: str = "auto", precision: str = "auto") -> TorchEngine:
-        """The engine of a finished run. `precision` auto is fp32, so that results do not depend on the processor."""
-        config = CrossViTConfig.from_dict(run.finished_record()["config"])
+    def load(cls, trained: Trained, *, device: str = "auto", precision: str = "auto") -> TorchEngine:
+        """The engine of a trained model. `precision` auto is fp32, so that results do not depend on the processor."""
         place = resolve_device(device)
-        model = create_model(config, weights=run.path).to(place).eval()
-        return cls(model, device=place, precision="fp32" if precision == "auto" else resolve_precision(precision, place))
+        chosen = "fp32" if precision == "auto" else resolve_precision(precision, place)
+        return cls(trained.build().to(place), device=place, precision=chosen)
 
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         training = self.model.training

@@ -1,0 +1,141 @@
+"""A trained model wherever it is: a run, a weight file, or a name on the hub, with what is needed to use it.
+
+Opening a run reads run.json alone and imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crossvit.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from crossvit.model.config import CrossViTConfig
+from crossvit.run import Run
+
+if TYPE_CHECKING:
+    from crossvit.model.crossvit import CrossViT
+    from crossvit.weights.files import Weights
+
+SINGLE_LABEL, MULTI_LABEL = "single-label", "multi-label"
+IMAGENET_CLASSES = 1000  # of ImageNet-1k, whose names are known where weights say none
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a trained model is, and how to build it.
+
+    source: what was asked for.  model: the name of a preset, None for a config of its own.  classes: the name of each output.
+    aliases: of each class, other names that data may have for it (WordNet ids and numbers of ImageNet-1k); may be empty.
+    task: `single-label` (softmax) or `multi-label` (a sigmoid a class).  temperature: what logits are divided by before either.
+    thresholds: of a multi-label model, the probability from which each class is said; empty where none were set.
+    record: run.json, empty for what is not a run.
+    """
+
+    source: str
+    model: str | None
+    config: CrossViTConfig
+    classes: tuple[str, ...]
+    preprocessing: Preprocessing
+    aliases: tuple[tuple[str, ...], ...] = ()
+    task: str = SINGLE_LABEL
+    temperature: float = 1.0
+    thresholds: tuple[float, ...] = ()
+    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    weights: Weights | None = None  # where they have been read already
+
+    def build(self) -> CrossViT:
+        """The model with its weights, in evaluation mode."""
+        from crossvit.factory import create_model
+        from crossvit.weights.load import load_weights
+
+        if self.weights is None:
+            return create_model(self.config, weights=self.source).eval()
+        model = create_model(self.config)
+        load_weights(model, self.weights)
+        return model.eval()
+
+    def positions(self) -> dict[str, int]:
+        """Every name of a class, its own and its aliases, and which output it is. A name of two classes is left out."""
+        found: dict[str, int] = {}
+        twice: set[str] = set()
+        for index, names in enumerate(self.aliases):
+            for name in names:
+                if found.setdefault(name, index) != index:
+                    twice.add(name)
+        others = {name: index for name, index in found.items() if name not in twice}
+        return {**others, **{name: index for index, name in enumerate(self.classes)}}
+
+
+def open_trained(source: str | Path) -> Trained:
+    """The finished run, weight file, timm folder, address or hub name `source`.
+
+    UsageError where there is nothing, or the run has not finished; WeightsError or RunError for what is damaged.
+    """
+    run = Run(source)
+    return _of_run(run) if run.exists() or (run.path.is_dir() and not _has_weights(run.path)) else _of_weights(source)
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
+
+
+def _of_run(run: Run) -> Trained:
+    record = run.finished_record()
+    return Trained(
+        source=str(run.path),
+        model=record["model"],
+        config=CrossViTConfig.from_dict(record["config"]),
+        classes=tuple(record["classes"]),
+        preprocessing=Preprocessing.from_dict(record["preprocessing"]),
+        task=record.get("task", SINGLE_LABEL),
+        temperature=record.get("temperature", 1.0),
+        thresholds=tuple(record.get("thresholds", ())),
+        record=record,
+    )
+
+
+def _of_weights(source: str | Path) -> Trained:
+    from crossvit.weights.files import read_weights
+    from crossvit.weights.identify import identify
+
+    weights = read_weights(source)
+    model, config = identify(weights)
+    classes, aliases = (weights.classes, ()) if weights.classes else _class_names(config.num_classes)
+    return Trained(
+        source=str(source),
+        model=model,
+        config=config,
+        classes=classes,
+        aliases=aliases,
+        preprocessing=Preprocessing.from_dict(weights.preprocessing or paper_preprocessing(model, config)),
+        weights=weights,
+    )
+
+
+def paper_preprocessing(model: str | None, config: CrossViTConfig) -> dict[str, Any]:
+    """That of the released weights, for a file that says nothing of its own; channels that are not RGB get the mean over RGB."""
+    from crossvit.model.presets import PRESETS
+
+    channels = config.in_channels
+    crop = PRESETS[model].crop if model in PRESETS else None
+    mean, std = (values if channels == 3 else (round(sum(values) / 3, 3),) * channels for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return Preprocessing(image_size=config.image_size, crop=crop, mean=mean, std=std).to_dict()
+
+
+def _class_names(count: int) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
+    """(names, aliases) of the outputs of weights that say none: ImageNet-1k's where there are a thousand, else numbers.
+
+    A name that two classes of ImageNet-1k have in common (crane, maillot) has its WordNet id behind it.
+    """
+    if count != IMAGENET_CLASSES:
+        return tuple(str(index) for index in range(count)), ()
+    from timm.data.imagenet_info import ImageNetInfo
+
+    known = ImageNetInfo()
+    ids = [known.index_to_label_name(index) for index in range(count)]
+    synonyms = [known.index_to_description(index).split(", ") for index in range(count)]
+    first = [words[0] for words in synonyms]
+    names = tuple(word if first.count(word) == 1 else f"{word} ({ids[index]})" for index, word in enumerate(first))
+    return names, tuple((ids[index], str(index), *words, ", ".join(words)) for index, words in enumerate(synonyms))
