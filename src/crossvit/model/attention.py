@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossvit.errors import ConfigError
+from crossvit.model.cache_sized import cache_sized_attention
 
 KERNELS = ("auto", "fused", "plain")
 Listener = Callable[[Tensor], object]
@@ -43,17 +44,27 @@ def attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0
     """softmax(q kᵀ / √K) v.
 
     query, key, value: (B, H, N, K), one floating dtype. Returns (B, H, N, K) in that dtype. `dropout` is the chance of
-    dropping an attention weight. Two products and a softmax are taken where they beat the fused kernel (`make
-    bench-attention`): in reduced precision on a CPU that computes in it, with a backward pass or without AMX. The fused
-    kernel is taken elsewhere. `attention_kernel` overrides the choice.
+    dropping an attention weight. Two products and a softmax are taken where they beat the fused kernel (see `_beats_fused`),
+    the fused kernel elsewhere. `attention_kernel` overrides the choice.
     """
-    reduced = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
-    plain = reduced and _HAS_BF16 and (query.requires_grad or not _HAS_AMX) if _kernel == "auto" else _kernel == "plain"
+    plain = _beats_fused(query) if _kernel == "auto" else _kernel == "plain"
     if plain:
-        # In reduced precision autocast would widen the softmax to fp32 and lose the gain.
-        with torch.autocast(query.device.type, enabled=False) if reduced else contextlib.nullcontext():
+        with _as_given(query):
             return F.dropout(attention_weights(query, key), dropout) @ value
     return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+
+
+def _beats_fused(tokens: Tensor) -> bool:
+    """Whether two products and a softmax are faster than the fused kernel (`make bench-attention`): in reduced precision on a
+    CPU that computes in it, with a backward pass or without AMX."""
+    reduced = tokens.device.type == "cpu" and tokens.dtype in (torch.bfloat16, torch.float16)
+    return reduced and _HAS_BF16 and (tokens.requires_grad or not _HAS_AMX)
+
+
+def _as_given(tokens: Tensor) -> contextlib.AbstractContextManager[object]:
+    """The context in which tokens in reduced precision stay so: autocast would widen the softmax and lose the gain."""
+    reduced = tokens.dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(tokens.device.type, enabled=False) if reduced else contextlib.nullcontext()
 
 
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
@@ -78,9 +89,13 @@ class SelfAttention(nn.Module):
         self.listener: Listener | None = None  # is given the weights (B, H, N, N); see `record_attention`
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, H, K)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, K) each
+        qkv = self.qkv(x)  # (B, N, 3 D)
         dropout = self.attention_drop if self.training else 0.0
+        if self.listener is None and dropout == 0 and _kernel == "auto" and _beats_fused(qkv):
+            with _as_given(qkv):
+                mixed = cache_sized_attention(qkv, self.num_heads)
+            return self.drop(self.out(mixed))  # type: ignore[no-any-return]
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, K) each
         if self.listener is None:
             mixed = attention(query, key, value, dropout=dropout)
         else:

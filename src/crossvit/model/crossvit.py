@@ -123,10 +123,14 @@ class CrossViT(nn.Module):
     def branch_logits(self, images: Tensor) -> Tensor:
         """Each branch's own logits, (branches, B, num_classes): the paper's "L only" and "S only" (Table 6).
 
-        A head reads the class token, or the mean of the patches where there is none."""
-        tokens = self.forward_features(images)
+        A head reads the class token, or the mean of the patches where there is none. The last LayerNorm is taken of what is
+        read alone: it treats every token by itself."""
         has_class_token = self.config.branches[0].class_token
-        return torch.stack([head(summary(own, has_class_token)[:, 0]) for head, own in zip(self.heads, tokens, strict=True)])
+        logits = []
+        for norm, head, own in zip(self.norms, self.heads, self.intermediate_tokens(images)[-1], strict=True):
+            read = norm(own[:, :1]) if has_class_token else summary(norm(own), has_class_token)  # (B, 1, D)
+            logits.append(head(read[:, 0]))
+        return torch.stack(logits)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes): the mean of the branches' logits, as released."""

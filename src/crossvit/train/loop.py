@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import resource
 import shutil
 import tempfile
@@ -20,7 +22,7 @@ from crossvit.runtimes.torch import resolve_device
 from crossvit.train.estimate import described, time_step
 from crossvit.train.losses import Teacher
 from crossvit.train.parallel import ALONE, Team, assembled
-from crossvit.train.plan import make_plan
+from crossvit.train.plan import make_plan, suitable_parts
 from crossvit.train.recipe import Recipe
 from crossvit.train.teachers import A_CALLABLE, load_teacher
 from crossvit.train.training import Training
@@ -135,6 +137,10 @@ def prepare(
     nothing."""
     device = resolve_device(recipe.device)  # a wrong call is said before the images are read
     plan = make_plan(recipe, watch, recorded=recorded, team=team)
+    if plan.recipe.accumulate == 0:
+        share = math.ceil(plan.recipe.batch_size / team.size)
+        parts = suitable_parts(plan.config, images=share, device=device.type)
+        plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, accumulate=parts))
     if recorded is not None and recorded["data"]["fingerprint"] != plan.data.fingerprint:
         fix = "put them back, or train anew with --overwrite"
         raise UsageError(f"the files in {recipe.data} are not those {run.path} was trained on: {fix}")
@@ -165,7 +171,7 @@ def refuse_changes(recipe: Recipe, recorded: Recipe) -> None:
         f"{'DATA' if name == 'data' else '--' + name.replace('_', '-')} {given[name]} (the run has {before[name]})"
         for name in given
         if name not in FREE_TO_CHANGE and _same(name, given[name]) != _same(name, before[name])
-        if not (name in ("epochs", "batch_size") and given[name] == 0)  # chosen by the number of images, when the run began
+        if not (name in ("epochs", "batch_size", "accumulate") and given[name] == 0)  # chosen when the run began
     ]
     if changed:
         fix = "leave it out, train anew with --overwrite, or start another run from this one's weights with --weights"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ from crossvit.weights.identify import identify
 ENOUGH_FOR_9_DAGGER = 20_000  # training images from which a model of the paper is chosen for its size; see dev/LOG.md
 IMAGES_SEEN = 60_000  # by a run whose epochs are chosen; see dev/LOG.md
 SEEN_AT_LEAST = 12_000  # images, by such a run; see dev/LOG.md
+PART_IMAGES = 8  # the fastest of 4, 8 and 16 for crossvit_9_240 and crossvit_small_240 in bf16; see dev/LOG.md
+MANY_TOKENS = 196  # of a branch, from which a model is large in that sense
 FEW = 400  # images, for which the batch is smaller; see dev/LOG.md
 UNEVEN = 10  # times as many images of one class as of another, from which it is said
 
@@ -139,6 +142,13 @@ def suitable_epochs(images: int) -> int:
 def suitable_batch(images: int) -> int:
     """Images a step for `images` training images: 16 for fewer than FEW of them, so that there are enough steps, else 32."""
     return 16 if images < FEW else 32
+
+
+def suitable_parts(config: CrossViTConfig, *, images: int, device: str) -> int:
+    """Parts to take a batch of `images` in: on a CPU so that about PART_IMAGES of a large model are worked on at once, which
+    its cache holds (`make bench-train`); all of them together elsewhere."""
+    most_tokens = max(math.prod(branch.grid(config.image_size)) for branch in config.branches)
+    return math.ceil(images / PART_IMAGES) if device == "cpu" and most_tokens >= MANY_TOKENS else 1
 
 
 def _one_batch(recipe: Recipe, train: ImageSet) -> tuple[Recipe, ImageSet]:

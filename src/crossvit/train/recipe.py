@@ -167,7 +167,9 @@ class Recipe:
     image_size: int | None = option(None, "side of the model's input in pixels; the model's own if left out")
     epochs: int = option(40, "passes over the training images; 0 takes a number that suits how many there are")
     batch_size: int = option(64, "images a step, over all processes; 0 takes a number that suits how many images there are")
-    accumulate: int = option(1, "parts that a batch is taken in, one after the other, to save memory")
+    accumulate: int = option(
+        0, "parts that a batch is taken in, one after the other, to save memory; 0 takes as many as suit the processor"
+    )
     seed: int = option(0, "another number gives another split, start and order; the same one gives the same run")
     held_out: float = option(0.2, "share of every class kept for evaluation where the data has no val/ or test/")
     label_smoothing: float = option(0.1, "share of the target spread over all classes")
@@ -195,10 +197,10 @@ class Recipe:
         _require(self.epochs >= 0, "epochs", self.epochs, "a whole number, 0 to have it chosen")
         _require(self.batch_size >= 0, "batch_size", self.batch_size, f"{whole}, or 0 to have it chosen")
         _require(
-            1 <= self.accumulate <= (self.batch_size or self.accumulate),
+            0 <= self.accumulate <= (self.batch_size or self.accumulate),
             "accumulate",
             self.accumulate,
-            "from 1 up to the batch size",
+            "from 1 up to the batch size, or 0 to have it chosen",
         )
         _require(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "a number of pixels, 1 or more")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number of 0 or more, below 2^32")
