@@ -104,10 +104,10 @@ def reliability(calibration: Calibration) -> str:
         upper.plot([0, 1], [0, 1], color=INK, alpha=0.45, linewidth=1, linestyle="--", label="as sure as right")
         left, widths = [own.low for own in bins], [own.high - own.low for own in bins]
         upper.bar(left, [own.accuracy for own in bins], widths, align="edge", color=HELD_OUT, alpha=0.28, linewidth=0)
-        upper.plot(
-            [own.confidence for own in bins], [own.accuracy for own in bins],
-            color=HELD_OUT, marker="o", markersize=4.5, linewidth=1.6, label="this model",
-        )  # fmt: skip
+        sure, right = [own.confidence for own in bins], [own.accuracy for own in bins]
+        most = max(own.n for own in bins)
+        upper.plot(sure, right, color=HELD_OUT, linewidth=1.4, label="this model")
+        upper.scatter(sure, right, [8 + 40 * own.n / most for own in bins], color=HELD_OUT, zorder=3, clip_on=False)
         upper.set(xlim=(0, 1), ylim=(0, 1.02), title="Share that is right")
         upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         upper.legend(loc="upper left")
@@ -123,12 +123,12 @@ def risk_coverage(selective: Selective) -> str:
     coverage, risk = [point.coverage for point in selective.points], [point.risk for point in selective.points]
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(height=4.1)
-        axes.plot(coverage, risk, color=HELD_OUT, linewidth=2.0, drawstyle="default", marker="o" if len(risk) == 1 else None)
+        axes.plot(coverage, risk, color=HELD_OUT, linewidth=2.0, marker="o" if len(risk) == 1 else None)
         axes.fill_between(coverage, risk, color=HELD_OUT, alpha=0.12, linewidth=0)
         top = max([*risk, selective.target_risk, 0.01]) * 1.2
         axes.axhline(selective.target_risk, color=INK, alpha=0.45, linewidth=1, linestyle="--")
         said = f"{100 * selective.target_risk:.1f} % wrong"
-        axes.text(0.01, selective.target_risk + top * 0.015, said, fontsize=9, va="bottom")
+        axes.text(1.0, selective.target_risk - top * 0.015, said, fontsize=9, ha="right", va="top")
         if selective.suggested is not None:
             point = selective.suggested
             axes.plot([point.coverage], [point.risk], color=TRAIN, marker="o", markersize=8, linestyle="")
