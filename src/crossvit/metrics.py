@@ -86,8 +86,9 @@ def branch_names(count: int) -> list[str]:
 
 def confusion_matrix(labels: Integers, predicted: Integers, classes: int) -> NDArray[np.int64]:
     """(C, C) counts: rows true, columns predicted."""
-    cells = np.bincount(labels * classes + predicted, minlength=classes * classes)
-    return cells.reshape(classes, classes)
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (labels, predicted), 1)
+    return counts
 
 
 def class_scores(confusion: NDArray[np.int64], classes: Sequence[str]) -> tuple[ClassScore, ...]:
@@ -101,7 +102,8 @@ def class_scores(confusion: NDArray[np.int64], classes: Sequence[str]) -> tuple[
 
 def f1(right: Integers, true: Integers, guessed: Integers) -> NDArray[np.float64]:
     """2 right / (true + guessed), the harmonic mean of precision and recall; 0 for a class neither present nor predicted."""
-    return 2 * right / np.maximum(true + guessed, 1)
+    shares: NDArray[np.float64] = 2 * right / np.maximum(true + guessed, 1)
+    return shares
 
 
 def macro_f1(right: Integers, true: Integers, guessed: Integers) -> float:

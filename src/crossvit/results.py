@@ -107,7 +107,8 @@ class Calibration:
     """Whether 80 % sure means 80 % right. ece: expected calibration error, 0 to 1, of logits divided by `temperature`.
 
     suggested_temperature: the one that makes the cross-entropy of these images least; suggested_ece: the error with it, each
-    image under the temperature fitted to the others (two halves), so that it does not flatter.
+    image under the temperature fitted to the others (two halves), so that it does not flatter. stored: whether the suggested
+    temperature is now the run's own; these figures are from before it was.
     """
 
     ece: float
@@ -115,6 +116,7 @@ class Calibration:
     bins: tuple[ReliabilityBin, ...]
     suggested_temperature: float
     suggested_ece: float
+    stored: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +181,14 @@ class SizeScore:
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    """Accuracy on images made worse. mean: over corruptions and severities, None where none were asked for."""
+    """Accuracy on images made worse, and `unspoilt`: as they are. n: images, of which there may be fewer than were evaluated.
+    mean: over corruptions and severities, None where none were asked for."""
 
     corruptions: tuple[CorruptionScore, ...] = ()
     sizes: tuple[SizeScore, ...] = ()
     mean: float | None = None
+    n: int = 0
+    unspoilt: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
