@@ -107,7 +107,8 @@ class Calibration:
     """Whether 80 % sure means 80 % right. ece: expected calibration error, 0 to 1, of logits divided by `temperature`.
 
     suggested_temperature: the one that makes the cross-entropy of these images least; suggested_ece: the error with it, each
-    image under the temperature fitted to the others (two halves), so that it does not flatter.
+    image under the temperature fitted to the others (two halves), so that it does not flatter. stored: whether the suggested
+    temperature is now the run's own; these figures are from before it was.
     """
 
     ece: float
@@ -115,11 +116,12 @@ class Calibration:
     bins: tuple[ReliabilityBin, ...]
     suggested_temperature: float
     suggested_ece: float
+    stored: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class RiskPoint:
-    """Answering only where the model is surer than `threshold`: the share answered, and the share of those that is wrong."""
+    """Answering only where the model is at least `threshold` sure: the share answered, and the share of those that is wrong."""
 
     threshold: float
     coverage: float
@@ -153,7 +155,7 @@ class LabelScore:
 @dataclasses.dataclass(frozen=True)
 class MultiLabel:
     """Several classes an image. map: mean average precision over classes that occur. exact: share of images whose set of
-    classes is right at the thresholds. micro_f1: over all decisions."""
+    classes is right at the thresholds. micro_f1: over all decisions; the mean over classes is `Evaluation.macro_f1`."""
 
     map: float
     exact: float
@@ -179,11 +181,14 @@ class SizeScore:
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    """Accuracy on images made worse. mean: over corruptions and severities, None where none were asked for."""
+    """Accuracy on images made worse, and `unspoilt`: as they are. n: images, of which there may be fewer than were evaluated.
+    mean: over corruptions and severities, None where none were asked for."""
 
     corruptions: tuple[CorruptionScore, ...] = ()
     sizes: tuple[SizeScore, ...] = ()
     mean: float | None = None
+    n: int = 0
+    unspoilt: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +198,8 @@ class Evaluation:
     confusion: (classes, classes) counts, rows true, columns predicted. mistakes: the surest first. intervals: of top1, top5,
     macro_f1 (and map). Of a multi-label model top1 is the share of images whose surest class is one of theirs, loss the mean
     binary cross-entropy, and confusion, calibration and selective are left out. correct: of each image, in the order of
-    `images`, whether its answer is right: what a paired test of two runs needs; left out of JSON.
+    `images`, whether its answer is right (of a multi-label model: its whole set of classes), what a paired test of two runs
+    needs; left out of JSON.
     """
 
     top1: float
@@ -219,6 +225,22 @@ class Evaluation:
     engine: str = "torch"
     images: tuple[str, ...] = dataclasses.field(default=(), repr=False, metadata={"json": False})
     correct: tuple[bool, ...] = dataclasses.field(default=(), repr=False, metadata={"json": False})
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two runs on the same n images. accuracies: 0 to 1, of each. only_first, only_second: images that one of them alone gets
+    right. difference: second minus first, with its 95 % interval. p: of McNemar's exact test, the chance of so uneven a pair of
+    counts if the two were equally good."""
+
+    runs: tuple[str, str]
+    n: int
+    accuracies: tuple[float, float]
+    only_first: int
+    only_second: int
+    difference: float
+    interval: Interval
+    p: float
 
 
 @dataclasses.dataclass(frozen=True)

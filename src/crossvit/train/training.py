@@ -332,7 +332,7 @@ class Training:
         self.writer.flush()
         if self.recipe.checkpoints.select == "best" and self.best is not None:
             self.evaluated.load_state_dict(self.team.tell(load_best(self.run.checkpoints) if self.team.leads else {}))
-        evaluation = self.evaluate()
+        evaluation = self.evaluate(thorough=True)
         plan = self.plan
         described = header(
             model=plan.model_name, config=plan.config, classes=plan.train.classes, preprocessing=plan.preprocessing.to_dict()
@@ -356,13 +356,19 @@ class Training:
             evaluation=evaluation,
         )
 
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, *, thorough: bool = False) -> Evaluation:
         engine = TorchEngine(self.evaluated, device=self.device)
         logits, images = self._measure(engine)
         patches = [branch.patch for branch in self.plan.config.branches]
         with np.errstate(all="ignore"):  # weights that have run away are noticed by the loss
             return summarise(
-                logits, images, patches=patches, run=str(self.run.path), data=self.recipe.data, split=self.plan.held_out_part
+                logits,
+                images,
+                patches=patches,
+                run=str(self.run.path),
+                data=self.recipe.data,
+                split=self.plan.held_out_part,
+                thorough=thorough,
             )
 
     def _measure(self, engine: TorchEngine) -> tuple[NDArray[np.float32], ImageSet]:
