@@ -72,6 +72,8 @@ def made_evaluation(classes: Sequence[str], *, each: int = 20, accuracy: float =
             ),
             sizes=tuple(SizeScore(side, top1 * (1 - 4 / side)) for side in (16, 32, 64, 128)),
             mean=0.61,
+            n=len(labels),
+            unspoilt=top1,
         ),
         seconds=12.3,
         precision="bf16",
