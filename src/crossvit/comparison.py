@@ -130,7 +130,9 @@ def short_names(paths: Sequence[str]) -> list[str]:
     names = []
     for own in parts:
         others = [other for other in parts if other != own]
-        length = next(size for size in range(1, len(own) + 1) if all(other[-size:] != own[-size:] for other in others))
+        length = next(
+            (size for size in range(1, len(own) + 1) if all(other[-size:] != own[-size:] for other in others)), len(own)
+        )
         names.append(str(Path(*own[-length:])))
     return names
 
