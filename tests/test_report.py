@@ -140,7 +140,7 @@ def test_a_run_page_says_everything_of_the_run() -> None:
         "12 s (",
         "torch 2.14.1",
         "crossvit train '/data/ocean creatures' --recipe 'runs/hand made' --out 'runs/hand made-again'",
-        "optimiser.lr 0.001",
+        "optimiser.lr\xa0 0.001",
     ):
         assert expected in says
     counts = re.findall(
