@@ -13,7 +13,7 @@ from crossvit.metrics import Booleans, Floats, Integers, hits, probabilities
 from crossvit.results import Calibration, ReliabilityBin, RiskPoint, Selective
 
 BINS = 15  # of equal width, as in Guo et al., On Calibration of Modern Neural Networks, ICML 2017
-TEMPERATURES = (0.05, 20.0)  # what is fitted lies between: of images that are all right the best would be 0
+TEMPERATURES = (0.05, 20.0)  # what is fitted lies between
 CURVE_POINTS = 200  # of risk against coverage that are kept
 ROWS = 4096  # of logits in double precision at a time
 
@@ -56,8 +56,11 @@ def fit_temperature(logits: Floats, labels: Integers) -> float:
     """The temperature T within TEMPERATURES that makes the mean of −log softmax(z / T)[label] least.
 
     In β = 1 / T this is convex, with the slope mean(E_p[z] − z[label]) and the curvature mean(Var_p[z]): Newton's steps, halved
-    into the bracket where they leave it. Source: Guo et al. 2017, section 4.2.
+    into the bracket where they leave it. Where every label has the highest logit the surer the better without end, so nothing is
+    fitted: 1. Source: Guo et al. 2017, section 4.2.
     """
+    if hits(logits, labels).all():
+        return 1.0
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     inverse = 1.0
     for _ in range(100):

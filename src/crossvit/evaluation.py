@@ -192,8 +192,13 @@ def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: 
 
 
 def _stored(evaluation: Evaluation) -> Evaluation:
-    """`evaluation` with its suggested temperature stored in its run."""
+    """`evaluation` with its suggested temperature stored in its run. DataError where no temperature fits."""
     assert evaluation.calibration is not None
+    if all(evaluation.correct):
+        raise DataError(
+            f"all {evaluation.n:,} images of {evaluation.data} are answered right, so the surer the better, and no temperature "
+            "fits: calibrate with more images"
+        )
     Run(evaluation.run).amend(temperature=evaluation.calibration.suggested_temperature)
     return dataclasses.replace(evaluation, calibration=dataclasses.replace(evaluation.calibration, stored=True))
 
