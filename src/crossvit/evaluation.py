@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from crossvit import metrics
 from crossvit.data.images import Data, ImageSet
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import open_data
 from crossvit.errors import DataError, UsageError
-from crossvit.results import BranchScore, ClassScore, Evaluation, Mistake
+from crossvit.results import MULTI_LABEL, BranchScore, ClassScore, Evaluation, Mistake
 from crossvit.runtimes.choose import load_engine
 from crossvit.trained import Trained, open_trained
 
@@ -87,8 +87,7 @@ def _relabelled(images: ImageSet, trained: Trained) -> ImageSet:
         raise UsageError(
             f"{images.location} has classes the run was not trained on: {_listed(unknown)} (it knows {_listed(trained.classes)})"
         )
-    labels = tuple(positions[images.classes[label]] for label in images.labels)
-    return dataclasses.replace(images, classes=trained.classes, labels=labels)
+    return images.under(trained.classes, [positions[name] for name in images.classes])
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -117,7 +116,7 @@ def measure(
 
     def fit(index: int) -> NDArray[np.uint8] | DataError:
         try:
-            return pictures[index] if index in pictures else preprocessing.fit(images.read(index))
+            return pictures[index] if index in pictures else preprocessing.fit(images.picture(index, preprocessing))
         except DataError as error:
             return error
 
@@ -151,7 +150,9 @@ def summarise(
     split: str,
 ) -> Evaluation:
     """Metrics of branch logits (branches, n, classes) against the images' labels. See `Evaluation` for each one."""
-    labels = np.asarray(images.labels)
+    if images.task == MULTI_LABEL:
+        return _summarise_label_sets(branch_logits, images, patches=patches, run=run, data=data, split=split)
+    labels = images.targets()
     logits = branch_logits.mean(axis=0).astype(np.float64)  # (n, classes)
     log_probabilities = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
     predicted = logits.argmax(axis=1)
@@ -176,6 +177,32 @@ def summarise(
         classes=classes,
         confusion=confusion,
         mistakes=_surest_mistakes(np.exp(log_probabilities), predicted, labels, images),
+    )
+
+
+def _summarise_label_sets(
+    branch_logits: NDArray[np.float32], images: ImageSet, *, patches: Sequence[int], run: str, data: str, split: str
+) -> Evaluation:
+    targets = images.targets()
+    logits = branch_logits.mean(axis=0)
+    found = metrics.multi_label_scores(
+        metrics.probabilities(logits, task=MULTI_LABEL), targets, metrics.THRESHOLD, images.classes
+    )
+    present = [score.f1 for score in found.classes if score.n]
+    return Evaluation(
+        top1=float(metrics.hits(logits, targets).mean()),
+        n=len(images),
+        run=run,
+        data=data,
+        split=split,
+        top5=float(metrics.hits(logits, targets, k=5).mean()),
+        macro_f1=float(np.mean(present)) if present else 0.0,
+        loss=metrics.binary_cross_entropy(logits, targets),
+        branches=metrics.branch_scores(branch_logits, targets, patches),
+        classes=tuple(ClassScore(score.label, score.n, score.precision, score.recall, score.f1) for score in found.classes),
+        confusion=np.zeros((0, 0), dtype=np.int64),
+        task=MULTI_LABEL,
+        multi_label=found,
     )
 
 
