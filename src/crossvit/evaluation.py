@@ -19,16 +19,16 @@ from PIL import Image
 
 from crossvit import metrics
 from crossvit.calibration import calibration, selective
-from crossvit.data.images import HELD_OUT_PARTS, Data, ImageSet
+from crossvit.data.images import BETWEEN_LABELS, HELD_OUT_PARTS, Data, ImageSet
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import open_data
 from crossvit.errors import CrossViTError, DataError, UsageError
-from crossvit.results import ClassScore, Evaluation, Mistake
+from crossvit.results import MULTI_LABEL, ClassScore, Evaluation, Mistake
 from crossvit.robustness import IMAGES as ROBUSTNESS_IMAGES
 from crossvit.robustness import measure_robustness, spoilings
 from crossvit.run import Run
 from crossvit.runtimes.choose import load_engine
-from crossvit.trained import MULTI_LABEL, Trained, open_trained
+from crossvit.trained import Trained, open_trained
 from crossvit.uncertainty import multi_label_intervals, single_label_intervals
 
 BATCH_SIZE = 64
@@ -157,8 +157,15 @@ def _relabelled(images: ImageSet, trained: Trained) -> ImageSet:
         raise UsageError(
             f"{images.location} has classes the run was not trained on: {_listed(unknown)} (it knows {_listed(trained.classes)})"
         )
-    labels = tuple(positions[images.classes[label]] for label in images.labels)
-    return dataclasses.replace(images, classes=trained.classes, labels=labels)
+    if trained.task != images.task:
+        if images.task == MULTI_LABEL:
+            raise UsageError(
+                f"{images.location} has several classes an image and {trained.source} gives one: retrain it on such data"
+            )
+        images = dataclasses.replace(
+            images, labels=tuple((label,) for label in images.labels if isinstance(label, int)), task=MULTI_LABEL
+        )
+    return images.under(trained.classes, [positions[name] for name in images.classes])
 
 
 def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: str) -> None:
@@ -215,7 +222,7 @@ def measure(
     *,
     batch_size: int = BATCH_SIZE,
     skip_bad: bool = False,
-    kept: dict[int, NDArray[np.uint8]] | None = None,
+    kept: dict[int, NDArray[Any]] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> tuple[NDArray[np.float32], ImageSet]:
     """(branch logits of every image, (branches, n, classes); the images that are in them), a batch at a time.
@@ -227,9 +234,9 @@ def measure(
     logits: list[NDArray[np.float32]] = []
     bad: dict[int, DataError] = {}
 
-    def fit(index: int) -> NDArray[np.uint8] | DataError:
+    def fit(index: int) -> NDArray[Any] | DataError:
         try:
-            return pictures[index] if index in pictures else preprocessing.fit(images.read(index))
+            return pictures[index] if index in pictures else preprocessing.fit(images.picture(index, preprocessing))
         except DataError as error:
             return error
 
@@ -283,7 +290,7 @@ def summarise(
         "branches": metrics.branch_scores(branch_logits, truth, patches),
         "images": images.names,
     }
-    if truth.ndim == 1:
+    if images.task != MULTI_LABEL:
         own = _single_label(fused, truth, images, temperature=temperature, thorough=thorough, target_risk=target_risk)
     else:
         own = _multi_label(fused, truth, images, temperature=temperature, thresholds=thresholds, thorough=thorough)
@@ -341,8 +348,8 @@ def _multi_label(
     correct = (said == shown).all(axis=1)
     surest_wrong = np.where(said == shown, 0.0, np.where(said, sure, 1 - sure)).max(axis=1)
 
-    def listed(row: NDArray[np.bool_]) -> str:
-        return ", ".join(names[c] for c in np.flatnonzero(row)) or "none"
+    def named(i: int) -> tuple[str, str]:
+        return images.said(i) or "none", BETWEEN_LABELS.join(names[c] for c in np.flatnonzero(said[i])) or "none"
 
     found = {
         "task": MULTI_LABEL,
@@ -350,7 +357,7 @@ def _multi_label(
         "loss": metrics.binary_cross_entropy(fused, targets, temperature=temperature),
         "classes": tuple(ClassScore(one.label, one.n, one.precision, one.recall, one.f1) for one in scores.classes),
         "confusion": np.zeros((0, 0), dtype=np.int64),
-        "mistakes": _surest_mistakes(surest_wrong, correct, images, lambda i: (listed(shown[i]), listed(said[i]))),
+        "mistakes": _surest_mistakes(surest_wrong, correct, images, named),
         "correct": tuple(correct.tolist()),
         "multi_label": scores,
     }

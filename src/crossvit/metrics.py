@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossvit.results import BranchScore, ClassScore, LabelScore, MultiLabel
+from crossvit.results import SINGLE_LABEL, BranchScore, ClassScore, LabelScore, MultiLabel
 
-SINGLE_LABEL = "single-label"  # of `Trained.task`, which cannot be imported from here
 THRESHOLD = 0.5  # from which a multi-label model says a class, where no other was set
 
 Floats = NDArray[np.floating[Any]]

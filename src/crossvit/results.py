@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SINGLE_LABEL, MULTI_LABEL = "single-label", "multi-label"  # one class an image, or any number of them
+
 
 def to_json(record: Any) -> Any:
     """A record, nested as it may be, as dicts, lists, numbers and strings in the order of its fields. Bytes are left out."""
@@ -214,7 +216,7 @@ class Evaluation:
     classes: tuple[ClassScore, ...]
     confusion: NDArray[np.int64]
     mistakes: tuple[Mistake, ...] = ()
-    task: str = "single-label"
+    task: str = SINGLE_LABEL
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
     calibration: Calibration | None = None
     selective: Selective | None = None
@@ -246,7 +248,7 @@ class Comparison:
 @dataclasses.dataclass(frozen=True)
 class Epoch:
     """One line of a run's log. Accuracies are 0 to 1, `lr` is the last step's, `seconds` are of training alone, `skipped` counts
-    steps whose loss or gradient was not finite."""
+    steps whose loss or gradient was not finite. val_map: mean average precision of several labels an image; None of one."""
 
     epoch: int
     step: int
@@ -258,6 +260,7 @@ class Epoch:
     seconds: float
     images_per_second: float
     skipped: int = 0
+    val_map: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

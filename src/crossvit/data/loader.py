@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from crossvit.data.augment import Augment
-from crossvit.data.images import ImageSet
-from crossvit.data.preprocess import Preprocessing
+from crossvit.data.images import ImageSet, Label, multi_hot
+from crossvit.data.preprocess import Picture, Preprocessing
+from crossvit.results import MULTI_LABEL
 
-View = NDArray[Any]  # (H, W, 3) uint8, or (3, H, W) float32 if it is normalised already
+View = NDArray[Any]  # as Augment gives it
 CACHE_BYTES = 2 * 2**30  # decoded pictures kept in memory, over all workers; beyond it every epoch decodes again
 
 
@@ -46,10 +47,10 @@ class Order:
     """Which image comes when: a pure function of (seed, epoch), as long as there are images.
 
     repeats: every image is taken so often in a row, and the pass is cut off at its length (repeated augmentation).
-    balanced: images are drawn with replacement, every class equally often on average.
+    balanced: images are drawn with replacement, every class equally often on average; for one label an image.
     """
 
-    labels: tuple[int, ...]
+    labels: tuple[Label, ...]
     seed: int
     repeats: int = 1
     balanced: bool = False
@@ -58,8 +59,8 @@ class Order:
         count = len(self.labels)
         generator = np.random.default_rng((self.seed, epoch))
         if self.balanced:
-            counts = np.bincount(self.labels)
-            chances = 1.0 / counts[list(self.labels)]
+            labels = np.asarray(self.labels)
+            chances = 1.0 / np.bincount(labels)[labels]
             order = generator.choice(count, size=count, p=chances / chances.sum())
         else:
             order = np.repeat(generator.permutation(count), self.repeats)[:count]
@@ -71,28 +72,31 @@ class Order:
         return keys
 
 
-class TrainingSet(Dataset[tuple[View, int]]):
-    """Augmented training views. An item is asked for by its Key, so it never depends on who loads it when."""
+class TrainingSet(Dataset[tuple[View, Any]]):
+    """(augmented view, target) of training images: a class number, or (classes,) uint8 of multi-label images. An item is
+    asked for by its Key, so it never depends on who loads it when."""
 
     def __init__(self, images: ImageSet, augment: Augment, *, seed: int, cache_bytes: int) -> None:
         self.images = images
         self.augment = augment
         self.seed = seed
         self.cache_bytes = cache_bytes
-        self._kept: dict[int, NDArray[np.uint8]] = {}
+        self._kept: dict[int, NDArray[Any]] = {}
         self._kept_bytes = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> tuple[View, int]:
+    def __getitem__(self, key: Key) -> tuple[View, Any]:
         view = self.augment(self._view(key.image), seed=self.seed, epoch=key.epoch, index=key.image, again=key.again)
-        return view, self.images.labels[key.image]
+        label = self.images.labels[key.image]
+        return view, multi_hot(label, len(self.images.classes)) if self.images.task == MULTI_LABEL else label
 
-    def _view(self, index: int) -> Image.Image:
+    def _view(self, index: int) -> Picture:
         if index in self._kept:
-            return Image.fromarray(self._kept[index])
-        view = self.augment.view(self.images.read(index))
+            kept = self._kept[index]
+            return Image.fromarray(kept) if kept.dtype == np.uint8 else kept
+        view = self.augment.view(self.images.picture(index, self.augment.preprocessing))
         pixels = np.asarray(view)
         if self._kept_bytes + pixels.nbytes <= self.cache_bytes:
             self._kept[index] = pixels
@@ -132,7 +136,8 @@ class EpochBatches:
 
 
 class TrainingLoader:
-    """One epoch after another of (images, labels): (B, 3, H, W) float32 normalised, (B,) int64.
+    """One epoch after another of (images, targets): (B, C, H, W) float32 normalised; (B,) int64, or of multi-label images
+    (B, classes) float32, 1 where an image has a class.
 
     workers: processes that decode and augment (0: this one). They are spawned, so nothing of this process leaks in.
     """
@@ -151,7 +156,8 @@ class TrainingLoader:
         bounds: Bounds = whole,
     ) -> None:
         self.preprocessing = preprocessing
-        order = Order(tuple(images.labels), seed, repeats=repeats, balanced=balanced)
+        self.normalised = augment.erase is not None
+        order = Order(images.labels, seed, repeats=repeats, balanced=balanced)
         self.batches = EpochBatches(order, batch_size=batch_size, bounds=bounds)
         self.loader = DataLoader(
             TrainingSet(images, augment, seed=seed, cache_bytes=CACHE_BYTES // max(1, workers)),
@@ -171,9 +177,9 @@ class TrainingLoader:
         self.batches.epoch, self.batches.start = epoch, start
         with _interrupts_left_to_this_process():
             batches = iter(self.loader)  # starts the workers, the first time
-        for pixels, labels in batches:
-            images = self.preprocessing.normalise(pixels) if pixels.dtype == np.uint8 else pixels
-            yield torch.from_numpy(images), torch.from_numpy(labels)
+        for pixels, targets in batches:
+            images = pixels if self.normalised else self.preprocessing.normalise(pixels)
+            yield torch.from_numpy(images), torch.from_numpy(targets)
 
 
 @contextmanager
@@ -190,5 +196,6 @@ def _interrupts_left_to_this_process() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _stack(items: list[tuple[View, int]]) -> tuple[View, NDArray[np.int64]]:
-    return np.stack([view for view, _ in items]), np.array([label for _, label in items], dtype=np.int64)
+def _stack(items: list[tuple[View, Any]]) -> tuple[View, NDArray[Any]]:
+    targets = np.array([target for _, target in items])
+    return np.stack([view for view, _ in items]), targets.astype(np.int64 if targets.ndim == 1 else np.float32)
