@@ -36,7 +36,9 @@ def class_names(count: int) -> list[str]:
     return [kinds[index] if index < len(kinds) else f"class {index:03d}" for index in range(count)]
 
 
-def made_evaluation(classes: Sequence[str], *, each: int = 20, accuracy: float = 0.85, seed: int = 0, mistakes: int = 8) -> Evaluation:
+def made_evaluation(
+    classes: Sequence[str], *, each: int = 20, accuracy: float = 0.85, seed: int = 0, mistakes: int = 8
+) -> Evaluation:
     """A single-label evaluation with everything in it: every class has about `each` images, of which about `accuracy` are right."""
     rng = np.random.default_rng(seed)
     count = len(classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from json import dumps
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,7 @@ def evaluate(
     /,
     *,
     split: str | None = None,
+    report: str | None = None,
     calibrate: Switch = False,
     target_risk: float | None = None,
     corruptions: Switch = False,
@@ -49,6 +51,8 @@ def evaluate(
         part, otherwise every image.
     split
         Take this part instead: train, val or test where the data has them, all where it has none, or held-out.
+    report
+        Write a page with every figure, the plots and the surest mistakes to this file.
     calibrate
         Store the temperature that fits these images in the run, so that its probabilities mean what they say. Only with
         images it was not trained on.
@@ -75,12 +79,18 @@ def evaluate(
         Print one JSON object on stdout.
     """
     import os
+    from pathlib import Path
 
     import crossvit
     from crossvit.cli.terminal import counting
+    from crossvit.errors import UsageError
+    from crossvit.report.page import evaluation_page
     from crossvit.results import to_json
     from crossvit.robustness import CORRUPTIONS
+    from crossvit.run import Run, write_atomically
 
+    if report is not None and (Path(report).is_dir() or not Path(report).absolute().parent.is_dir()):
+        raise UsageError(f"--report {report} cannot be a file: name one in a folder that is there")
     with counting("evaluating") as progress:
         result = crossvit.evaluate(
             run,
@@ -98,10 +108,20 @@ def evaluate(
             workers=min(os.cpu_count() or 1, WORKERS_AT_MOST) if workers is None else workers,
             progress=progress,
         )
+    if report is not None:
+        given = {"--split": split, "--target-risk": target_risk}
+        words = [word for option, value in given.items() if value is not None for word in (option, str(value))]
+        words += ["--corruptions"] * corruptions + (["--sizes", *map(str, sizes)] if sizes else []) + ["--skip-bad"] * skip_bad
+        command = shlex.join(["crossvit", "evaluate", run, data, *words, "--report", report])
+        record = Run(run).record() if Run(run).exists() else {}
+        page = evaluation_page(result, command=command, record=record)
+        write_atomically(Path(report), page.encode("utf-8", "surrogateescape"))
     if json:
         print(dumps(to_json(result), ensure_ascii=False, allow_nan=False))
     else:
         print_evaluation(result)
+        if report is not None:
+            print(f"page         {report}")
     return 0
 
 

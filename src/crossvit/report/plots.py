@@ -144,7 +144,9 @@ def sizes(scores: Sequence[SizeScore], top1: float) -> str:
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes()
         axes.axhline(top1, color=INK, alpha=0.45, linewidth=1, linestyle="--")
-        axes.plot([score.pixels for score in ordered], [score.top1 for score in ordered], color=HELD_OUT, marker="o", linewidth=2.0)
+        axes.plot(
+            [score.pixels for score in ordered], [score.top1 for score in ordered], color=HELD_OUT, marker="o", linewidth=2.0
+        )
         axes.set_xscale("log", base=2)
         axes.set_xticks([score.pixels for score in ordered], [str(score.pixels) for score in ordered])
         axes.minorticks_off()
