@@ -70,6 +70,10 @@ def test_probabilities_and_losses_are_torchs(single: tuple[NDArray[np.float32], 
     logits, labels = single
     tensor, wanted = torch.from_numpy(logits).double(), torch.from_numpy(labels)
     np.testing.assert_allclose(metrics.probabilities(logits, temperature=1.7), (tensor / 1.7).softmax(dim=1))
+    np.testing.assert_allclose(metrics.confidence(logits, 1.7), (tensor / 1.7).softmax(dim=1).amax(dim=1))
+    each = np.linspace(0.5, 3, len(logits))
+    own = (tensor / torch.from_numpy(each)[:, None]).softmax(dim=1).amax(dim=1)
+    np.testing.assert_allclose(metrics.confidence(logits, each), own, rtol=1e-6)
     np.testing.assert_allclose(metrics.probabilities(logits, task=MULTI_LABEL, temperature=1.7), (tensor / 1.7).sigmoid())
     loss = torch.nn.functional.cross_entropy(tensor / 1.7, wanted).item()
     assert metrics.cross_entropy(logits, labels, temperature=1.7) == pytest.approx(loss)

@@ -309,7 +309,7 @@ def _single_label(
     """The fields of `Evaluation` that differ where an image shows one class."""
     answers = fused.argmax(axis=1)
     correct = answers == labels
-    sure = metrics.probabilities(fused, temperature=temperature)[np.arange(len(labels)), answers]
+    sure = metrics.confidence(fused, temperature)
     confusion = metrics.confusion_matrix(labels, answers, len(images.classes))
     right, true, guessed = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     names = images.classes

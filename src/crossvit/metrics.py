@@ -33,6 +33,14 @@ def probabilities(logits: Floats, *, task: str = SINGLE_LABEL, temperature: floa
     return np.exp(-np.logaddexp(0.0, -scaled))
 
 
+def confidence(logits: Floats, temperature: float | Floats = 1.0) -> NDArray[np.float64]:
+    """(n,): the probability of the surest class, max softmax(z / T) = 1 / Σ exp((z − max z) / T). temperature: one, or (n,)."""
+    shifted = (logits - logits.max(axis=1, keepdims=True)).astype(np.float64)
+    shifted /= np.broadcast_to(np.asarray(temperature, dtype=np.float64), len(logits))[:, None]
+    surest: NDArray[np.float64] = 1 / np.exp(shifted, out=shifted).sum(axis=1)
+    return surest
+
+
 def log_softmax(logits: Floats) -> NDArray[np.float64]:
     """z − log Σ exp z over the last axis, in double precision and without overflow."""
     shifted = np.asarray(logits, dtype=np.float64) - logits.max(axis=-1, keepdims=True)
