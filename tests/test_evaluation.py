@@ -50,7 +50,7 @@ def test_an_evaluation_has_everything_in_it(tiny_run: TrainingResult, scans: Pat
     assert result.images == open_data(scans).part("all").names
     assert result.calibration is not None
     assert result.selective is not None
-    assert (sum(one.n for one in result.calibration.bins), result.calibration.stored) == (60, False)
+    assert (sum(one.n for one in result.calibration.bins), result.calibration.replaced) == (60, None)
     assert (result.selective.target_risk, result.selective.points[-1].risk) == (0.3, pytest.approx(1 - result.top1))
     assert result.seconds > 0
     assert (result.precision, result.robustness) == ("fp32", None)
@@ -118,17 +118,18 @@ def test_several_classes_an_image_are_measured_at_the_runs_thresholds(tiny_run: 
 # ---------------------------------------------------------------- calibrate
 
 
-def test_calibrate_stores_what_evaluation_and_prediction_then_use(own_run: Path, scans: Path) -> None:
-    before = crossvit.evaluate(own_run, scans, calibrate=True)
-    assert before.calibration is not None
-    fitted = before.calibration.suggested_temperature
-    assert before.calibration.stored
-    assert before.calibration.temperature == 1.0
-    assert Run(own_run).record()["temperature"] == fitted != 1.0
+def test_calibrate_stores_what_evaluation_then_uses(own_run: Path, scans: Path) -> None:
+    before = crossvit.evaluate(own_run, scans)
+    stored = crossvit.evaluate(own_run, scans, calibrate=True)
     after = crossvit.evaluate(own_run, scans)
-    assert after.calibration is not None
-    assert (after.calibration.temperature, after.calibration.stored) == (fitted, False)
-    assert after.calibration.suggested_temperature == pytest.approx(fitted)
+    assert before.calibration is not None
+    assert stored.calibration is not None
+    fitted = before.calibration.suggested_temperature
+    assert Run(own_run).record()["temperature"] == stored.calibration.temperature == pytest.approx(fitted)
+    assert fitted != 1.0
+    assert stored.calibration.replaced == before.calibration
+    assert after.calibration == dataclasses.replace(stored.calibration, replaced=None)
+    assert (after.loss, after.selective) == (stored.loss, stored.selective)
     assert after.loss < before.loss
     assert (after.top1, after.correct) == (before.top1, before.correct)
     trained = open_trained(own_run)

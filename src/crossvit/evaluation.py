@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossvit import metrics
-from crossvit.calibration import calibration, selective
+from crossvit.calibration import calibration, fit_temperature, selective
 from crossvit.data.images import BETWEEN_LABELS, HELD_OUT_PARTS, Data, ImageSet
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import open_data
@@ -62,8 +62,8 @@ def evaluate(
     data: as for training. Of DATA with val/ or test/ that part is taken; of DATA with images the run held out, those; otherwise
     every image. `split` names a part instead (`train`, `val`, `test`, `all`, `held-out`).
     target_risk: the share of answers that may be wrong, for the suggested threshold; None is half the error of always answering.
-    calibrate: store the suggested temperature in the run, whose logits are divided by it from then on; the figures returned are
-    still those from before.
+    calibrate: store the temperature that fits these images in the run, whose logits are divided by it from then on; the figures
+    returned are with it.
     corruptions: names of `robustness.CORRUPTIONS`, each at five severities; sizes: shorter sides in pixels. Both are measured on
     `robustness_images` of the images, their pictures spoilt in `workers` processes (0: in this one).
     progress: called with (images done, images in all).
@@ -94,6 +94,8 @@ def evaluate(
         skip_bad=skip_bad,
         progress=lambda done, _: progress(done, total),
     )
+    fused = logits.mean(axis=0).astype(np.float64)
+    temperature = fitted_temperature(fused, images) if calibrate else trained.temperature
     evaluation = dataclasses.replace(
         summarise(
             logits,
@@ -102,7 +104,7 @@ def evaluate(
             run=trained.source,
             data=str(data),
             split=part,
-            temperature=trained.temperature,
+            temperature=temperature,
             thresholds=trained.thresholds,
             thorough=True,
             target_risk=target_risk,
@@ -111,7 +113,10 @@ def evaluate(
         precision=engine.precision,
     )
     if calibrate:
-        evaluation = _stored(evaluation)
+        Run(run).amend(temperature=temperature)
+        assert evaluation.calibration is not None
+        before = calibration(fused, images.targets(), temperature=trained.temperature)
+        evaluation = dataclasses.replace(evaluation, calibration=dataclasses.replace(evaluation.calibration, replaced=before))
     if asked:
         measured = measure_robustness(
             engine,
@@ -198,16 +203,15 @@ def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: 
         )
 
 
-def _stored(evaluation: Evaluation) -> Evaluation:
-    """`evaluation` with its suggested temperature stored in its run. DataError where no temperature fits."""
-    assert evaluation.calibration is not None
-    if all(evaluation.correct):
+def fitted_temperature(fused: NDArray[np.float64], images: ImageSet) -> float:
+    """The temperature that fits. DataError where none does."""
+    labels = images.targets()
+    if metrics.hits(fused, labels).all():
         raise DataError(
-            f"all {evaluation.n:,} images of {evaluation.data} are answered right, so the surer the better, and no temperature "
+            f"all {len(images):,} images of {images.location} are answered right, so the surer the better, and no temperature "
             "fits: calibrate with more images"
         )
-    Run(evaluation.run).amend(temperature=evaluation.calibration.suggested_temperature)
-    return dataclasses.replace(evaluation, calibration=dataclasses.replace(evaluation.calibration, stored=True))
+    return fit_temperature(fused, labels)
 
 
 def _listed(names: Sequence[str]) -> str:

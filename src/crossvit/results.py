@@ -109,8 +109,8 @@ class Calibration:
     """Whether 80 % sure means 80 % right. ece: expected calibration error, 0 to 1, of logits divided by `temperature`.
 
     suggested_temperature: the one that makes the cross-entropy of these images least; suggested_ece: the error with it, each
-    image under the temperature fitted to the others (two halves), so that it does not flatter. stored: whether the suggested
-    temperature is now the run's own; these figures are from before it was.
+    image under the temperature fitted to the others (two halves), so that it does not flatter. replaced: what there was
+    before `--calibrate` stored this temperature in the run.
     """
 
     ece: float
@@ -118,7 +118,12 @@ class Calibration:
     bins: tuple[ReliabilityBin, ...]
     suggested_temperature: float
     suggested_ece: float
-    stored: bool = False
+    replaced: Calibration | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether `temperature` was fitted to these images and is the run's own now."""
+        return self.replaced is not None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,8 +54,8 @@ def evaluate(
     report
         Write a page with every figure, the plots and the surest mistakes to this file.
     calibrate
-        Store the temperature that fits these images in the run, so that its probabilities mean what they say. Only with
-        images it was not trained on.
+        Store the temperature that fits these images in the run, so that its probabilities mean what they say, and measure
+        with it. Only with images the run was not trained on.
     target_risk
         The share of answers that may be wrong, 0 to 1: a confidence is suggested below which to give no answer. By default
         half the share that is wrong if every image is answered.
@@ -155,16 +155,17 @@ def _print_multi_label(scores: MultiLabel, interval: Interval | None) -> None:
 
 
 def _print_calibration(found: Calibration, run: str) -> None:
-    confident = sum(one.n * one.confidence for one in found.bins)
-    accurate = sum(one.n * one.accuracy for one in found.bins)
-    too = "too sure" if confident > accurate else "not sure enough"
-    at = f"at temperature {found.temperature:.2f}"
-    print(f"calibration  off by {_percent(found.ece)} on average {at}, mostly {too}; {_percent(found.suggested_ece)} at ", end="")
-    print(f"{found.suggested_temperature:.2f}" + ("" if found.stored else " (--calibrate stores it)"))
-    if found.stored:
-        print(
-            f"stored       temperature {found.suggested_temperature:.4g} in {run}/run.json, in place of {found.temperature:.4g}"
-        )
+    was = found.replaced or found
+    surplus = sum(one.n * (one.confidence - one.accuracy) for one in was.bins)
+    too = "too sure" if surplus > 0 else "not sure enough"
+    fitting = f"{_percent(found.suggested_ece)} at {found.suggested_temperature:.2f}"
+    by_hand = "" if found.stored else " (--calibrate stores it)"
+    print(
+        f"calibration  off by {_percent(was.ece)} on average at temperature {was.temperature:.2f}, mostly {too}; "
+        f"{fitting}{by_hand}"
+    )
+    if found.replaced:
+        print(f"stored       temperature {found.temperature:.4g} in {run}/run.json, in place of {was.temperature:.4g}")
 
 
 def _print_selective(found: Selective) -> None:
