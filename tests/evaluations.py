@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -11,21 +12,28 @@ from PIL import Image
 
 from crossvit.results import (
     BranchScore,
+    BrokenImage,
     Calibration,
     ClassScore,
+    ComparedRun,
     CorruptionScore,
+    DataCheck,
     Epoch,
     Evaluation,
+    ImagePair,
     Interval,
     LabelScore,
     Mistake,
     MultiLabel,
+    PartCheck,
     ReliabilityBin,
     RiskPoint,
     Robustness,
+    RunsCompared,
     Selective,
     SizeScore,
 )
+from crossvit.uncertainty import compare
 
 CORRUPTIONS = ("gaussian_noise", "shot_noise", "motion_blur", "defocus_blur", "fog", "brightness", "contrast", "jpeg_compression")
 
@@ -39,7 +47,7 @@ def class_names(count: int) -> list[str]:
 def made_evaluation(
     classes: Sequence[str], *, each: int = 20, accuracy: float = 0.85, seed: int = 0, mistakes: int = 8
 ) -> Evaluation:
-    """A single-label evaluation with everything in it: every class has about `each` images, of which about `accuracy` are right."""
+    """A single-label evaluation with everything in it: about `each` images a class, of which about `accuracy` are right."""
     rng = np.random.default_rng(seed)
     count = len(classes)
     labels = np.repeat(np.arange(count), rng.integers(each // 2, each + each // 2, count))
@@ -179,4 +187,72 @@ def _png(seed: int, channel: int) -> bytes:
     coarse[..., channel] = 200
     buffer = io.BytesIO()
     Image.fromarray(coarse).resize((112, 80), Image.Resampling.BICUBIC).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def made_comparison(*, accuracies: Sequence[float], seeds: Sequence[int] | None = None, classes: int = 10) -> RunsCompared:
+    """Runs side by side, a name for each accuracy."""
+    names = ("first", "second", "runs/a third with a long name", "fourth")
+    labels = class_names(classes)
+    runs = tuple(
+        ComparedRun(
+            name=name,
+            run=f"runs/{name}",
+            model="crossvit_nano_64",
+            parameters=1_150_000 + 10_000 * index,
+            macs=26_000_000,
+            seconds=131.0 * (index + 1),
+            evaluation=made_evaluation(labels, accuracy=accuracy, seed=(seeds or range(len(accuracies)))[index]),
+            record=made_record(labels),
+            epochs=made_epochs(12, reaches=accuracy),
+        )
+        for index, (name, accuracy) in enumerate(zip(names, accuracies, strict=False))
+    )
+    n = min(run.evaluation.n for run in runs)
+    cut = [
+        dataclasses.replace(run.evaluation, images=tuple(map(str, range(n))), correct=run.evaluation.correct[:n]) for run in runs
+    ]
+    return RunsCompared(
+        data="/data/ocean creatures",
+        split="val",
+        n=n,
+        runs=runs,
+        tests=tuple(compare(cut[0], other) for other in cut[1:]),
+        differing={
+            "optimiser.lr": tuple(0.001 * (index + 1) for index in range(len(runs))),
+            "augmentation.flip": (0.5, None, 0.0, 0.5),
+        },
+    )
+
+
+def made_data_check(classes: Sequence[str]) -> DataCheck:
+    """Data with two parts, a broken file, and a pair of either kind."""
+    counts = {name: 20 + 7 * index for index, name in enumerate(classes)}
+    halves = {name: count // 2 for name, count in counts.items()}
+    parts = (
+        PartCheck("train", sum(counts.values()), counts, (40, 50), (120, 160), (300, 400)),
+        PartCheck("val", sum(halves.values()), halves, (64, 64), (64, 64), (64, 64)),
+    )
+    images, sides = ("train/a folder with a long name/picture number 1.jpg", "val/crab/2.jpg"), ("train", "val")
+    return DataCheck(
+        data="/data/ocean creatures",
+        n=sum(part.n for part in parts),
+        parts=parts,
+        imbalance=4.2,
+        modes={"RGB": 900, "L": 3},
+        broken=(BrokenImage("train", "train/crab/9.jpg", "train/crab/9.jpg: not an image in a format read here"),),
+        identical_count=1,
+        near_count=1,
+        leak_count=2,
+        conflict_count=1,
+        near_bits=4,
+        identical=(ImagePair(images, sides, ("crab", "lobster"), 0, _jpeg(1), _jpeg(1)),),
+        near=(ImagePair(images, sides, ("crab", "crab"), 3, _jpeg(2), _jpeg(3)),),
+        notes=("files of a kind that is not read here are ignored: 3 .heic",),
+    )
+
+
+def _jpeg(seed: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(_png(seed, 2))).convert("RGB").save(buffer, format="JPEG")
     return buffer.getvalue()

@@ -71,7 +71,7 @@ def compare_runs(
             for name, run, record, evaluation in zip(names, folders, records, evaluations, strict=True)
         ),
         tests=tuple(compare(first, other) for other in evaluations[1:]),
-        differing=differing([record["recipe"] for record in records]),
+        differing=differing([{**record["recipe"], "model": record["model"]} for record in records]),
     )
 
 
@@ -101,8 +101,8 @@ def _refuse_other_images(first: str, own: Evaluation, name: str, other: Evaluati
     if set(own.images) != set(other.images):
         common = len(set(own.images) & set(other.images))
         raise UsageError(
-            f"{first} and {name} were measured on different images of {own.data} ({own.n:,} and {other.n:,}, {common:,} in common), "
-            "because each leaves out what it was trained on: give --data that is new to both"
+            f"{first} and {name} were measured on different images of {own.data} ({own.n:,} and {other.n:,}, {common:,} in "
+            "common), because each leaves out what it was trained on: give --data that is new to both"
         )
 
 
@@ -130,7 +130,9 @@ def short_names(paths: Sequence[str]) -> list[str]:
     names = []
     for own in parts:
         others = [other for other in parts if other != own]
-        length = next(size for size in range(1, len(own) + 1) if all(other[-size:] != own[-size:] for other in others))
+        length = next(
+            (size for size in range(1, len(own) + 1) if all(other[-size:] != own[-size:] for other in others)), len(own)
+        )
         names.append(str(Path(*own[-length:])))
     return names
 

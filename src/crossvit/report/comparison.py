@@ -15,8 +15,9 @@ CHANCE = 0.05  # p below which a difference is said to be more than chance
 
 
 def comparison_page(found: RunsCompared, *, command: str) -> str:
-    """The HTML of runs side by side: headline, paired tests, curves, classes, branches, cost and what differs in their recipes."""
+    """The HTML of runs side by side: scores, paired tests, curves, classes, branches, cost and what differs in recipes."""
     intervals = [run.evaluation.intervals.get("top1") for run in found.runs]
+    classes = _classes(found)
     curves = plots.overlaid([(run.name, run.epochs) for run in found.runs]) if all(run.epochs for run in found.runs) else []
     return (
         environment()
@@ -28,7 +29,8 @@ def comparison_page(found: RunsCompared, *, command: str) -> str:
             differences=Axis.around([*(test.interval for test in found.tests), Interval(0, 0)]),
             says=[_says(found.runs[0].name, run.name, test) for run, test in zip(found.runs[1:], found.tests, strict=True)],
             branches=_branches(found),
-            classes=_classes(found),
+            classes=classes,
+            largest=max(0.001, *(abs(row.difference) for row in classes)),
             curves=[Markup(svg) for svg in curves],  # noqa: S704  # our own SVGs
             spoken_seconds=spoken_seconds,
             command=command,
@@ -61,7 +63,8 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class ClassRow:
-    """One class: F1 in every run (None where a run has no such class), the last less the first, and where a bar of that lies."""
+    """One class: F1 in every run (None where a run has no such class), and the second less the first, or of more runs the
+    highest less the lowest."""
 
     label: str
     n: int
@@ -94,5 +97,6 @@ def _classes(found: RunsCompared) -> list[ClassRow]:
         n = max(own[label].n for own in scores if label in own)
         f1 = tuple(own[label].f1 if label in own else None for own in scores)
         if n:
-            rows.append(ClassRow(label, n, f1, (f1[-1] or 0.0) - (f1[0] or 0.0)))
+            known = [own or 0.0 for own in f1]
+            rows.append(ClassRow(label, n, f1, known[1] - known[0] if len(known) == 2 else max(known) - min(known)))
     return sorted(rows, key=lambda row: (-abs(row.difference), row.label))

@@ -24,7 +24,6 @@ SIZE = (4.7, 3.1)  # inches, of one of two plots side by side
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "crossvit",  # the same data gives the same bytes
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
@@ -110,7 +109,7 @@ def reliability(calibration: Calibration) -> str:
         upper.scatter(sure, right, [8 + 40 * own.n / most for own in bins], color=HELD_OUT, zorder=3, clip_on=False)
         upper.set(xlim=(0, 1), ylim=(0, 1.02), title="Share that is right")
         upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        upper.legend(loc="upper left")
+        upper.legend(loc="lower right")
         lower.bar(left, [own.n for own in bins], widths, align="edge", color=TRAIN, alpha=0.75, linewidth=0)
         lower.set(title="Answers", xlabel="confidence")
         lower.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -125,13 +124,13 @@ def risk_coverage(selective: Selective) -> str:
         figure, axes = _axes(height=4.1)
         axes.plot(coverage, risk, color=HELD_OUT, linewidth=2.0, marker="o" if len(risk) == 1 else None)
         axes.fill_between(coverage, risk, color=HELD_OUT, alpha=0.12, linewidth=0)
-        top = max([*risk, selective.target_risk, 0.01]) * 1.2
-        axes.axhline(selective.target_risk, color=INK, alpha=0.45, linewidth=1, linestyle="--")
-        said = f"{100 * selective.target_risk:.1f} % wrong"
-        axes.text(1.0, selective.target_risk - top * 0.015, said, fontsize=9, ha="right", va="top")
+        top = max([*risk, selective.target_risk, 0.01]) * 1.3
+        asked = f"asked for: {100 * selective.target_risk:.1f} % wrong"
+        axes.axhline(selective.target_risk, color=INK, alpha=0.45, linewidth=1, linestyle="--", label=asked)
         if selective.suggested is not None:
             point = selective.suggested
-            axes.plot([point.coverage], [point.risk], color=TRAIN, marker="o", markersize=8, linestyle="")
+            axes.plot([point.coverage], [point.risk], color=TRAIN, marker="o", markersize=8, linestyle="", label="suggested")
+        axes.legend(loc="upper left")
         axes.set(xlim=(0, 1.01), ylim=(0, top), xlabel="share of the images that is answered", title="Share that is wrong")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None if top >= 0.05 else 1))
@@ -175,7 +174,8 @@ def _over_epochs(loss: Axes, accuracy: Axes, of: str = "") -> None:
 def _svg(figure: Figure, says: str) -> str:
     """`figure` as an <svg> in the page's colours, with what it says for those who cannot see it."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context({"svg.hashsalt": says}):  # the same data gives the same bytes, another plot other ids
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue().replace(INK, "currentColor")
     for index, stand_in in enumerate(SERIES, start=1):
         text = text.replace(stand_in, f"var(--s{index})")

@@ -28,6 +28,7 @@ def environment(*, script: bool = False) -> jinja2.Environment:
         "points": lambda difference: f"{_signed(difference)}{THIN}points",
         "signed": _signed,
         "interval": _interval,
+        "chance": _chance,
         "width": lambda share: f"{100 * share:.1f}%",
         "count": lambda number: f"{number:,}",
         "wrong": _wrong,
@@ -53,7 +54,12 @@ def _percent(share: float) -> str:
 
 def _signed(difference: float) -> str:
     """A difference of shares in points, with its sign; a minus as wide as the plus."""
-    return f"{100 * difference:+.1f}".replace("-", "−")
+    points = round(100 * difference, 1)
+    return f"{points:+.1f}".replace("-", "−") if points else "0.0"
+
+
+def _chance(p: float) -> str:
+    return f"{p:.2f}" if p >= 0.1 else f"{p:.2g}" if p >= 0.0001 else "< 0.0001"
 
 
 def _wrong(evaluation: Evaluation) -> int:
