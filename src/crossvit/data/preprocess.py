@@ -194,9 +194,12 @@ class Preprocessing:
     def normalise(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
         """(..., H, W, C) uint8, or float32 in 0..1 -> (..., C, H, W) float32, (value − mean) / std of values in 0..1."""
         unit = 255.0 if pixels.dtype == np.uint8 else 1.0
-        scale = (1.0 / (unit * np.asarray(self.std))).astype(np.float32)
-        offset = (np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
-        return np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32) * scale - offset, -1, -3))
+        scale = (1.0 / (unit * np.asarray(self.std))).astype(np.float32)[:, None, None]
+        offset = (np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)[:, None, None]
+        values = np.ascontiguousarray(np.moveaxis(pixels, -1, -3)).astype(np.float32)  # turned while it is small
+        values *= scale
+        values -= offset
+        return values
 
     def __call__(self, source: ImageSource) -> NDArray[np.float32]:
         """Read, fit and normalise: (C, H, W) float32."""
