@@ -298,6 +298,24 @@ class Rehearsal:
     peak_bytes: int
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledRun:
+    """A run on so many GPUs, as arithmetic has it. batch_on_each: images of a step on one GPU, taken in `accumulate` parts;
+    images_per_second: what has to be loaded, in all and by each process; hours: training and evaluation."""
+
+    gpus: int
+    batch_size: int
+    batch_on_each: int
+    accumulate: int
+    lr: float
+    steps_an_epoch: int
+    steps: int
+    warmup_steps: int
+    images_per_second: float
+    images_per_second_on_each: float
+    hours: float
+
+
 @dataclasses.dataclass(frozen=True)
 class ShardSummary:
     """What `crossvit data shard` wrote: images in tar files, and the bytes of those."""

@@ -94,17 +94,18 @@ class Augment:
         return dataclasses.replace(self.preprocessing, image_size=size[::-1], crop=None).fit(picture)
 
     def __call__(self, view: Picture, *, seed: int, epoch: int, index: int, again: int = 0) -> NDArray[Any]:
-        """`again` counts how often the image was taken before in the same epoch."""
-        with seeded(seed, epoch, index, *[again] * (again > 0)):
-            if isinstance(view, Image.Image):
-                pixels = np.asarray(self.transform(view))
-            else:
-                planes = torch.from_numpy(np.ascontiguousarray(np.moveaxis(view, -1, 0)))  # (C, H, W), as torchvision has it
-                pixels = np.moveaxis(self.transform(planes).numpy(), 0, -1)
-            if self.erase is None:
-                return pixels
-            erased: NDArray[np.float32] = self.erase(torch.from_numpy(self.preprocessing.normalise(pixels))).numpy()
-            return erased
+        """`again` counts how often the image was taken before in the same epoch. Draws from the global generators, which it
+        seeds: call it inside `generators_kept`."""
+        seed_generators(seed, epoch, index, *[again] * (again > 0))
+        if isinstance(view, Image.Image):
+            pixels = np.asarray(self.transform(view))
+        else:
+            planes = torch.from_numpy(np.ascontiguousarray(np.moveaxis(view, -1, 0)))  # (C, H, W), as torchvision has it
+            pixels = np.moveaxis(self.transform(planes).numpy(), 0, -1)
+        if self.erase is None:
+            return pixels
+        erased: NDArray[np.float32] = self.erase(torch.from_numpy(self.preprocessing.normalise(pixels))).numpy()
+        return erased
 
 
 def _randaugment(setting: str, preprocessing: Preprocessing) -> Callable[[Image.Image], Image.Image]:
@@ -141,18 +142,29 @@ def _erasing(chance: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return erase
 
 
-@contextmanager
-def seeded(*key: int) -> Iterator[None]:
-    """Inside, all three global generators (random, NumPy's, torch's CPU one) follow from `key`; afterwards they are as
-    they were. Transforms draw from any of them, and without worker processes they are the model's generators too."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def seed_generators(*key: int) -> None:
+    """All three global generators (random, NumPy's, torch's CPU one) follow from `key`: transforms draw from any of them."""
     words = np.random.SeedSequence(key).generate_state(2)
     random.seed(int(words[0]))
     np.random.seed(words[0])
     torch.default_generator.manual_seed(int(words[0]) << 32 | int(words[1]))
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """After it the three generators are as they were before: without worker processes they are the model's too."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])
         torch.set_rng_state(before[2])
+
+
+@contextmanager
+def seeded(*key: int) -> Iterator[None]:
+    """Inside, the generators follow from `key`; afterwards they are as they were."""
+    with generators_kept():
+        seed_generators(*key)
+        yield

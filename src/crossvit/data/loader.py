@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,12 +19,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from crossvit.data.augment import Augment
+from crossvit.data.augment import Augment, generators_kept
 from crossvit.data.images import ImageSet, Label, multi_hot
 from crossvit.data.preprocess import Picture, Preprocessing
 from crossvit.results import MULTI_LABEL
 
 View = NDArray[Any]  # as Augment gives it
+DECODING_THREADS = min(8, os.cpu_count() or 1)  # where there are no worker processes
 CACHE_BYTES = 2 * 2**30  # decoded pictures kept in memory, over all workers; beyond it every epoch decodes again
 
 
@@ -74,34 +77,59 @@ class Order:
 
 class TrainingSet(Dataset[tuple[View, Any]]):
     """(augmented view, target) of training images: a class number, or (classes,) uint8 of multi-label images. An item is
-    asked for by its Key, so it never depends on who loads it when."""
+    asked for by its Key, so it never depends on who loads it when. threads: that decode, 0 for none."""
 
-    def __init__(self, images: ImageSet, augment: Augment, *, seed: int, cache_bytes: int) -> None:
+    def __init__(self, images: ImageSet, augment: Augment, *, seed: int, cache_bytes: int, threads: int = 0) -> None:
         self.images = images
         self.augment = augment
         self.seed = seed
         self.cache_bytes = cache_bytes
+        self.threads = threads
+        self._pool: ThreadPoolExecutor | None = None
         self._kept: dict[int, NDArray[Any]] = {}
         self._kept_bytes = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
+    def __getitems__(self, keys: list[Key]) -> list[tuple[View, Any]]:
+        """A batch: its pictures are decoded in threads, then varied one after the other, for what they draw is global."""
+        views = list(self._map(self._view, [key.image for key in keys]))
+        for key, view in zip(keys, views, strict=True):
+            self._keep(key.image, view)
+        with generators_kept():
+            return [(self._varied(key, view), self._target(key.image)) for key, view in zip(keys, views, strict=True)]
+
     def __getitem__(self, key: Key) -> tuple[View, Any]:
-        view = self.augment(self._view(key.image), seed=self.seed, epoch=key.epoch, index=key.image, again=key.again)
-        label = self.images.labels[key.image]
-        return view, multi_hot(label, len(self.images.classes)) if self.images.task == MULTI_LABEL else label
+        return self.__getitems__([key])[0]
+
+    def _map(self, do: Callable[[int], Picture], indices: list[int]) -> Iterable[Picture]:
+        if not self.threads:
+            return map(do, indices)
+        if self._pool is None:  # not before: what goes to another process holds no threads
+            self._pool = ThreadPoolExecutor(self.threads)
+        return self._pool.map(do, indices)
+
+    def _varied(self, key: Key, view: Picture) -> View:
+        return self.augment(view, seed=self.seed, epoch=key.epoch, index=key.image, again=key.again)
+
+    def _target(self, index: int) -> Any:
+        label = self.images.labels[index]
+        return multi_hot(label, len(self.images.classes)) if self.images.task == MULTI_LABEL else label
 
     def _view(self, index: int) -> Picture:
         if index in self._kept:
             kept = self._kept[index]
             return Image.fromarray(kept) if kept.dtype == np.uint8 else kept
-        view = self.augment.view(self.images.picture(index, self.augment.preprocessing))
+        return self.augment.view(self.images.picture(index, self.augment.preprocessing))
+
+    def _keep(self, index: int, view: Picture) -> None:
+        if index in self._kept:
+            return
         pixels = np.asarray(view)
         if self._kept_bytes + pixels.nbytes <= self.cache_bytes:
             self._kept[index] = pixels
             self._kept_bytes += pixels.nbytes
-        return view
 
 
 class EpochBatches:
@@ -160,7 +188,13 @@ class TrainingLoader:
         order = Order(images.labels, seed, repeats=repeats, balanced=balanced)
         self.batches = EpochBatches(order, batch_size=batch_size, bounds=bounds)
         self.loader = DataLoader(
-            TrainingSet(images, augment, seed=seed, cache_bytes=CACHE_BYTES // max(1, workers)),
+            TrainingSet(
+                images,
+                augment,
+                seed=seed,
+                cache_bytes=CACHE_BYTES // max(1, workers),
+                threads=0 if workers else DECODING_THREADS,
+            ),
             batch_sampler=self.batches,  # keys rather than positions
             num_workers=workers,
             collate_fn=_stack,

@@ -35,44 +35,41 @@ def read_npy(file: IO[bytes]) -> NDArray[Any]:
     return with_channels(np.frombuffer(content, dtype).reshape(shape, order="F" if by_columns else "C"))
 
 
-def kept_whole(image: Image.Image) -> bool:
+def kept_whole(image: Image.Image, channels: int = 0) -> bool:
     """Whether Pillow gives every number of the opened file `image`: it does not of a TIFF with more channels, or more bits in
-    several channels, than it has a mode for."""
+    several channels, than it has a mode for, or with a page for each of `channels`."""
     tags = getattr(image, "tag_v2", None)
     if image.format != "TIFF" or tags is None:
         return True
     bits = tags.get(BITS_TAG, (1,))
     deepest = max(bits) if isinstance(bits, tuple) else bits
-    if tags.get(SAMPLES_TAG, 1) > len(image.getbands()):
+    if tags.get(SAMPLES_TAG, 1) > len(image.getbands()) or 1 < channels == getattr(image, "n_frames", 1):
         return False
     return bool(deepest <= 8 or image.mode.startswith(("I;16", "F")))
 
 
-def read_tiff(content: bytes) -> NDArray[Any]:
-    """(H, W, C): the channels of the first page of a TIFF, or where it has one, the pages as channels if all have one size."""
+def read_tiff(content: bytes, channels: int = 0) -> NDArray[Any]:
+    """(H, W, C): the channels of the first page of a TIFF; or its pages, where each has one and there are `channels` of them."""
     try:
         import tifffile
     except ImportError:
         raise ValueError("a kind of TIFF that Pillow does not read whole: pip install 'crossvit[tiff]'") from None
     with tifffile.TiffFile(io.BytesIO(content), is_ome=False) as file:  # no OME: it may name other files
         first: Any = file.pages.first
-        several = len(file.pages) if first.samplesperpixel == 1 else 1
-        _refuse_shape((*first.shape, several) if several > 1 else first.shape, first.dtype)
-        if several == 1:
+        pages = list(file.pages) if first.samplesperpixel == 1 < channels == len(file.pages) else [first]
+        _refuse_shape((*first.shape, channels) if len(pages) > 1 else first.shape, first.dtype)
+        if len(pages) == 1:
             planes = first.asarray()
             separate = planes.ndim == 3 and first.planarconfig == tifffile.PLANARCONFIG.SEPARATE
-            return with_channels(np.moveaxis(planes, 0, -1) if separate else planes, channels=first.samplesperpixel)
-        pages = [file.pages[index] for index in range(several)]
+            return with_channels(np.moveaxis(planes, 0, -1) if separate else planes)
         if any(page.shape != first.shape or page.dtype != first.dtype for page in pages):
             raise ValueError("its pages differ in size: keep one page, or bands of one size")
         return np.stack([page.asarray() for page in pages], axis=-1)
 
 
-def with_channels(planes: NDArray[Any], channels: int | None = None) -> NDArray[Any]:
+def with_channels(planes: NDArray[Any]) -> NDArray[Any]:
     """(H, W) or (H, W, C) as (H, W, C). ValueError for what is no picture."""
     _refuse_shape(planes.shape, planes.dtype)
-    if channels is not None and planes.shape[2:] not in ((), (channels,)):
-        raise ValueError(f"an array of {'x'.join(map(str, planes.shape))} is not a picture of {channels} channels")
     return planes if planes.ndim == 3 else planes[:, :, None]
 
 

@@ -63,7 +63,7 @@ def read_channels(source: ImageSource, channels: int) -> NDArray[np.float32]:
     A picture with that many channels is taken as it is; grey, RGB and RGBA become each other; anything else is a DataError.
     """
     with _named(source):
-        found = decode(source, exact=True)
+        found = decode(source, channels)
         if isinstance(found, Image.Image) and found.mode.startswith(("I", "F")):
             deep = np.asarray(found)[:, :, None]
             found = deep if found.mode == "F" else np.clip(deep, 0, 65535).astype(np.uint16)
@@ -79,10 +79,10 @@ def read_channels(source: ImageSource, channels: int) -> NDArray[np.float32]:
         return planes.scaled(planes.with_channels(np.asarray(plain.convert(MODES[channels]))))
 
 
-def decode(source: ImageSource, *, exact: bool = False) -> Image.Image | NDArray[Any]:
+def decode(source: ImageSource, channels: int = 0) -> Image.Image | NDArray[Any]:
     """What is in `source`: a picture, upright, in Pillow's own mode; or (H, W, C) as stored, where Pillow has no mode for it.
 
-    exact: a TIFF of which Pillow would drop channels or bits is an array too.
+    channels: where a number of them is asked for, a TIFF of which Pillow would drop channels or bits is an array too.
     """
     if isinstance(source, np.ndarray):
         plain = source.dtype == np.uint8 and (source.ndim == 2 or source.shape[2:] == (3,))
@@ -96,13 +96,13 @@ def decode(source: ImageSource, *, exact: bool = False) -> Image.Image | NDArray
             return planes.read_npy(file)
         try:
             with Image.open(file, formats=FORMATS) as image:
-                if not exact or planes.kept_whole(image):
+                if not channels or planes.kept_whole(image, channels):
                     return upright(image)
         except UnidentifiedImageError:
             if not start.startswith(planes.TIFF_MAGICS):
                 raise
         file.seek(0)
-        return planes.read_tiff(file.read())
+        return planes.read_tiff(file.read(), channels)
 
 
 @contextlib.contextmanager
@@ -194,9 +194,12 @@ class Preprocessing:
     def normalise(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
         """(..., H, W, C) uint8, or float32 in 0..1 -> (..., C, H, W) float32, (value − mean) / std of values in 0..1."""
         unit = 255.0 if pixels.dtype == np.uint8 else 1.0
-        scale = (1.0 / (unit * np.asarray(self.std))).astype(np.float32)
-        offset = (np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
-        return np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32) * scale - offset, -1, -3))
+        scale = (1.0 / (unit * np.asarray(self.std))).astype(np.float32)[:, None, None]
+        offset = (np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)[:, None, None]
+        values = np.ascontiguousarray(np.moveaxis(pixels, -1, -3)).astype(np.float32)  # turned while it is small
+        values *= scale
+        values -= offset
+        return values
 
     def __call__(self, source: ImageSource) -> NDArray[np.float32]:
         """Read, fit and normalise: (C, H, W) float32."""

@@ -239,7 +239,7 @@ class Training:
             with self.apart(left > 0), autocast(self.device, self.precision):
                 logits = self.forward(part)
             loss = self.criterion(logits, wanted, part) * (len(part) / size if own else 0.0)
-            with self.apart(left > 0):  # gradients of several processes become their mean
+            with self.team.exchanging(), self.apart(left > 0):  # gradients of several processes become their mean
                 self.scaler.scale(self.team.size * loss).backward()
             total += loss.item()
             right += surest_right(logits.float().mean(dim=0), label) * (own > 0)
