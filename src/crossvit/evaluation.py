@@ -18,17 +18,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossvit import metrics
-from crossvit.calibration import calibration, selective
-from crossvit.data.images import HELD_OUT_PARTS, Data, ImageSet
+from crossvit.calibration import calibration, fit_temperature, selective
+from crossvit.data.images import BETWEEN_LABELS, HELD_OUT_PARTS, Data, ImageSet
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import open_data
 from crossvit.errors import CrossViTError, DataError, UsageError
-from crossvit.results import ClassScore, Evaluation, Mistake
+from crossvit.results import MULTI_LABEL, ClassScore, Evaluation, Mistake
 from crossvit.robustness import IMAGES as ROBUSTNESS_IMAGES
 from crossvit.robustness import measure_robustness, spoilings
 from crossvit.run import Run
 from crossvit.runtimes.choose import load_engine
-from crossvit.trained import MULTI_LABEL, Trained, open_trained
+from crossvit.trained import Trained, open_trained
 from crossvit.uncertainty import multi_label_intervals, single_label_intervals
 
 BATCH_SIZE = 64
@@ -62,8 +62,8 @@ def evaluate(
     data: as for training. Of DATA with val/ or test/ that part is taken; of DATA with images the run held out, those; otherwise
     every image. `split` names a part instead (`train`, `val`, `test`, `all`, `held-out`).
     target_risk: the share of answers that may be wrong, for the suggested threshold; None is half the error of always answering.
-    calibrate: store the suggested temperature in the run, whose logits are divided by it from then on; the figures returned are
-    still those from before.
+    calibrate: store the temperature that fits these images in the run, whose logits are divided by it from then on; the figures
+    returned are with it.
     corruptions: names of `robustness.CORRUPTIONS`, each at five severities; sizes: shorter sides in pixels. Both are measured on
     `robustness_images` of the images, their pictures spoilt in `workers` processes (0: in this one).
     progress: called with (images done, images in all).
@@ -94,6 +94,8 @@ def evaluate(
         skip_bad=skip_bad,
         progress=lambda done, _: progress(done, total),
     )
+    fused = logits.mean(axis=0).astype(np.float64)
+    temperature = fitted_temperature(fused, images) if calibrate else trained.temperature
     evaluation = dataclasses.replace(
         summarise(
             logits,
@@ -102,7 +104,7 @@ def evaluate(
             run=trained.source,
             data=str(data),
             split=part,
-            temperature=trained.temperature,
+            temperature=temperature,
             thresholds=trained.thresholds,
             thorough=True,
             target_risk=target_risk,
@@ -111,7 +113,10 @@ def evaluate(
         precision=engine.precision,
     )
     if calibrate:
-        evaluation = _stored(evaluation)
+        Run(run).amend(temperature=temperature)
+        assert evaluation.calibration is not None
+        before = calibration(fused, images.targets(), temperature=trained.temperature)
+        evaluation = dataclasses.replace(evaluation, calibration=dataclasses.replace(evaluation.calibration, replaced=before))
     if asked:
         measured = measure_robustness(
             engine,
@@ -157,8 +162,15 @@ def _relabelled(images: ImageSet, trained: Trained) -> ImageSet:
         raise UsageError(
             f"{images.location} has classes the run was not trained on: {_listed(unknown)} (it knows {_listed(trained.classes)})"
         )
-    labels = tuple(positions[images.classes[label]] for label in images.labels)
-    return dataclasses.replace(images, classes=trained.classes, labels=labels)
+    if trained.task != images.task:
+        if images.task == MULTI_LABEL:
+            raise UsageError(
+                f"{images.location} has several classes an image and {trained.source} gives one: retrain it on such data"
+            )
+        images = dataclasses.replace(
+            images, labels=tuple((label,) for label in images.labels if isinstance(label, int)), task=MULTI_LABEL
+        )
+    return images.under(trained.classes, [positions[name] for name in images.classes])
 
 
 def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: str) -> None:
@@ -191,11 +203,15 @@ def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: 
         )
 
 
-def _stored(evaluation: Evaluation) -> Evaluation:
-    """`evaluation` with its suggested temperature stored in its run."""
-    assert evaluation.calibration is not None
-    Run(evaluation.run).amend(temperature=evaluation.calibration.suggested_temperature)
-    return dataclasses.replace(evaluation, calibration=dataclasses.replace(evaluation.calibration, stored=True))
+def fitted_temperature(fused: NDArray[np.float64], images: ImageSet) -> float:
+    """The temperature that fits. DataError where none does."""
+    labels = images.targets()
+    if metrics.hits(fused, labels).all():
+        raise DataError(
+            f"all {len(images):,} images of {images.location} are answered right, so the surer the better, and no temperature "
+            "fits: calibrate with more images"
+        )
+    return fit_temperature(fused, labels)
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -210,7 +226,7 @@ def measure(
     *,
     batch_size: int = BATCH_SIZE,
     skip_bad: bool = False,
-    kept: dict[int, NDArray[np.uint8]] | None = None,
+    kept: dict[int, NDArray[Any]] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> tuple[NDArray[np.float32], ImageSet]:
     """(branch logits of every image, (branches, n, classes); the images that are in them), a batch at a time.
@@ -222,9 +238,9 @@ def measure(
     logits: list[NDArray[np.float32]] = []
     bad: dict[int, DataError] = {}
 
-    def fit(index: int) -> NDArray[np.uint8] | DataError:
+    def fit(index: int) -> NDArray[Any] | DataError:
         try:
-            return pictures[index] if index in pictures else preprocessing.fit(images.read(index))
+            return pictures[index] if index in pictures else preprocessing.fit(images.picture(index, preprocessing))
         except DataError as error:
             return error
 
@@ -278,7 +294,7 @@ def summarise(
         "branches": metrics.branch_scores(branch_logits, truth, patches),
         "images": images.names,
     }
-    if truth.ndim == 1:
+    if images.task != MULTI_LABEL:
         own = _single_label(fused, truth, images, temperature=temperature, thorough=thorough, target_risk=target_risk)
     else:
         own = _multi_label(fused, truth, images, temperature=temperature, thresholds=thresholds, thorough=thorough)
@@ -297,7 +313,7 @@ def _single_label(
     """The fields of `Evaluation` that differ where an image shows one class."""
     answers = fused.argmax(axis=1)
     correct = answers == labels
-    sure = metrics.probabilities(fused, temperature=temperature)[np.arange(len(labels)), answers]
+    sure = metrics.confidence(fused, temperature)
     confusion = metrics.confusion_matrix(labels, answers, len(images.classes))
     right, true, guessed = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
     names = images.classes
@@ -336,8 +352,8 @@ def _multi_label(
     correct = (said == shown).all(axis=1)
     surest_wrong = np.where(said == shown, 0.0, np.where(said, sure, 1 - sure)).max(axis=1)
 
-    def listed(row: NDArray[np.bool_]) -> str:
-        return ", ".join(names[c] for c in np.flatnonzero(row)) or "none"
+    def named(i: int) -> tuple[str, str]:
+        return images.said(i) or "none", BETWEEN_LABELS.join(names[c] for c in np.flatnonzero(said[i])) or "none"
 
     found = {
         "task": MULTI_LABEL,
@@ -345,7 +361,7 @@ def _multi_label(
         "loss": metrics.binary_cross_entropy(fused, targets, temperature=temperature),
         "classes": tuple(ClassScore(one.label, one.n, one.precision, one.recall, one.f1) for one in scores.classes),
         "confusion": np.zeros((0, 0), dtype=np.int64),
-        "mistakes": _surest_mistakes(surest_wrong, correct, images, lambda i: (listed(shown[i]), listed(said[i]))),
+        "mistakes": _surest_mistakes(surest_wrong, correct, images, named),
         "correct": tuple(correct.tolist()),
         "multi_label": scores,
     }

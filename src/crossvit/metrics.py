@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossvit.results import BranchScore, ClassScore, LabelScore, MultiLabel
+from crossvit.results import SINGLE_LABEL, BranchScore, ClassScore, LabelScore, MultiLabel
 
-SINGLE_LABEL = "single-label"  # of `Trained.task`, which cannot be imported from here
 THRESHOLD = 0.5  # from which a multi-label model says a class, where no other was set
 
 Floats = NDArray[np.floating[Any]]
@@ -32,6 +31,14 @@ def probabilities(logits: Floats, *, task: str = SINGLE_LABEL, temperature: floa
     if task == SINGLE_LABEL:
         return np.exp(log_softmax(scaled))
     return np.exp(-np.logaddexp(0.0, -scaled))
+
+
+def confidence(logits: Floats, temperature: float | Floats = 1.0) -> NDArray[np.float64]:
+    """(n,): the probability of the surest class, max softmax(z / T) = 1 / Σ exp((z − max z) / T). temperature: one, or (n,)."""
+    shifted = (logits - logits.max(axis=1, keepdims=True)).astype(np.float64)
+    shifted /= np.broadcast_to(np.asarray(temperature, dtype=np.float64), len(logits))[:, None]
+    surest: NDArray[np.float64] = 1 / np.exp(shifted, out=shifted).sum(axis=1)
+    return surest
 
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:

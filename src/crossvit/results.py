@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SINGLE_LABEL, MULTI_LABEL = "single-label", "multi-label"  # one class an image, or any number of them
+
 
 def to_json(record: Any) -> Any:
     """A record, nested as it may be, as dicts, lists, numbers and strings in the order of its fields. Bytes are left out."""
@@ -107,8 +109,8 @@ class Calibration:
     """Whether 80 % sure means 80 % right. ece: expected calibration error, 0 to 1, of logits divided by `temperature`.
 
     suggested_temperature: the one that makes the cross-entropy of these images least; suggested_ece: the error with it, each
-    image under the temperature fitted to the others (two halves), so that it does not flatter. stored: whether the suggested
-    temperature is now the run's own; these figures are from before it was.
+    image under the temperature fitted to the others (two halves), so that it does not flatter. replaced: what there was
+    before `--calibrate` stored this temperature in the run.
     """
 
     ece: float
@@ -116,7 +118,12 @@ class Calibration:
     bins: tuple[ReliabilityBin, ...]
     suggested_temperature: float
     suggested_ece: float
-    stored: bool = False
+    replaced: Calibration | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether `temperature` was fitted to these images and is the run's own now."""
+        return self.replaced is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +221,7 @@ class Evaluation:
     classes: tuple[ClassScore, ...]
     confusion: NDArray[np.int64]
     mistakes: tuple[Mistake, ...] = ()
-    task: str = "single-label"
+    task: str = SINGLE_LABEL
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
     calibration: Calibration | None = None
     selective: Selective | None = None
@@ -246,7 +253,7 @@ class Comparison:
 @dataclasses.dataclass(frozen=True)
 class Epoch:
     """One line of a run's log. Accuracies are 0 to 1, `lr` is the last step's, `seconds` are of training alone, `skipped` counts
-    steps whose loss or gradient was not finite."""
+    steps whose loss or gradient was not finite. val_map: mean average precision of several labels an image; None of one."""
 
     epoch: int
     step: int
@@ -258,6 +265,7 @@ class Epoch:
     seconds: float
     images_per_second: float
     skipped: int = 0
+    val_map: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +296,24 @@ class Rehearsal:
     checkpoint_bytes: int
     total_seconds: float
     peak_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledRun:
+    """A run on so many GPUs, as arithmetic has it. batch_on_each: images of a step on one GPU, taken in `accumulate` parts;
+    images_per_second: what has to be loaded, in all and by each process; hours: training and evaluation."""
+
+    gpus: int
+    batch_size: int
+    batch_on_each: int
+    accumulate: int
+    lr: float
+    steps_an_epoch: int
+    steps: int
+    warmup_steps: int
+    images_per_second: float
+    images_per_second_on_each: float
+    hours: float
 
 
 @dataclasses.dataclass(frozen=True)

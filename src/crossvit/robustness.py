@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +35,7 @@ CORRUPTIONS = (  # the paper's fifteen, in its order: noise, blur, weather, digi
 )  # fmt: skip
 SEVERITIES = (1, 2, 3, 4, 5)
 LARGEST_SIDE = 256  # the shorter side that the published severities, in pixels, are for; larger pictures are scaled down to it
+COLOURS = (0, 1, 3, 4)  # channels (0: as RGB) that an 8-bit colour picture can become
 SMALLEST_SIDE = 32  # the least the package takes; smaller pictures are enlarged to it
 IMAGES = 1000  # that are measured: a share of them is right to about 3 %, and 75 times so many take minutes
 
@@ -113,8 +114,10 @@ def measure_robustness(
     """Accuracy of `forward` on images made worse in the ways `asked`, and as they are.
 
     sample: so many of the images are measured, evenly spread over them.  workers: processes that spoil pictures, 0 for this one.
-    progress is called with (pictures done, pictures in all).
+    progress is called with (pictures done, pictures in all). UsageError for other channels than pictures in colour have.
     """
+    if preprocessing.channels not in COLOURS:
+        raise UsageError(f"pictures of {preprocessing.channels} channels cannot be spoilt: leave --corruptions and --sizes out")
     chosen = images.take(np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).round().astype(int)).tolist())
     truth = chosen.targets()
     total = len(chosen) * (len(asked) + 1)
@@ -140,7 +143,7 @@ def measure_robustness(
     )
 
 
-Fit = Callable[[Spoiling | None, Sequence[int]], Iterator[NDArray[np.uint8]]]
+Fit = Callable[[Spoiling | None, Sequence[int]], Iterator[NDArray[Any]]]
 
 
 @contextmanager
@@ -154,10 +157,11 @@ def _fitting(images: ImageSet, preprocessing: Preprocessing, workers: int) -> It
         yield lambda spoiling, indices: pool.map(_held, [spoiling] * len(indices), indices, chunksize=4)
 
 
-def _fitted(images: ImageSet, preprocessing: Preprocessing, spoiling: Spoiling | None, index: int) -> NDArray[np.uint8]:
-    picture = images.read(index)
+def _fitted(images: ImageSet, preprocessing: Preprocessing, spoiling: Spoiling | None, index: int) -> NDArray[Any]:
+    if spoiling is None:
+        return preprocessing.fit(images.picture(index, preprocessing))
     seed = zlib.crc32(f"{images.names[index]} {spoiling}".encode("utf-8", "surrogateescape"))
-    return preprocessing.fit(picture if spoiling is None else spoiling(picture, seed=seed))
+    return preprocessing.fit(preprocessing.read(spoiling(images.read(index), seed=seed)))
 
 
 _HELD: list[tuple[ImageSet, Preprocessing]] = []  # of a worker process, whose whole life is one measurement
@@ -167,6 +171,6 @@ def _hold(images: ImageSet, preprocessing: Preprocessing) -> None:
     _HELD.append((images, preprocessing))
 
 
-def _held(spoiling: Spoiling | None, index: int) -> NDArray[np.uint8]:
+def _held(spoiling: Spoiling | None, index: int) -> NDArray[Any]:
     images, preprocessing = _HELD[-1]
     return _fitted(images, preprocessing, spoiling, index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from json import dumps
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,6 +26,7 @@ def evaluate(
     /,
     *,
     split: str | None = None,
+    report: str | None = None,
     calibrate: Switch = False,
     target_risk: float | None = None,
     corruptions: Switch = False,
@@ -49,9 +51,11 @@ def evaluate(
         part, otherwise every image.
     split
         Take this part instead: train, val or test where the data has them, all where it has none, or held-out.
+    report
+        Write a page with every figure, the plots and the surest mistakes to this file.
     calibrate
-        Store the temperature that fits these images in the run, so that its probabilities mean what they say. Only with
-        images it was not trained on.
+        Store the temperature that fits these images in the run, so that its probabilities mean what they say, and measure
+        with it. Only with images the run was not trained on.
     target_risk
         The share of answers that may be wrong, 0 to 1: a confidence is suggested below which to give no answer. By default
         half the share that is wrong if every image is answered.
@@ -75,12 +79,18 @@ def evaluate(
         Print one JSON object on stdout.
     """
     import os
+    from pathlib import Path
 
     import crossvit
     from crossvit.cli.terminal import counting
+    from crossvit.errors import UsageError
+    from crossvit.report.page import evaluation_page
     from crossvit.results import to_json
     from crossvit.robustness import CORRUPTIONS
+    from crossvit.run import Run, write_atomically
 
+    if report is not None and (Path(report).is_dir() or not Path(report).absolute().parent.is_dir()):
+        raise UsageError(f"--report {report} cannot be a file: name one in a folder that is there")
     with counting("evaluating") as progress:
         result = crossvit.evaluate(
             run,
@@ -98,10 +108,20 @@ def evaluate(
             workers=min(os.cpu_count() or 1, WORKERS_AT_MOST) if workers is None else workers,
             progress=progress,
         )
+    if report is not None:
+        given = {"--split": split, "--target-risk": target_risk}
+        words = [word for option, value in given.items() if value is not None for word in (option, str(value))]
+        words += ["--corruptions"] * corruptions + (["--sizes", *map(str, sizes)] if sizes else []) + ["--skip-bad"] * skip_bad
+        command = shlex.join(["crossvit", "evaluate", run, data, *words, "--report", report])
+        record = Run(run).record() if Run(run).exists() else {}
+        page = evaluation_page(result, command=command, record=record)
+        write_atomically(Path(report), page.encode("utf-8", "surrogateescape"))
     if json:
         print(dumps(to_json(result), ensure_ascii=False, allow_nan=False))
     else:
         print_evaluation(result)
+        if report is not None:
+            print(f"page         {report}")
     return 0
 
 
@@ -135,16 +155,17 @@ def _print_multi_label(scores: MultiLabel, interval: Interval | None) -> None:
 
 
 def _print_calibration(found: Calibration, run: str) -> None:
-    confident = sum(one.n * one.confidence for one in found.bins)
-    accurate = sum(one.n * one.accuracy for one in found.bins)
-    too = "too sure" if confident > accurate else "not sure enough"
-    at = f"at temperature {found.temperature:.2f}"
-    print(f"calibration  off by {_percent(found.ece)} on average {at}, mostly {too}; {_percent(found.suggested_ece)} at ", end="")
-    print(f"{found.suggested_temperature:.2f}" + ("" if found.stored else " (--calibrate stores it)"))
-    if found.stored:
-        print(
-            f"stored       temperature {found.suggested_temperature:.4g} in {run}/run.json, in place of {found.temperature:.4g}"
-        )
+    was = found.replaced or found
+    surplus = sum(one.n * (one.confidence - one.accuracy) for one in was.bins)
+    too = "too sure" if surplus > 0 else "not sure enough"
+    fitting = f"{_percent(found.suggested_ece)} at {found.suggested_temperature:.2f}"
+    by_hand = "" if found.stored else " (--calibrate stores it)"
+    print(
+        f"calibration  off by {_percent(was.ece)} on average at temperature {was.temperature:.2f}, mostly {too}; "
+        f"{fitting}{by_hand}"
+    )
+    if found.replaced:
+        print(f"stored       temperature {found.temperature:.4g} in {run}/run.json, in place of {was.temperature:.4g}")
 
 
 def _print_selective(found: Selective) -> None:
