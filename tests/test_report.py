@@ -336,6 +336,13 @@ def test_recipes_differ_field_by_field() -> None:
     assert differing([one, one]) == {}
 
 
+def test_names_of_runs_are_not_taken_for_formulas() -> None:
+    found = made_comparison(accuracies=(0.8, 0.9))
+    first = dataclasses.replace(found.runs[0], name="a$x^2$ <b>")
+    page = comparison_page(dataclasses.replace(found, runs=(first, found.runs[1])), command="crossvit report a b")
+    assert page.count("a$x^2$ &lt;b&gt;") >= 3  # in tables, and in the legend
+
+
 def test_an_axis_places_figures_between_its_ends() -> None:
     axis = Axis.around([Interval(0.2, 0.4), None, Interval(0.3, 0.6)])
     assert axis.low < 0.2 < 0.6 < axis.high

@@ -24,6 +24,7 @@ SIZE = (4.7, 3.1)  # inches, of one of two plots side by side
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # runs are folders, whose names may have dollars
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
