@@ -220,7 +220,7 @@ def made_comparison(*, accuracies: Sequence[float], seeds: Sequence[int] | None 
         tests=tuple(compare(cut[0], other) for other in cut[1:]),
         differing={
             "optimiser.lr": tuple(0.001 * (index + 1) for index in range(len(runs))),
-            "augmentation.flip": (0.5, None, 0.0, 0.5),
+            "augmentation.flip": (0.5, None, 0.0)[: len(runs)],
         },
     )
 

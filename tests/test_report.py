@@ -353,5 +353,6 @@ def test_an_axis_places_figures_between_its_ends() -> None:
 def test_a_comparison_says_what_the_test_found() -> None:
     better = made_comparison(accuracies=(0.6, 0.9))
     assert "second is better than first" in words(comparison_page(better, command="crossvit report a b"))
+    assert "the difference is second less first, in points" in words(comparison_page(better, command="crossvit report a b"))
     same = made_comparison(accuracies=(0.8, 0.8), seeds=(0, 0))
     assert "second gets as many right as first" in words(comparison_page(same, command="crossvit report a b"))
