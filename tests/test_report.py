@@ -311,6 +311,9 @@ def test_runs_that_held_out_different_images_are_refused_with_the_way_out(
     status, _, err = command("report", first, tmp_path / "nowhere")
     assert (status, "is not a run folder" in err) == (2, True)
     assert not (tmp_path / "x.html").exists()
+    for place in (tmp_path, tmp_path / "no" / "x.html"):  # said before anything is computed
+        status, _, err = command("report", first, "--out", place)
+        assert (status, "cannot be a file: name one in a folder that is there" in err) == (2, True)
 
 
 def test_data_with_a_part_to_hold_out_is_told_apart_by_its_fingerprint() -> None:

@@ -68,6 +68,7 @@ def report(
     from crossvit.cli.evaluating import print_evaluation
     from crossvit.cli.terminal import counting
     from crossvit.comparison import compare_runs
+    from crossvit.errors import UsageError
     from crossvit.evaluation import evaluate
     from crossvit.report.comparison import comparison_page
     from crossvit.report.page import run_page
@@ -76,20 +77,20 @@ def report(
     from crossvit.train.loop import finished_result
     from crossvit.train.watch import Watch
 
+    page = Path(out) if out else Path(PAGE) if others else Run(run).report_path
+    if page.is_dir() or (out and not page.absolute().parent.is_dir()):
+        raise UsageError(f"--out {page} cannot be a file: name one in a folder that is there")
     how = Measuring(split=split, batch_size=batch_size, device=device, precision=precision, skip_bad=skip_bad)
-    with counting("evaluating") as progress:
-        if others:
-            compared = compare_runs([run, *others], data=data, progress=progress, **how)
-        else:
-            record = Run(run).finished_record()
-            evaluation = evaluate(run, data or record["recipe"]["data"], progress=progress, **how)
     if others:
-        page = Path(out or PAGE)
+        with counting("evaluating") as progress:
+            compared = compare_runs([run, *others], data=data, progress=progress, **how)
         given = {"--data": data, "--split": split, "--out": out}
         options = [word for option, value in given.items() if value is not None for word in (option, value)]
         text = comparison_page(compared, command=shlex.join(["crossvit", "report", run, *others, *options]))
     else:
-        page = Path(out) if out else Run(run).report_path
+        record = Run(run).finished_record()
+        with counting("evaluating") as progress:
+            evaluation = evaluate(run, data or record["recipe"]["data"], progress=progress, **how)
         text = run_page(finished_result(Run(run), record, Watch()), evaluation)
     write_atomically(page, text.encode("utf-8", "surrogateescape"))
     if json:
