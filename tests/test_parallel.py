@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from crossvit.errors import TrainingError
 from crossvit.run import Run
-from crossvit.train.parallel import Team
+from crossvit.train import parallel
+from crossvit.train.parallel import Team, assembled
 from test_recovery import EVERYTHING
 from test_training import ONE_THREAD, same_bits, weights_of
 
@@ -137,3 +141,43 @@ def test_wrong_calls_are_said_once(scans: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "run.json").exists()
     status, _, said = train(2, tmp_path / "nowhere", tmp_path / "run", {"epochs": 1})
     assert said.count("crossvit: no folder") == 1
+
+
+def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the first of two processes without torchrun's own store, which would have taken the port before."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "TORCHELASTIC_RUN_ID": "none"}
+        for name, value in (place | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}).items():
+            monkeypatch.setenv(name, value)
+        with (
+            pytest.raises(
+                TrainingError, match=r"the processes of this run cannot meet \(.*\): try another --master-port"
+            ) as raised,
+            assembled(torch.device("cpu")),
+        ):
+            pass
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"),
+        torch.distributed.DistBackendError("NCCL communicator was aborted"),
+    ],
+)
+def test_a_process_that_has_gone_is_one_line(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(parallel.dist, "all_reduce", gone)
+    monkeypatch.setattr(parallel.dist, "get_backend", lambda: "gloo")
+    with pytest.raises(TrainingError, match="another process of this run has ended"):
+        Team(size=2).total(1.0)
+    with pytest.raises(TrainingError, match="another process of this run has ended"), Team(size=2).exchanging():
+        gone()
+
+
+def test_other_errors_between_processes_keep_their_words() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), Team(size=2).exchanging():
+        torch.zeros(2, 3) @ torch.zeros(2, 3)

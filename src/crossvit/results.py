@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SINGLE_LABEL, MULTI_LABEL = "single-label", "multi-label"  # one class an image, or any number of them
+
 
 def to_json(record: Any) -> Any:
     """A record, nested as it may be, as dicts, lists, numbers and strings in the order of its fields. Bytes are left out."""
@@ -107,7 +109,8 @@ class Calibration:
     """Whether 80 % sure means 80 % right. ece: expected calibration error, 0 to 1, of logits divided by `temperature`.
 
     suggested_temperature: the one that makes the cross-entropy of these images least; suggested_ece: the error with it, each
-    image under the temperature fitted to the others (two halves), so that it does not flatter.
+    image under the temperature fitted to the others (two halves), so that it does not flatter. replaced: what there was
+    before `--calibrate` stored this temperature in the run.
     """
 
     ece: float
@@ -115,11 +118,17 @@ class Calibration:
     bins: tuple[ReliabilityBin, ...]
     suggested_temperature: float
     suggested_ece: float
+    replaced: Calibration | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether `temperature` was fitted to these images and is the run's own now."""
+        return self.replaced is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class RiskPoint:
-    """Answering only where the model is surer than `threshold`: the share answered, and the share of those that is wrong."""
+    """Answering only where the model is at least `threshold` sure: the share answered, and the share of those that is wrong."""
 
     threshold: float
     coverage: float
@@ -153,7 +162,7 @@ class LabelScore:
 @dataclasses.dataclass(frozen=True)
 class MultiLabel:
     """Several classes an image. map: mean average precision over classes that occur. exact: share of images whose set of
-    classes is right at the thresholds. micro_f1: over all decisions."""
+    classes is right at the thresholds. micro_f1: over all decisions; the mean over classes is `Evaluation.macro_f1`."""
 
     map: float
     exact: float
@@ -179,11 +188,14 @@ class SizeScore:
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    """Accuracy on images made worse. mean: over corruptions and severities, None where none were asked for."""
+    """Accuracy on images made worse, and `unspoilt`: as they are. n: images, of which there may be fewer than were evaluated.
+    mean: over corruptions and severities, None where none were asked for."""
 
     corruptions: tuple[CorruptionScore, ...] = ()
     sizes: tuple[SizeScore, ...] = ()
     mean: float | None = None
+    n: int = 0
+    unspoilt: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +205,8 @@ class Evaluation:
     confusion: (classes, classes) counts, rows true, columns predicted. mistakes: the surest first. intervals: of top1, top5,
     macro_f1 (and map). Of a multi-label model top1 is the share of images whose surest class is one of theirs, loss the mean
     binary cross-entropy, and confusion, calibration and selective are left out. correct: of each image, in the order of
-    `images`, whether its answer is right: what a paired test of two runs needs; left out of JSON.
+    `images`, whether its answer is right (of a multi-label model: its whole set of classes), what a paired test of two runs
+    needs; left out of JSON.
     """
 
     top1: float
@@ -208,7 +221,7 @@ class Evaluation:
     classes: tuple[ClassScore, ...]
     confusion: NDArray[np.int64]
     mistakes: tuple[Mistake, ...] = ()
-    task: str = "single-label"
+    task: str = SINGLE_LABEL
     intervals: dict[str, Interval] = dataclasses.field(default_factory=dict)
     calibration: Calibration | None = None
     selective: Selective | None = None
@@ -222,9 +235,25 @@ class Evaluation:
 
 
 @dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two runs on the same n images. accuracies: 0 to 1, of each. only_first, only_second: images that one of them alone gets
+    right. difference: second minus first, with its 95 % interval. p: of McNemar's exact test, the chance of so uneven a pair of
+    counts if the two were equally good."""
+
+    runs: tuple[str, str]
+    n: int
+    accuracies: tuple[float, float]
+    only_first: int
+    only_second: int
+    difference: float
+    interval: Interval
+    p: float
+
+
+@dataclasses.dataclass(frozen=True)
 class Epoch:
     """One line of a run's log. Accuracies are 0 to 1, `lr` is the last step's, `seconds` are of training alone, `skipped` counts
-    steps whose loss or gradient was not finite."""
+    steps whose loss or gradient was not finite. val_map: mean average precision of several labels an image; None of one."""
 
     epoch: int
     step: int
@@ -236,6 +265,7 @@ class Epoch:
     seconds: float
     images_per_second: float
     skipped: int = 0
+    val_map: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +296,24 @@ class Rehearsal:
     checkpoint_bytes: int
     total_seconds: float
     peak_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledRun:
+    """A run on so many GPUs, as arithmetic has it. batch_on_each: images of a step on one GPU, taken in `accumulate` parts;
+    images_per_second: what has to be loaded, in all and by each process; hours: training and evaluation."""
+
+    gpus: int
+    batch_size: int
+    batch_on_each: int
+    accumulate: int
+    lr: float
+    steps_an_epoch: int
+    steps: int
+    warmup_steps: int
+    images_per_second: float
+    images_per_second_on_each: float
+    hours: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -340,3 +388,32 @@ class DataCheck:
     identical: tuple[ImagePair, ...]
     near: tuple[ImagePair, ...]
     notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedRun:
+    """One of several runs: a short name that no other has, what it costs (parameters, and multiply-accumulates of one image as it
+    computes them), the seconds it was trained for, and how it did. record (`run.json`) and epochs are left out of JSON."""
+
+    name: str
+    run: str
+    model: str
+    parameters: int
+    macs: int
+    seconds: float
+    evaluation: Evaluation
+    record: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, metadata={"json": False})
+    epochs: tuple[Epoch, ...] = dataclasses.field(default=(), repr=False, metadata={"json": False})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunsCompared:
+    """Runs on the same n images. tests: of each run but the first against the first. differing: of each field of the recipe that
+    is not the same in all, its values in the order of `runs` (None where a run has no such field)."""
+
+    data: str
+    split: str
+    n: int
+    runs: tuple[ComparedRun, ...]
+    tests: tuple[Comparison, ...]
+    differing: dict[str, tuple[Any, ...]]

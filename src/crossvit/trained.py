@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crossvit import results
 from crossvit.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from crossvit.model.config import CrossViTConfig
 from crossvit.run import Run
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from crossvit.model.crossvit import CrossViT
     from crossvit.weights.files import Weights
 
-SINGLE_LABEL, MULTI_LABEL = "single-label", "multi-label"
+SINGLE_LABEL, MULTI_LABEL = results.SINGLE_LABEL, results.MULTI_LABEL
 IMAGENET_CLASSES = 1000  # of ImageNet-1k, whose names are known where weights say none
 
 

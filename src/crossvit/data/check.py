@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -20,10 +21,11 @@ from typing import NamedTuple
 import imagehash
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from crossvit.data.images import Data, ImageSet
-from crossvit.data.preprocess import ImageSource
+from crossvit.data.planes import kept_whole
+from crossvit.data.preprocess import ImageSource, Preprocessing, decode
 from crossvit.data.shards import torn_shards
 from crossvit.errors import DataError
 from crossvit.results import BrokenImage, DataCheck, ImagePair, PartCheck
@@ -32,11 +34,13 @@ NEAR = 4  # of the 64 bits of a perceptual hash in which near-identical images d
 BANDS = NEAR + 1  # a hash is cut into so many bands: two that differ in NEAR bits have one band in common
 PAIRS_KEPT = 200  # of each kind, those across a split and with other labels first
 PICTURE_SIDE = 160  # pixels, in the report
+NO_LABEL = "no label"  # of a multi-label image that shows none of the classes
 THREADS = min(32, (os.cpu_count() or 1) + 2)
 
 
 class Look(NamedTuple):
-    """What was seen of one image. mode: Pillow's word for how its pixels are stored. digest: of the file, 16 bytes."""
+    """What was seen of one image. mode: Pillow's word for how its pixels are stored, or such as `5 x uint16` where it has none.
+    digest: of the file, 16 bytes."""
 
     size: tuple[int, int]  # height, width
     mode: str
@@ -56,13 +60,19 @@ class Findings:
         return [look.size for look in self.looks.values()]
 
 
-def look_at(images: ImageSet, *, near: bool = False, progress: Callable[[], object] = lambda: None) -> Findings:
-    """Decode every image of `images` whole, in parallel. `near` computes perceptual hashes too. `progress` is called once an
-    image."""
+def look_at(
+    images: ImageSet,
+    *,
+    near: bool = False,
+    preprocessing: Preprocessing | None = None,
+    progress: Callable[[], object] = lambda: None,
+) -> Findings:
+    """Decode every image of `images` whole, in parallel. `near` computes perceptual hashes too. preprocessing: an image that it
+    cannot read, for its channels, is a broken one. `progress` is called once an image."""
 
     def seen(index: int) -> Look | str:
         try:
-            return _look(images, index, near=near)
+            return _look(images, index, near=near, preprocessing=preprocessing)
         except DataError as error:
             return str(error)
         finally:
@@ -76,22 +86,30 @@ def look_at(images: ImageSet, *, near: bool = False, progress: Callable[[], obje
     )
 
 
-def _look(images: ImageSet, index: int, *, near: bool) -> Look:
-    source = images.source(index)
-    picture = images.read(index)
-    content, mode = _content_and_mode(source)
+def _look(images: ImageSet, index: int, *, near: bool, preprocessing: Preprocessing | None) -> Look:
+    picture = images.read(index) if preprocessing is None else images.picture(index, preprocessing)
+    content, mode = _content_and_mode(images.source(index))
     digest = hashlib.sha256(content).digest()[:16]
-    bits = imagehash.phash(picture).hash.flatten() if near else np.zeros(64, dtype=bool)
-    return Look((picture.height, picture.width), mode, digest, int.from_bytes(np.packbits(bits).tobytes(), "big"))
+    size = (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
+    bits = (
+        imagehash.phash(picture if isinstance(picture, Image.Image) else images.read(index)).hash.flatten()
+        if near
+        else np.zeros(64, dtype=bool)
+    )
+    return Look(size, mode, digest, int.from_bytes(np.packbits(bits).tobytes(), "big"))
 
 
 def _content_and_mode(source: ImageSource) -> tuple[bytes, str]:
+    """Of an image that can be decoded."""
     if isinstance(source, np.ndarray):
         return source.tobytes(), Image.fromarray(source).mode
     assert isinstance(source, str | bytes)
     content = Path(source).read_bytes() if isinstance(source, str) else source
-    with Image.open(io.BytesIO(content)) as image:  # decoded before: this reads the header
-        return content, image.mode
+    with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(content)) as image:  # reads the header alone
+        return content, image.mode if kept_whole(image) else f"{image.mode} of a TIFF that has more"
+    found = decode(content)
+    assert isinstance(found, np.ndarray)
+    return content, f"{found.shape[2]} x {found.dtype}"
 
 
 # ---- pairs
@@ -165,8 +183,10 @@ def check(data: Data, *, progress: Callable[[int, int], object] = lambda done, t
     }
     same = [(one, other, 0) for one, other in identical(data, looks)]
     near = near_identical(data, looks)
-    counts = Counter(_label(data, where) for where, _ in _seen(data, looks))
-    present = [counts[name] for name in data.classes if counts[name]]
+    counts: Counter[str] = Counter()
+    for part, images in data.parts.items():
+        counts.update(images.without(looks[part].broken).counts())
+    present = [count for count in counts.values() if count]
     return DataCheck(
         data=data.location,
         n=total,
@@ -235,7 +255,7 @@ def _shown(data: Data, pairs: list[tuple[Where, Where, int]], *, pictures: bool)
 
 
 def _label(data: Data, where: Where) -> str:
-    return data.classes[data.parts[where.part].labels[where.position]]
+    return data.parts[where.part].said(where.position) or NO_LABEL
 
 
 def _path(data: Data, where: Where) -> str:

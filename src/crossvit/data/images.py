@@ -7,21 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import math
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossvit.data.preprocess import ImageSource, read_image
+from crossvit.data import splits
+from crossvit.data.preprocess import ImageSource, Picture, Preprocessing, read_image
 from crossvit.errors import DataError, UsageError, unknown_name
+from crossvit.results import MULTI_LABEL, SINGLE_LABEL
 
 HELD_OUT_PARTS = ("val", "test")
 NAMED_AT_MOST = 5  # of anything, in a message; the rest are counted
+
+Label = int | tuple[int, ...]  # the class of an image, or of multi-label data its classes, ascending; it may have none
+T = TypeVar("T")
 
 
 class Store(Protocol):
@@ -71,14 +74,17 @@ class ImageSet:
     """Labelled images of one part. `names` tell them apart, `labels` index `classes`, `file_sizes` are in bytes.
 
     groups: of each image, what must stay on one side of a split (a patient, a burst); empty where there are none.
+    task: `single-label`, where a label is an int, or `multi-label`, where it is a tuple of them; `targets()` has both as
+    arrays.
     """
 
     store: Store
     classes: tuple[str, ...]
     names: tuple[str, ...]
-    labels: tuple[int, ...]
+    labels: tuple[Label, ...]
     file_sizes: tuple[int, ...]
     groups: tuple[str, ...] = ()
+    task: str = SINGLE_LABEL
 
     def __len__(self) -> int:
         return len(self.names)
@@ -96,10 +102,17 @@ class ImageSet:
         return self.store.source(self.names[index])
 
     def read(self, index: int) -> Image.Image:
-        """The picture, upright and RGB. DataError, with the path, if it cannot be decoded."""
+        """The picture as people see it, upright and RGB. DataError, with the path, if it cannot be decoded."""
+        return self._read(index, read_image)
+
+    def picture(self, index: int, preprocessing: Preprocessing) -> Picture:
+        """The picture as `preprocessing.fit` takes it. DataError, with the path, if it cannot be decoded so."""
+        return self._read(index, preprocessing.read)
+
+    def _read(self, index: int, read: Callable[[ImageSource], T]) -> T:
         source = self.source(index)
         try:
-            return read_image(source)
+            return read(source)
         except DataError as error:
             if isinstance(source, str):
                 raise
@@ -119,14 +132,43 @@ class ImageSet:
     def without(self, names: Collection[str]) -> ImageSet:
         return self.take([index for index, name in enumerate(self.names) if name not in names])
 
-    def targets(self) -> NDArray[np.int64]:
-        """What the images show, as metrics take it: (n,) class indices."""
-        return np.asarray(self.labels, dtype=np.int64)
+    def targets(self) -> NDArray[Any]:
+        """What the images show, as metrics take it: (n,) int64 class numbers, or of multi-label data (n, classes) uint8, 1
+        where an image has a class."""
+        if self.task == SINGLE_LABEL:
+            return np.asarray(self.labels, dtype=np.int64)
+        return np.array([multi_hot(label, len(self.classes)) for label in self.labels]).reshape(len(self), len(self.classes))
 
     def counts(self) -> dict[str, int]:
         """Images per class, in the order of `classes`."""
-        counted = Counter(self.labels)
-        return {name: counted[label] for label, name in enumerate(self.classes)}
+        targets = self.targets()
+        if self.task == SINGLE_LABEL:
+            counted = np.bincount(targets, minlength=len(self.classes))
+        else:
+            counted = targets.sum(axis=0, dtype=np.int64)
+        return dict(zip(self.classes, counted.tolist(), strict=True))
+
+    def said(self, index: int) -> str:
+        """The label of image `index` for people: the names of its classes."""
+        label = self.labels[index]
+        return BETWEEN_LABELS.join(self.classes[one] for one in ((label,) if isinstance(label, int) else label))
+
+    def under(self, classes: tuple[str, ...], numbers: Sequence[int]) -> ImageSet:
+        """These images under other classes: what was class number i here is `numbers[i]` there."""
+        labels = tuple(
+            numbers[label] if isinstance(label, int) else tuple(sorted({numbers[one] for one in label})) for label in self.labels
+        )
+        return dataclasses.replace(self, classes=classes, labels=labels)
+
+
+BETWEEN_LABELS = ";"  # the labels of one image where they are written into one text, in a CSV too
+
+
+def multi_hot(label: Label, classes: int) -> NDArray[np.uint8]:
+    """(classes,): 1 where the image has a class."""
+    found = np.zeros(classes, dtype=np.uint8)
+    found[list(label) if isinstance(label, tuple) else label] = 1
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +181,17 @@ class Data:
     notes: tuple[str, ...] = ()  # what was passed over, a line each
 
     @property
+    def task(self) -> str:
+        """`single-label` or `multi-label`, the same for every part."""
+        return next(iter(self.parts.values())).task
+
+    @property
     def fingerprint(self) -> str:
         """sha256 over every image's name, size and class: the same for the same images, wherever they lie."""
         digest = hashlib.sha256()
         for part, images in sorted(self.parts.items()):
-            for name, size, label in zip(images.names, images.file_sizes, images.labels, strict=True):
-                digest.update(f"{part} {name} {size} {images.classes[label]}\n".encode("utf-8", "surrogateescape"))
+            for index, (name, size) in enumerate(zip(images.names, images.file_sizes, strict=True)):
+                digest.update(f"{part} {name} {size} {images.said(index)}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def without(self, broken: Mapping[str, Collection[str]]) -> Data:
@@ -185,57 +232,37 @@ class Data:
 
 def stratified_split(images: ImageSet, *, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
     """(train, held-out): the share `held_out` of every class, drawn by `seed`, with at least one image of each class on
-    both sides. scikit-learn's stratified split, unless it leaves a rare class out of one side."""
-    from sklearn.model_selection import train_test_split
-
-    size = math.ceil(len(images) * held_out)
-    classes = len(images.classes)
-    if classes <= size <= len(images) - classes:
-        train, test = train_test_split(range(len(images)), test_size=size, stratify=images.labels, random_state=seed)
-        parts = images.take(sorted(train)), images.take(sorted(test))
-        if all(min(part.counts().values()) >= 1 for part in parts):
-            return parts
-    return _split_with_every_class(images, held_out=held_out, seed=seed)
+    both sides. UsageError where the label sets of multi-label images do not allow that."""
+    if images.task == MULTI_LABEL:
+        return _split_at(images, splits.of_label_sets(images.targets(), (), held_out=held_out, seed=seed), "images")
+    return _split_at(
+        images, splits.of_labels(images.targets(), classes=len(images.classes), held_out=held_out, seed=seed), "images"
+    )
 
 
 def grouped_split(images: ImageSet, *, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """(train, held-out) with no group on both sides: one of 1 / `held_out` folds of scikit-learn's StratifiedGroupKFold, the
-    one whose classes are nearest to the share `held_out`. UsageError where the groups leave a class out of one side."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    folds = max(2, round(1 / held_out))
-    if len(set(images.groups)) < folds:
+    """As `stratified_split`, with no group on both sides. UsageError where the groups leave a class out of one side."""
+    count, needed = len(set(images.groups)), splits.fold_count(held_out)
+    if count < needed:
         raise UsageError(
-            f"{images.location} has {len(set(images.groups))} groups, too few to hold out {held_out:g} of the images: give a "
-            f"split column, or --held-out {1 / max(2, len(set(images.groups))):.2g} or more"
+            f"{images.location} has {count} groups, too few to hold out {held_out:g} of the images: give a "
+            f"split column, or --held-out {1 / max(2, count):.2g} or more"
         )
-    labels = np.asarray(images.labels)
-    counts = np.bincount(labels, minlength=len(images.classes))
-    best: tuple[float, list[int], list[int]] | None = None
-    folder = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for train, test in folder.split(np.zeros(len(labels)), labels, images.groups):
-        held = np.bincount(labels[test], minlength=len(images.classes))
-        if held.min() >= 1 and (counts - held).min() >= 1:
-            off = float(np.abs(held / counts - held_out).max())
-            if best is None or off < best[0]:
-                best = off, train.tolist(), test.tolist()
-    if best is None:
+    targets = images.targets()
+    if images.task == MULTI_LABEL:
+        found = splits.of_label_sets(targets, images.groups, held_out=held_out, seed=seed)
+    else:
+        found = splits.of_groups(targets, images.groups, classes=len(images.classes), held_out=held_out, seed=seed)
+    return _split_at(images, found, f"{count} groups")
+
+
+def _split_at(images: ImageSet, held: list[int] | None, units: str) -> tuple[ImageSet, ImageSet]:
+    if held is None:
         raise UsageError(
-            f"{images.location}: no split of its {len(set(images.groups))} groups has every class on both sides: a class with "
-            "one group cannot be learnt and measured; give a split column, more groups, or leave the group column out"
+            f"{images.location}: no split of its {units} has every class on both sides: a class that all comes together "
+            "cannot be learnt and measured; give a split column, more of them, or leave the group column out"
         )
-    return images.take(best[1]), images.take(best[2])
-
-
-def _split_with_every_class(images: ImageSet, *, held_out: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """The share `held_out` of each class, rounded, but at least one image and all but one at most."""
-    generator = np.random.default_rng(seed)
-    labels = np.asarray(images.labels)
-    test: list[int] = []
-    for label in range(len(images.classes)):
-        own = generator.permutation(np.flatnonzero(labels == label))
-        test += own[: int(np.clip(round(len(own) * held_out), 1, len(own) - 1))].tolist()
-    return images.take(sorted(set(range(len(images))) - set(test))), images.take(sorted(test))
+    return images.take(sorted(set(range(len(images))) - set(held))), images.take(held)
 
 
 def _require_groups_apart(train: ImageSet, other: ImageSet, part: str) -> None:
@@ -248,7 +275,7 @@ def _require_groups_apart(train: ImageSet, other: ImageSet, part: str) -> None:
 
 def _require_trainable(images: ImageSet, location: str) -> None:
     counts = images.counts()
-    if len(counts) < 2:
+    if len(counts) < 2 and images.task == SINGLE_LABEL:
         raise UsageError(f"{location} has one class only ({images.classes[0]}): a classifier needs two or more")
     for name, count in counts.items():
         if count < 2:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,11 +19,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from crossvit.data.augment import Augment
-from crossvit.data.images import ImageSet
-from crossvit.data.preprocess import Preprocessing
+from crossvit.data.augment import Augment, generators_kept
+from crossvit.data.images import ImageSet, Label, multi_hot
+from crossvit.data.preprocess import Picture, Preprocessing
+from crossvit.results import MULTI_LABEL
 
-View = NDArray[Any]  # (H, W, 3) uint8, or (3, H, W) float32 if it is normalised already
+View = NDArray[Any]  # as Augment gives it
+DECODING_THREADS = min(8, os.cpu_count() or 1)  # where there are no worker processes
 CACHE_BYTES = 2 * 2**30  # decoded pictures kept in memory, over all workers; beyond it every epoch decodes again
 
 
@@ -46,10 +50,10 @@ class Order:
     """Which image comes when: a pure function of (seed, epoch), as long as there are images.
 
     repeats: every image is taken so often in a row, and the pass is cut off at its length (repeated augmentation).
-    balanced: images are drawn with replacement, every class equally often on average.
+    balanced: images are drawn with replacement, every class equally often on average; for one label an image.
     """
 
-    labels: tuple[int, ...]
+    labels: tuple[Label, ...]
     seed: int
     repeats: int = 1
     balanced: bool = False
@@ -58,8 +62,8 @@ class Order:
         count = len(self.labels)
         generator = np.random.default_rng((self.seed, epoch))
         if self.balanced:
-            counts = np.bincount(self.labels)
-            chances = 1.0 / counts[list(self.labels)]
+            labels = np.asarray(self.labels)
+            chances = 1.0 / np.bincount(labels)[labels]
             order = generator.choice(count, size=count, p=chances / chances.sum())
         else:
             order = np.repeat(generator.permutation(count), self.repeats)[:count]
@@ -71,33 +75,61 @@ class Order:
         return keys
 
 
-class TrainingSet(Dataset[tuple[View, int]]):
-    """Augmented training views. An item is asked for by its Key, so it never depends on who loads it when."""
+class TrainingSet(Dataset[tuple[View, Any]]):
+    """(augmented view, target) of training images: a class number, or (classes,) uint8 of multi-label images. An item is
+    asked for by its Key, so it never depends on who loads it when. threads: that decode, 0 for none."""
 
-    def __init__(self, images: ImageSet, augment: Augment, *, seed: int, cache_bytes: int) -> None:
+    def __init__(self, images: ImageSet, augment: Augment, *, seed: int, cache_bytes: int, threads: int = 0) -> None:
         self.images = images
         self.augment = augment
         self.seed = seed
         self.cache_bytes = cache_bytes
-        self._kept: dict[int, NDArray[np.uint8]] = {}
+        self.threads = threads
+        self._pool: ThreadPoolExecutor | None = None
+        self._kept: dict[int, NDArray[Any]] = {}
         self._kept_bytes = 0
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, key: Key) -> tuple[View, int]:
-        view = self.augment(self._view(key.image), seed=self.seed, epoch=key.epoch, index=key.image, again=key.again)
-        return view, self.images.labels[key.image]
+    def __getitems__(self, keys: list[Key]) -> list[tuple[View, Any]]:
+        """A batch: its pictures are decoded in threads, then varied one after the other, for what they draw is global."""
+        views = list(self._map(self._view, [key.image for key in keys]))
+        for key, view in zip(keys, views, strict=True):
+            self._keep(key.image, view)
+        with generators_kept():
+            return [(self._varied(key, view), self._target(key.image)) for key, view in zip(keys, views, strict=True)]
 
-    def _view(self, index: int) -> Image.Image:
+    def __getitem__(self, key: Key) -> tuple[View, Any]:
+        return self.__getitems__([key])[0]
+
+    def _map(self, do: Callable[[int], Picture], indices: list[int]) -> Iterable[Picture]:
+        if not self.threads:
+            return map(do, indices)
+        if self._pool is None:  # not before: what goes to another process holds no threads
+            self._pool = ThreadPoolExecutor(self.threads)
+        return self._pool.map(do, indices)
+
+    def _varied(self, key: Key, view: Picture) -> View:
+        return self.augment(view, seed=self.seed, epoch=key.epoch, index=key.image, again=key.again)
+
+    def _target(self, index: int) -> Any:
+        label = self.images.labels[index]
+        return multi_hot(label, len(self.images.classes)) if self.images.task == MULTI_LABEL else label
+
+    def _view(self, index: int) -> Picture:
         if index in self._kept:
-            return Image.fromarray(self._kept[index])
-        view = self.augment.view(self.images.read(index))
+            kept = self._kept[index]
+            return Image.fromarray(kept) if kept.dtype == np.uint8 else kept
+        return self.augment.view(self.images.picture(index, self.augment.preprocessing))
+
+    def _keep(self, index: int, view: Picture) -> None:
+        if index in self._kept:
+            return
         pixels = np.asarray(view)
         if self._kept_bytes + pixels.nbytes <= self.cache_bytes:
             self._kept[index] = pixels
             self._kept_bytes += pixels.nbytes
-        return view
 
 
 class EpochBatches:
@@ -132,7 +164,8 @@ class EpochBatches:
 
 
 class TrainingLoader:
-    """One epoch after another of (images, labels): (B, 3, H, W) float32 normalised, (B,) int64.
+    """One epoch after another of (images, targets): (B, C, H, W) float32 normalised; (B,) int64, or of multi-label images
+    (B, classes) float32, 1 where an image has a class.
 
     workers: processes that decode and augment (0: this one). They are spawned, so nothing of this process leaks in.
     """
@@ -151,10 +184,17 @@ class TrainingLoader:
         bounds: Bounds = whole,
     ) -> None:
         self.preprocessing = preprocessing
-        order = Order(tuple(images.labels), seed, repeats=repeats, balanced=balanced)
+        self.normalised = augment.erase is not None
+        order = Order(images.labels, seed, repeats=repeats, balanced=balanced)
         self.batches = EpochBatches(order, batch_size=batch_size, bounds=bounds)
         self.loader = DataLoader(
-            TrainingSet(images, augment, seed=seed, cache_bytes=CACHE_BYTES // max(1, workers)),
+            TrainingSet(
+                images,
+                augment,
+                seed=seed,
+                cache_bytes=CACHE_BYTES // max(1, workers),
+                threads=0 if workers else DECODING_THREADS,
+            ),
             batch_sampler=self.batches,  # keys rather than positions
             num_workers=workers,
             collate_fn=_stack,
@@ -171,9 +211,9 @@ class TrainingLoader:
         self.batches.epoch, self.batches.start = epoch, start
         with _interrupts_left_to_this_process():
             batches = iter(self.loader)  # starts the workers, the first time
-        for pixels, labels in batches:
-            images = self.preprocessing.normalise(pixels) if pixels.dtype == np.uint8 else pixels
-            yield torch.from_numpy(images), torch.from_numpy(labels)
+        for pixels, targets in batches:
+            images = pixels if self.normalised else self.preprocessing.normalise(pixels)
+            yield torch.from_numpy(images), torch.from_numpy(targets)
 
 
 @contextmanager
@@ -190,5 +230,6 @@ def _interrupts_left_to_this_process() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _stack(items: list[tuple[View, int]]) -> tuple[View, NDArray[np.int64]]:
-    return np.stack([view for view, _ in items]), np.array([label for _, label in items], dtype=np.int64)
+def _stack(items: list[tuple[View, Any]]) -> tuple[View, NDArray[Any]]:
+    targets = np.array([target for _, target in items])
+    return np.stack([view for view, _ in items]), targets.astype(np.int64 if targets.ndim == 1 else np.float32)

@@ -5,10 +5,11 @@ Files are untrusted: only the formats below are opened, only up to MAX_PIXELS, a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from crossvit.data import planes
 from crossvit.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own limit against decompression bombs
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # the released weights' normalisation (timm's IMAGENET_DEFAULT)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -40,23 +43,74 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
-ImageSource = str | Path | bytes | Image.Image | NDArray[np.uint8]
+ImageSource = str | Path | bytes | Image.Image | NDArray[Any]
+Picture = Image.Image | NDArray[np.float32]  # RGB; or (H, W, C) in 0..1, where a number of channels is asked for
 
 
 def read_image(source: ImageSource) -> Image.Image:
-    """An upright RGB picture from a path, the bytes of a file, a Pillow image or a uint8 array (H, W) or (H, W, 3).
+    """An upright RGB picture from a path, the bytes of a file, a Pillow image or an array (H, W) or (H, W, C).
 
     EXIF rotation is applied, transparency is laid on white, 16-bit grey is scaled to 8, an animation gives its first
-    frame. DataError, with the path, for anything that cannot be decoded whole.
+    frame, more than four channels their first three. DataError, with the path, for anything that cannot be decoded whole.
     """
+    with _named(source):
+        return to_rgb(decode(source))
+
+
+def read_channels(source: ImageSource, channels: int) -> NDArray[np.float32]:
+    """(H, W, channels) in 0..1 with every bit that is stored: 8-bit values / 255, 16-bit ones / 65535, floats as they are.
+
+    A picture with that many channels is taken as it is; grey, RGB and RGBA become each other; anything else is a DataError.
+    """
+    with _named(source):
+        found = decode(source, channels)
+        if isinstance(found, Image.Image) and found.mode.startswith(("I", "F")):
+            deep = np.asarray(found)[:, :, None]
+            found = deep if found.mode == "F" else np.clip(deep, 0, 65535).astype(np.uint16)
+        if not isinstance(found, Image.Image):
+            if found.shape[2] == channels:
+                return planes.scaled(found)
+            if found.shape[2] not in (1, 3, 4):
+                raise ValueError(f"it has {found.shape[2]} channels and {channels} are wanted")
+            found = planes.looked_at(found)
+        if channels not in MODES:
+            raise ValueError(f"it has {len(found.getbands())} channels and {channels} are wanted")
+        plain = to_rgb(found) if channels in (1, 3) else found  # what is transparent is laid on white
+        return planes.scaled(planes.with_channels(np.asarray(plain.convert(MODES[channels]))))
+
+
+def decode(source: ImageSource, channels: int = 0) -> Image.Image | NDArray[Any]:
+    """What is in `source`: a picture, upright, in Pillow's own mode; or (H, W, C) as stored, where Pillow has no mode for it.
+
+    channels: where a number of them is asked for, a TIFF of which Pillow would drop channels or bits is an array too.
+    """
+    if isinstance(source, np.ndarray):
+        plain = source.dtype == np.uint8 and (source.ndim == 2 or source.shape[2:] == (3,))
+        return Image.fromarray(source) if plain else planes.with_channels(source)
+    if isinstance(source, Image.Image):
+        return upright(source)
+    with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
+        start = file.read(len(planes.NUMPY_MAGIC))
+        file.seek(0)
+        if start == planes.NUMPY_MAGIC:
+            return planes.read_npy(file)
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                if not channels or planes.kept_whole(image, channels):
+                    return upright(image)
+        except UnidentifiedImageError:
+            if not start.startswith(planes.TIFF_MAGICS):
+                raise
+        file.seek(0)
+        return planes.read_tiff(file.read(), channels)
+
+
+@contextlib.contextmanager
+def _named(source: ImageSource) -> Iterator[None]:
+    """Whatever goes wrong with `source` inside is a DataError in one line with its name."""
     name = source_name(source)
     try:
-        if isinstance(source, np.ndarray):
-            return to_rgb(Image.fromarray(source))
-        if isinstance(source, Image.Image):
-            return to_rgb(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            return to_rgb(image)
+        yield
     except UnidentifiedImageError:
         raise DataError(f"{name}: {_why_unidentified(source)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -72,12 +126,17 @@ def source_name(source: ImageSource) -> str:
     return str(source) if isinstance(source, str | Path) else f"<{type(source).__name__}>"
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Decode, turn upright and convert to RGB."""
+def upright(image: Image.Image) -> Image.Image:
+    """Decoded and turned as its EXIF block says."""
     image.load()
     turn = UPRIGHT.get(_orientation(image) or 1)
-    if turn is not None:
-        image = image.transpose(turn)
+    return image if turn is None else image.transpose(turn)
+
+
+def to_rgb(image: Image.Image | NDArray[Any]) -> Image.Image:
+    """8-bit RGB of what `decode` gives."""
+    if isinstance(image, np.ndarray):
+        image = planes.looked_at(image)
     if image.mode.startswith("I;16") or image.mode == "I":
         grey = np.asarray(image).astype(np.int64) >> 8  # 16-bit grey; Pillow's own conversion would clip it to white
         image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
@@ -89,48 +148,77 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preprocessing:
-    """From an RGB picture to the model's input.
+    """From a file to the model's input.
 
     image_size: (height, width) in pixels. mean, std: per channel, of values in 0..1.
     crop: None resizes the whole picture to the input and cuts nothing off; a share c in (0, 1] scales the picture to
     cover 1/c of the input, keeping its shape, and takes the centre (the paper's evaluation has c = 0.875 at 240).
+    channels: 0 takes every picture as 8-bit RGB; a number takes so many channels with all their bits (see `read_channels`).
     """
 
     image_size: tuple[int, int]
     crop: float | None = None
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    channels: int = 0
 
-    def fit(self, image: Image.Image) -> NDArray[np.uint8]:
-        """RGB picture -> (H, W, 3) uint8 at `image_size`, bicubic."""
+    def read(self, source: ImageSource) -> Picture:
+        """The picture as `fit` takes it. DataError, with the path, for what cannot be decoded or has other channels."""
+        if self.channels:
+            return read_channels(source, self.channels)
+        with _named(source):
+            found = decode(source)
+            if isinstance(found, np.ndarray) and found.shape[2] not in (1, 3, 4):
+                raise ValueError(f"it has {found.shape[2]} channels and RGB is wanted: train with --channels {found.shape[2]}")
+            return to_rgb(found)
+
+    def fit(self, picture: Picture) -> NDArray[Any]:
+        """At `image_size`, bicubic: an RGB picture -> (H, W, 3) uint8, (H, W, C) -> (H, W, C) float32 in 0..1."""
+        if isinstance(picture, Image.Image):
+            return np.asarray(self._fitted(picture))
+        fitted = [self._fitted(Image.fromarray(np.ascontiguousarray(plane))) for plane in np.moveaxis(picture, -1, 0)]
+        return np.stack([np.asarray(plane) for plane in fitted], axis=-1).clip(0.0, 1.0)  # bicubic swings over, as uint8 cannot
+
+    def _fitted(self, image: Image.Image) -> Image.Image:
         height, width = self.image_size
         if self.crop is None:
-            return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+            return image.resize((width, height), Image.Resampling.BICUBIC)
         cover_height, cover_width = int(height / self.crop), int(width / self.crop)
         scale = max(cover_height / image.height, cover_width / image.width)
         # floor, as torchvision does for the longer side; never less than what the crop needs
         size = (max(width, int(image.width * scale + 1e-6)), max(height, int(image.height * scale + 1e-6)))
         image = image.resize(size, Image.Resampling.BICUBIC)
         left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        return np.asarray(image.crop((left, top, left + width, top + height)))
+        return image.crop((left, top, left + width, top + height))
 
-    def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """(..., H, W, 3) uint8 -> (..., 3, H, W) float32, (value/255 − mean) / std."""
-        scale = (1.0 / (255.0 * np.asarray(self.std))).astype(np.float32)
-        offset = (np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)
-        return np.ascontiguousarray(np.moveaxis(pixels.astype(np.float32) * scale - offset, -1, -3))
+    def normalise(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
+        """(..., H, W, C) uint8, or float32 in 0..1 -> (..., C, H, W) float32, (value − mean) / std of values in 0..1."""
+        unit = 255.0 if pixels.dtype == np.uint8 else 1.0
+        scale = (1.0 / (unit * np.asarray(self.std))).astype(np.float32)[:, None, None]
+        offset = (np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)[:, None, None]
+        values = np.ascontiguousarray(np.moveaxis(pixels, -1, -3)).astype(np.float32)  # turned while it is small
+        values *= scale
+        values -= offset
+        return values
 
     def __call__(self, source: ImageSource) -> NDArray[np.float32]:
-        """Read, fit and normalise: (3, H, W) float32."""
-        return self.normalise(self.fit(read_image(source)))
+        """Read, fit and normalise: (C, H, W) float32."""
+        return self.normalise(self.fit(self.read(source)))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"image_size": list(self.image_size), "crop": self.crop, "mean": list(self.mean), "std": list(self.std)}
+        record = {"image_size": list(self.image_size), "crop": self.crop, "mean": list(self.mean), "std": list(self.std)}
+        return {**record, "channels": self.channels}
 
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> Preprocessing:
         height, width = record["image_size"]
-        return cls(image_size=(height, width), crop=record["crop"], mean=tuple(record["mean"]), std=tuple(record["std"]))
+        return cls(
+            image_size=(height, width),
+            crop=record["crop"],
+            mean=tuple(record["mean"]),
+            std=tuple(record["std"]),
+            channels=record.get("channels", 0),  # as RGB, in records of before there was another way
+        )
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -9,8 +9,9 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from crossvit.data.images import Data, ImageSet
+from crossvit.data.images import Data, ImageSet, Label
 from crossvit.errors import DataError, UsageError
+from crossvit.results import MULTI_LABEL, SINGLE_LABEL
 
 HUB = "hub:"
 SAVED = ("dataset_dict.json", "dataset_info.json")  # what `save_to_disk` leaves
@@ -85,7 +86,7 @@ def _columns(location: str, dataset: Any) -> tuple[str, str]:
     features = dataset.features
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     images = images or [name for name in ("image", "img", "picture") if name in features]
-    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels = [name for name, feature in features.items() if isinstance(_one(feature), datasets.ClassLabel)]
     labels = [name for name in ("label", "labels", "fine_label", "class") if name in features] or labels
     for found, what in ((images, "image"), (labels, "label")):
         if not found:
@@ -93,13 +94,30 @@ def _columns(location: str, dataset: Any) -> tuple[str, str]:
     return images[0], labels[0]
 
 
+def _one(feature: Any) -> Any:
+    """What a list column has many of; another column's own type."""
+    return feature.feature if _is_list(feature) else feature
+
+
+def _is_list(feature: Any) -> bool:
+    import datasets
+
+    return isinstance(feature, datasets.List | datasets.LargeList)
+
+
 def _classes(location: str, dataset: Any, label: str) -> tuple[str, ...]:
-    names = getattr(dataset.features[label], "names", None)
+    feature = dataset.features[label]
+    names = getattr(_one(feature), "names", None)
     if names:
         return tuple(names)
-    values = dataset.unique(label)
+    if _is_list(feature):
+        values = {value for own in dataset[label] for value in own or ()}
+    else:
+        values = set(dataset.unique(label)) if hasattr(feature, "dtype") else {None}
     if any(isinstance(value, list | dict) or value is None for value in values):
-        raise UsageError(f"{location}: its column {label} is not one label for each image")
+        raise UsageError(f"{location}: its column {label} is neither one label for each image nor a list of labels")
+    if not values:
+        raise UsageError(f"{location} has no label in its column {label}")
     if all(isinstance(value, int) for value in values):
         return tuple(str(value) for value in sorted(values))
     return tuple(sorted(map(str, values)))
@@ -112,16 +130,25 @@ def _image_set(location: str, dataset: Any, image: str, label: str, classes: tup
     if isinstance(dataset.features[image], datasets.Image):
         dataset = dataset.cast_column(image, datasets.Image(decode=False))
     number_of = {name: number for number, name in enumerate(classes)}
-    encoded = hasattr(dataset.features[label], "names")
-    labels = []
-    for row, value in enumerate(dataset[label]):
-        number = (value if isinstance(value, int) else -1) if encoded else number_of.get(str(value), -1)
-        if not 0 <= number < len(classes):
+    feature = dataset.features[label]
+    encoded = hasattr(_one(feature), "names")
+
+    def number(row: int, value: Any) -> int:
+        found = (value if isinstance(value, int) else -1) if encoded else number_of.get(str(value), -1)
+        if not 0 <= found < len(classes):
             known = f"from 0 to {len(classes) - 1}" if encoded else f"one of {', '.join(classes[:5])}"
             raise UsageError(f"{location}, row {row}: {label} is {value!r} and should be {known}")
-        labels.append(number)
+        return found
+
+    several = _is_list(feature)
+    labels: list[Label] = []
+    for row, value in enumerate(dataset[label]):
+        if several and value is None:
+            raise UsageError(f"{location}, row {row}: {label} is None: give a list, an empty one where no class is shown")
+        labels.append(tuple(sorted({number(row, one) for one in value})) if several else number(row, value))
     table = dataset.with_format("arrow")[:][image]
     content = compute.struct_field(table, "bytes") if hasattr(table.type, "num_fields") and table.type.num_fields else table
     sizes = tuple(int(size or 0) for size in compute.binary_length(content).to_pylist())
     names = tuple(f"{row:09d}" for row in range(len(dataset)))
-    return ImageSet(Rows(location, dataset, image), classes, names, tuple(labels), sizes)
+    task = MULTI_LABEL if several else SINGLE_LABEL
+    return ImageSet(Rows(location, dataset, image), classes, names, tuple(labels), sizes, task=task)

@@ -1,7 +1,8 @@
 """Tar shards: few large files in place of many small ones, for slow disks, network storage and object stores.
 
     OUT/manifest.json          classes; for each part its shards and where in them every image starts
-    OUT/train-00000.tar        <number>.jpg, the file as it was, and <number>.cls, its class as a whole number
+    OUT/train-00000.tar        <number>.jpg, the file as it was, and <number>.cls, its class as a whole number; of multi-label
+                               data <number>.json, {"labels": [its classes as whole numbers]}
 
 The tar files are read by webdataset as they are. Ours are read by position through the manifest, so that the order of training is
 global and resume exact, and nothing is unpacked. Places may be local or anything that fsspec opens (`s3://...`, `https://...`).
@@ -25,10 +26,11 @@ import fsspec
 import numpy as np
 from PIL import Image
 
-from crossvit.data.images import HELD_OUT_PARTS, Data, ImageSet, Store
+from crossvit.data.images import HELD_OUT_PARTS, Data, ImageSet, Label, Store
+from crossvit.data.planes import NUMPY_MAGIC
 from crossvit.data.preprocess import FORMATS, SUFFIXES
 from crossvit.errors import DataError, UsageError
-from crossvit.results import ShardSummary
+from crossvit.results import MULTI_LABEL, SINGLE_LABEL, ShardSummary
 
 MANIFEST = "manifest.json"
 FORMAT = "crossvit shards 1"
@@ -161,6 +163,7 @@ def _write_part(
     columns: dict[str, list[int]] = {name: [0] * count for name in ("shard", "offset", "size")}
     shards: list[dict[str, Any]] = []
     order = np.random.default_rng(SHUFFLE_SEED).permutation(count).tolist()
+    sidecar = ".json" if images.task == MULTI_LABEL else ".cls"
     while order:
         name = f"{part}-{len(shards):05d}.tar"
         taken = 0
@@ -170,12 +173,13 @@ def _write_part(
                 content, suffix = _file_of(images, index)
                 columns["shard"][index], columns["size"][index] = len(shards), len(content)
                 columns["offset"][index] = _add(tar, f"{index:09d}{suffix}", content)
-                _add(tar, f"{index:09d}.cls", str(images.labels[index]).encode())
+                _add(tar, f"{index:09d}{sidecar}", _written(images.labels[index]))
                 taken += 1
                 written()
         shards.append({"file": name, "bytes": file.written, "sha256": file.digest.hexdigest(), "images": taken})
     groups = {"groups": list(images.groups)} if images.groups else {}
     return {
+        "task": images.task,
         "shards": shards,
         "counts": images.counts(),
         "names": list(images.names),
@@ -183,6 +187,11 @@ def _write_part(
         **groups,
         **columns,
     }
+
+
+def _written(label: Label) -> bytes:
+    """The content of the file beside an image."""
+    return str(label).encode() if isinstance(label, int) else json.dumps({"labels": label}).encode()
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> int:
@@ -211,6 +220,8 @@ def _file_of(images: ImageSet, index: int) -> tuple[bytes, str]:
 
 def _suffix_of(content: bytes) -> str:
     """The name ending of an encoded picture without a name, such as a parquet file's."""
+    if content.startswith(NUMPY_MAGIC):
+        return ".npy"
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         return f".{str(image.format).lower()}".replace(".jpeg", ".jpg")
 
@@ -294,18 +305,26 @@ class _Columns:
 
     shards: list[tuple[str, int, str]]  # file, bytes, sha256
     names: list[str]
-    labels: list[int]
+    labels: list[Label]
     groups: list[str]
     shard: list[int]
     offset: list[int]
     size: list[int]
+    task: str
 
     @classmethod
     def read(cls, record: dict[str, Any]) -> _Columns:
         shards = [(str(shard["file"]), int(shard["bytes"]), str(shard["sha256"])) for shard in record["shards"]]
-        numbers = {name: [int(value) for value in record[name]] for name in ("labels", "shard", "offset", "size")}
+        numbers = {name: [int(value) for value in record[name]] for name in ("shard", "offset", "size")}
         groups = [str(group) for group in record.get("groups", ())]
-        return cls(shards=shards, names=[str(name) for name in record["names"]], groups=groups, **numbers)
+        names = [str(name) for name in record["names"]]
+        task = str(record.get("task", SINGLE_LABEL))  # of one label an image before there was another way
+        labels: list[Label] = (
+            [tuple(sorted({int(one) for one in label})) for label in record["labels"]]
+            if task == MULTI_LABEL
+            else [int(label) for label in record["labels"]]
+        )
+        return cls(shards=shards, names=names, labels=labels, groups=groups, task=task, **numbers)
 
     def refuse_nonsense(self, place: str, classes: int) -> None:
         """UsageError for what cannot be: a manifest may come from anywhere."""
@@ -314,7 +333,8 @@ class _Columns:
             raise UsageError(f"{place}: its columns differ in length: write the shards again")
         if len(set(self.names)) < len(self.names):
             raise UsageError(f"{place}: a name is there twice: write the shards again")
-        wrong = next((label for label in self.labels if not 0 <= label < classes), None)
+        found = (one for label in self.labels for one in ((label,) if isinstance(label, int) else label))
+        wrong = next((one for one in found if not 0 <= one < classes), None)
         if wrong is not None:
             raise UsageError(f"{place}: label {wrong} of {classes} classes: labels are from 0 to {classes - 1}")
         for name, _, _ in self.shards:
@@ -329,7 +349,15 @@ class _Columns:
         places = {name: Place(*position) for name, position in zip(self.names, positions, strict=True)}
         files, _, digests = zip(*self.shards, strict=True) if self.shards else ((), (), ())
         store = Shards(location, tuple(files), places, tuple(digests))
-        return ImageSet(store, classes, tuple(self.names), tuple(self.labels), tuple(self.size), tuple(self.groups))
+        return ImageSet(
+            store,
+            classes,
+            tuple(self.names),
+            tuple(self.labels),
+            tuple(self.size),
+            tuple(self.groups),
+            self.task,
+        )
 
 
 def _refuse_other_sizes(shards: Sequence[tuple[str, int, str]], location: str, files: Any, root: str) -> None:

@@ -1,8 +1,9 @@
 """A list of images as a CSV file: one line an image, with its path and its class, and if wanted its group and its part.
 
-    path,label,group,split
-    cats/1.jpg,cat,burst-7,train
+    path,label,group,split                  path,labels
+    cats/1.jpg,cat,burst-7,train            streets/1.jpg,car;person
 
+`labels` in place of `label` makes it multi-label data: any number of classes in a cell, between semicolons; none in an empty one.
 Paths are below the CSV's own folder, or absolute. `group` names what must stay on one side of a split (a patient, a burst);
 `split` is train, val or test, in every line or in none. Other columns are ignored.
 """
@@ -13,11 +14,12 @@ import csv
 from collections import Counter
 from pathlib import Path
 
-from crossvit.data.images import HELD_OUT_PARTS, NAMED_AT_MOST, Data, Folder, ImageSet
+from crossvit.data.images import BETWEEN_LABELS, HELD_OUT_PARTS, NAMED_AT_MOST, Data, Folder, ImageSet
 from crossvit.errors import UsageError, unknown_name
+from crossvit.results import MULTI_LABEL, SINGLE_LABEL
 
 TABLES = (".csv",)
-PATH, LABEL, GROUP, SPLIT = "path", "label", "group", "split"
+PATH, LABEL, LABELS, GROUP, SPLIT = "path", "label", "labels", "group", "split"
 PARTS = ("train", *HELD_OUT_PARTS)
 
 
@@ -26,18 +28,25 @@ def open_csv(place: Path) -> Data:
     lines = _read(place)
     columns = lines[0][1].keys()
     for number, line in lines:
-        for column in (PATH, LABEL, *(GROUP,) * (GROUP in columns)):
-            if not line[column]:
+        for column in (PATH, LABEL, GROUP):
+            if column in columns and not line[column]:
                 raise UsageError(f"{place}, line {number}: no {column}; fill it in or remove the line")
     parts = _parts(place, lines)
     train = parts.get("train") or parts.get("all") or []
     if not train:
         raise UsageError(f"{place} has no line with the {SPLIT} train: a part to learn from is needed")
-    classes = tuple(sorted({line[LABEL] for _, line in train}))
+    classes = tuple(sorted({label for _, line in train for label in _labels(line)}))
+    if not classes:
+        raise UsageError(f"{place} has no label in any line to learn from: fill in the column {LABELS}")
     return Data(str(place), classes, {part: _image_set(place, lines, classes) for part, lines in parts.items()})
 
 
 Line = tuple[int, dict[str, str]]  # its number in the file, and its fields
+
+
+def _labels(line: dict[str, str]) -> list[str]:
+    """The classes that a line names."""
+    return [line[LABEL]] if LABEL in line else [text for part in line[LABELS].split(BETWEEN_LABELS) if (text := part.strip())]
 
 
 def _read(place: Path) -> list[Line]:
@@ -48,11 +57,13 @@ def _read(place: Path) -> list[Line]:
             reader.fieldnames = columns
             lines = [(reader.line_num, {key: (value or "").strip() for key, value in line.items() if key}) for line in reader]
     except FileNotFoundError:
-        raise UsageError(f"no file {place}: give a CSV with the columns {PATH} and {LABEL}") from None
+        raise UsageError(f"no file {place}: give a CSV with the columns {PATH} and {LABEL} (or {LABELS})") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UsageError(f"{place} cannot be read as a CSV in UTF-8 ({error})") from error
+    if LABEL in columns and LABELS in columns:
+        raise UsageError(f"{place} has both columns {LABEL!r} and {LABELS!r}: keep one, {LABELS!r} for several classes an image")
     for needed in (PATH, LABEL):
-        if needed not in columns:
+        if needed not in columns and not (needed == LABEL and LABELS in columns):
             raise UsageError(
                 f"{place} has no column {needed!r} (it has {', '.join(columns) or 'none'}): name it in the first line"
             )
@@ -80,10 +91,9 @@ def _image_set(place: Path, lines: list[Line], classes: tuple[str, ...]) -> Imag
     absent: list[str] = []
     sizes: list[int] = []
     for number, line in lines:
-        if line[LABEL] not in number_of:
-            raise UsageError(
-                f"{place}, line {number}: {unknown_name('label', line[LABEL], classes)}; no line to learn from has it"
-            )
+        unknown = next((label for label in _labels(line) if label not in number_of), None)
+        if unknown is not None:
+            raise UsageError(f"{place}, line {number}: {unknown_name('label', unknown, classes)}; no line to learn from has it")
         try:
             sizes.append((root / line[PATH]).stat().st_size)
         except OSError:
@@ -98,11 +108,14 @@ def _image_set(place: Path, lines: list[Line], classes: tuple[str, ...]) -> Imag
     again, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise UsageError(f"{place} lists {again} {times} times in one part: keep one line of it")
+    single = LABEL in lines[0][1]
+    found = [tuple(sorted({number_of[label] for label in _labels(line)})) for _, line in lines]
     return ImageSet(
         Folder(str(root)),
         classes,
         names,
-        tuple(number_of[line[LABEL]] for _, line in lines),
+        tuple(own[0] for own in found) if single else tuple(found),
         tuple(sizes),
         tuple(line[GROUP] for _, line in lines) if GROUP in lines[0][1] else (),
+        SINGLE_LABEL if single else MULTI_LABEL,
     )

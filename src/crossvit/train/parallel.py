@@ -25,6 +25,7 @@ from crossvit.errors import TrainingError, UsageError
 
 T = TypeVar("T")
 ANSWER = timedelta(seconds=1)
+GONE = ("gloo", "nccl", "connection")  # words in what a lost process is reported with; gloo's error is a bare RuntimeError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +83,10 @@ class Team:
         with _neighbours():
             dist.broadcast_object_list(told, src=0)
         return told[0]  # type: ignore[no-any-return]
+
+    def exchanging(self) -> contextlib.AbstractContextManager[None]:
+        """Around the backward pass, in which gradients are exchanged: TrainingError where another process has gone."""
+        return _neighbours() if self.size > 1 else contextlib.nullcontext()
 
     def together(self, module: nn.Module) -> nn.Module:
         """`module` whose gradients are the mean over the processes. They start from the first one's parameters."""
@@ -157,10 +162,12 @@ def _round(store: Store, rank: int, size: int) -> str:
 
 @contextlib.contextmanager
 def _neighbours() -> Iterator[None]:
-    """TrainingError in one line where another process has gone."""
+    """TrainingError in one line where another process has gone; any other error is left as it is."""
     try:
         yield
     except RuntimeError as error:
+        if not (isinstance(error, dist.DistError) or any(word in str(error).lower() for word in GONE)):
+            raise
         raise TrainingError(
             f"another process of this run has ended ({str(error).splitlines()[0]}); look at what it said"
         ) from error

@@ -21,6 +21,7 @@ from crossvit.errors import DataError, UsageError
 from crossvit.factory import model_config
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.presets import preset
+from crossvit.results import MULTI_LABEL
 from crossvit.train.parallel import ALONE, Team
 from crossvit.train.recipe import AugmentationRecipe, MixingRecipe, Recipe
 from crossvit.train.watch import Watch
@@ -33,6 +34,8 @@ SEEN_AT_LEAST = 12_000  # images, by such a run; see dev/LOG.md
 PART_IMAGES = 8  # the fastest of 4, 8 and 16 for crossvit_9_240 and crossvit_small_240 in bf16; see dev/LOG.md
 MANY_TOKENS = 196  # of a branch, from which a model is large in that sense
 FEW = 400  # images, for which the batch is smaller; see dev/LOG.md
+MEASURED_AT_MOST = 2_000  # images, whose mean and deviation are taken for all where channels are not RGB
+CONSTANT = 1e-4  # standard deviation of values in 0..1, up to which a channel is taken not to change: 7 steps of 16 bits
 UNEVEN = 10  # times as many images of one class as of another, from which it is said
 
 
@@ -53,24 +56,28 @@ class Plan:
     def training_loader(self, *, bounds: Bounds = whole) -> TrainingLoader:
         """`bounds`: the share of each batch that is loaded here."""
         recipe = self.recipe
-        settings = dataclasses.asdict(recipe.augmentation)
-        repeats = settings.pop("repeats")
         return TrainingLoader(
             self.train,
-            Augment(self.preprocessing, **settings),
+            self.augment(),
             self.preprocessing,
             batch_size=recipe.batch_size,
             seed=recipe.seed,
-            repeats=repeats,
+            repeats=recipe.augmentation.repeats,
             balanced=recipe.sampling == "balanced",
             workers=recipe.workers,
             bounds=bounds,
         )
 
-    def room_for_held_out(self) -> dict[int, NDArray[np.uint8]] | None:
+    def augment(self) -> Augment:
+        settings = dataclasses.asdict(self.recipe.augmentation)
+        del settings["repeats"]  # which image comes when, the loader's business
+        return Augment(self.preprocessing, **settings)
+
+    def room_for_held_out(self) -> dict[int, NDArray[Any]] | None:
         """Where the fitted held-out pictures are kept between epochs; None if they would take too much memory."""
         height, width = self.preprocessing.image_size
-        return {} if len(self.held_out) * height * width * 3 <= CACHE_BYTES else None
+        bytes_a_pixel = 4 * self.preprocessing.channels or 3  # float32, or 8-bit RGB
+        return {} if len(self.held_out) * height * width * bytes_a_pixel <= CACHE_BYTES else None
 
     def data_record(self) -> dict[str, Any]:
         """For run.json: what was trained on, and by name and size what was held out where the data had no part for it."""
@@ -94,9 +101,12 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
     """
     data = open_data(recipe.data)
     data.split(held_out=recipe.held_out, seed=recipe.seed)  # a folder that cannot be split is said before, too
+    if recipe.sampling == "balanced" and data.task == MULTI_LABEL:
+        raise UsageError(f"{recipe.data} has several labels an image: --class-weights balanced in place of --sampling balanced")
     chosen = _chosen_model(recipe, recorded)
     watch.checking(sum(len(team.share(images.names)) for images in data.parts.values()))
-    looked = {part: _look(images, watch, team) for part, images in data.parts.items()}
+    reader = Preprocessing(image_size=(1, 1), channels=recipe.channels)  # before the model, and with it the size, is known
+    looked = {part: _look(images, reader, watch, team) for part, images in data.parts.items()}
     data = _without_broken(data, looked, skip=recipe.skip_bad)
     train, held_out = data.split(held_out=recipe.held_out, seed=recipe.seed)
     sizes = [size for findings in looked.values() for size in findings.sizes]
@@ -104,6 +114,7 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
     config = model_config(
         base,
         num_classes=len(data.classes),
+        in_channels=recipe.channels or 3,
         image_size=(recipe.image_size, recipe.image_size) if recipe.image_size else None,
         drop_path=recipe.drop_path,
     )
@@ -115,18 +126,39 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
         held_out, part = train, "train"
     if recipe.epochs == 0:
         recipe = dataclasses.replace(recipe, epochs=suitable_epochs(len(train)))
-    plan = Plan(
-        recipe, data, train, held_out, part, name, why, config,
-        Preprocessing(image_size=config.image_size, crop=preset(name).crop),
-    )  # fmt: skip
+    preprocessing = (
+        Preprocessing.from_dict(recorded["preprocessing"])
+        if recorded is not None
+        else fitting_preprocessing(
+            train, Preprocessing(image_size=config.image_size, crop=preset(name).crop, channels=recipe.channels)
+        )
+    )
+    plan = Plan(recipe, data, train, held_out, part, name, why, config, preprocessing)
     for line in (*_found(plan, sizes), *_warnings(plan, looked)):
         watch.say(line)
     return plan
 
 
-def _look(images: ImageSet, watch: Watch, team: Team) -> Findings:
+def fitting_preprocessing(images: ImageSet, preprocessing: Preprocessing) -> Preprocessing:
+    """`preprocessing` with the mean and standard deviation of each channel of `images`, where they are not RGB's of ImageNet:
+    over every pixel of MEASURED_AT_MOST of them, evenly spaced. A channel that never changes has the deviation 1."""
+    if preprocessing.channels in (0, 3):
+        return preprocessing
+    step = -(-len(images) // MEASURED_AT_MOST)
+    sums = np.zeros((2, preprocessing.channels))
+    taken = range(0, len(images), step)
+    for index in taken:
+        pixels = preprocessing.fit(images.picture(index, preprocessing)).astype(np.float64)
+        sums += pixels.mean(axis=(0, 1)), (pixels**2).mean(axis=(0, 1))
+    mean, square = sums / len(taken)
+    deviation = np.sqrt(np.maximum(square - mean**2, 0))
+    std = np.where(deviation > CONSTANT, deviation, 1.0)
+    return dataclasses.replace(preprocessing, mean=tuple(mean.round(6).tolist()), std=tuple(std.round(6).tolist()))
+
+
+def _look(images: ImageSet, reader: Preprocessing, watch: Watch, team: Team) -> Findings:
     own = images.take(range(*team.bounds(len(images))))
-    found = team.gather(look_at(own, progress=watch.checked))
+    found = team.gather(look_at(own, preprocessing=reader, progress=watch.checked))
     return Findings(
         {name: reason for one in found for name, reason in one.broken.items()},
         {name: look for one in found for name, look in one.looks.items()},
@@ -153,7 +185,7 @@ def suitable_parts(config: CrossViTConfig, *, images: int, device: str) -> int:
 
 def _one_batch(recipe: Recipe, train: ImageSet) -> tuple[Recipe, ImageSet]:
     """(recipe, images) of the first batch alone, with nothing that varies it or softens its targets."""
-    first = Order(tuple(train.labels), recipe.seed).epoch(0)[: recipe.batch_size]
+    first = Order(train.labels, recipe.seed).epoch(0)[: recipe.batch_size]
     plain = AugmentationRecipe(rotate=0.0, shift=0.0, zoom=0.0, colour=0.0)
     recipe = dataclasses.replace(recipe, augmentation=plain, mixing=MixingRecipe(), label_smoothing=0.0, drop_path=0.0)
     return recipe, train.take([key.image for key in first])
@@ -225,7 +257,10 @@ def _found(plan: Plan, image_sizes: Sequence[tuple[int, int]]) -> list[str]:
         f"data   {plan.data.location}: {len(plan.data.classes)} classes, {total:,} images "
         f"({len(plan.train):,} train, {len(plan.held_out):,} {where}), {sizes} pixels"
     ]
-    lines += [f"note   {note}" for note in plan.data.notes]
+    lines += [f"note   {note}" for note in (*plan.data.notes, *plan.augment().left_out)]
+    bare = sum(label == () for images in (plan.train, plan.held_out) for label in images.labels)
+    if plan.train.task == MULTI_LABEL:
+        lines.append(f"note   several labels an image ({bare:,} images have none): a yes or no for each class")
     without = [name for name, count in plan.held_out.counts().items() if count == 0]
     if without:
         lines.append(f"note   {where} has no image of {', '.join(without)}: nothing is measured for them")

@@ -138,7 +138,9 @@ class CheckpointRecipe:
     every: str = option("1 epochs", "how often: steps, epochs, s, min or h; the end of a run always has one")
     keep: int = option(2, "how many of the newest are kept")
     patience: str = option(
-        "0", "stop when the held-out score has not risen for so many epochs, or % of the run, and take the best; 0 never"
+        "0",
+        "stop when the held-out score (top-1, or mAP of several labels) has not risen for so many epochs, or % of the run, and "
+        "take the best; 0 never",
     )
     select: str = option("last", "whose weights become the run's: last or best (on the held-out images)")
 
@@ -164,6 +166,9 @@ class Recipe:
         "what to start from: a run, a weight file, an https:// address, a released model's name or owner/name on the hub; "
         "a classifier for other classes is made anew, but for the rows of classes with the same name",
     )
+    channels: int = option(
+        0, "0: every picture as 8-bit RGB; 1 (grey), 3, 4 (RGBA) or more: so many channels with every bit that is stored"
+    )
     image_size: int | None = option(None, "side of the model's input in pixels; the model's own if left out")
     epochs: int = option(40, "passes over the training images; 0 takes a number that suits how many there are")
     batch_size: int = option(64, "images a step, over all processes; 0 takes a number that suits how many images there are")
@@ -175,7 +180,7 @@ class Recipe:
     label_smoothing: float = option(0.1, "share of the target spread over all classes")
     drop_path: float = option(0.0, "highest rate of stochastic depth")
     class_weights: str = option("none", "none, or balanced: rare classes weigh more in the loss")
-    sampling: str = option("all", "all: every image once a pass; balanced: every class equally often")
+    sampling: str = option("all", "all: every image once a pass; balanced: every class equally often (one label an image)")
     freeze: tuple[str, ...] = option((), f"parts that are not trained: {', '.join(PARTS)}")
     ema: float = option(0.0, "decay of an average of the weights, which is then what is evaluated and kept; 0 for none")
     precision: str = option("auto", "auto, fp32, bf16 or fp16; auto is bf16 where the processor or GPU computes in it")
@@ -203,6 +208,7 @@ class Recipe:
             "from 1 up to the batch size, or 0 to have it chosen",
         )
         _require(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "a number of pixels, 1 or more")
+        _require(0 <= self.channels <= 256, "channels", self.channels, "a number of channels up to 256, or 0 for RGB")
         _require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number of 0 or more, below 2^32")
         _require(self.workers >= 0, "workers", self.workers, "a whole number of 0 or more")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "a share between 0 and 1")

@@ -8,6 +8,7 @@ from crossvit.data.preprocess import Preprocessing
 from crossvit.errors import UsageError
 from crossvit.factory import create_model
 from crossvit.model.config import CrossViTConfig
+from crossvit.results import SINGLE_LABEL
 from crossvit.run import Run
 from crossvit.train.losses import NormalisedAnew, Teacher
 from crossvit.train.plan import Plan
@@ -17,9 +18,10 @@ A_CALLABLE = "a callable"  # recorded as the teacher of a run whose teacher was 
 
 
 def load_teacher(name: str, plan: Plan, *, device: torch.device) -> Teacher:
-    """`timm:NAME` (pretrained; `timm:local-dir:FOLDER` too) or a run folder, behind its own normalisation and input size.
+    """`timm:NAME` (pretrained; `timm:local-dir:FOLDER` too) or a run folder, behind its own normalisation and input size. A timm
+    model is taken to answer as the data asks: with one class, or with a sigmoid a class.
 
-    UsageError for a name that is neither, or a teacher of other classes than the plan's.
+    UsageError for a name that is neither, or a teacher of other classes, channels or another task than the plan's.
     """
     student = plan.preprocessing
     if name.startswith(TIMM):
@@ -33,10 +35,16 @@ def load_teacher(name: str, plan: Plan, *, device: torch.device) -> Teacher:
         own = Preprocessing.from_dict(record["preprocessing"])
         fits = tuple(record["classes"]) == plan.train.classes
         known = ", ".join(record["classes"][:5])
+        if record.get("task", SINGLE_LABEL) != plan.train.task:
+            raise UsageError(
+                f"the teacher {name} is {record.get('task', SINGLE_LABEL)} and {plan.data.location} {plan.train.task}"
+            )
     elif name == A_CALLABLE:
         raise UsageError("this run's teacher was given in Python: go on with crossvit.fit(recipe, resume=True, teacher=...)")
     else:
         raise UsageError(f"teacher {name!r}: give timm:NAME, timm:local-dir:FOLDER or a run folder")
+    if len(own.mean) != len(student.mean) or own.channels != student.channels:
+        raise UsageError(f"the teacher {name} takes other channels than the student: leave out --channels or the teacher")
     if not fits:
         raise UsageError(f"the teacher {name} answers for other classes ({known}) than {plan.data.location}")
     teacher = NormalisedAnew(model, student=(student.mean, student.std), own=(own.mean, own.std), image_size=own.image_size)

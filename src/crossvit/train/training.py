@@ -18,21 +18,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import crossvit
 from crossvit.data.images import ImageSet
 from crossvit.errors import TrainingError, UsageError
-from crossvit.evaluation import measure, summarise
 from crossvit.factory import create_model
 from crossvit.model.crossvit import CrossViT
-from crossvit.results import Epoch, Evaluation, TrainingResult, to_json
+from crossvit.results import MULTI_LABEL, Epoch, Evaluation, TrainingResult, to_json
 from crossvit.run import Run
 from crossvit.runtimes.torch import TorchEngine, autocast, resolve_device, resolve_precision
 from crossvit.train.checkpoint import Writer, copied, load_best, load_newest, save_best, save_checkpoint
 from crossvit.train.durations import parse_duration
-from crossvit.train.losses import Criterion, Mixing, Teacher, class_weights
+from crossvit.train.held_out import HeldOut, mean_average_precision
+from crossvit.train.losses import Criterion, Mixing, Teacher, class_weights, positive_weights
 from crossvit.train.optim import freeze, learning_rate, make_optimiser
 from crossvit.train.parallel import ALONE, BranchLogits, Team
 from crossvit.train.plan import Plan
@@ -92,20 +91,24 @@ class Training:
         self.average = _average(self.model, recipe.ema)
         self.loader = plan.training_loader(bounds=team.bounds)
         self.mixing = Mixing(
-            recipe.mixing, classes=plan.config.num_classes, label_smoothing=recipe.label_smoothing, seed=recipe.seed
+            recipe.mixing,
+            classes=plan.config.num_classes,
+            label_smoothing=recipe.label_smoothing,
+            seed=recipe.seed,
+            task=plan.train.task,
         )
-        counts = list(plan.train.counts().values())
         self.criterion = Criterion(
             label_smoothing=recipe.label_smoothing,
-            weights=class_weights(counts).to(self.device) if recipe.class_weights == "balanced" else None,
+            weights=balancing(plan.train).to(self.device) if recipe.class_weights == "balanced" else None,
             teacher=teacher,
             recipe=recipe.distillation,
+            task=plan.train.task,
         )
-        self.kept: dict[int, NDArray[np.uint8]] | None = plan.room_for_held_out()
+        self.held_out = HeldOut(plan, run=str(run.path), team=team)
         self.step = 0
         self.tally = Tally()
         self.epochs: list[Epoch] = []
-        self.best: tuple[float, float, int] | None = None  # top-1, minus the loss, and the epoch that had them
+        self.best: tuple[float, float, int] | None = None  # top-1 or mAP, minus the loss, and the epoch that had them
         self.rate_factor = 1.0  # halved when a run goes back
         self.bad_in_a_row = 0
         self.checkpointed_at = time.monotonic()
@@ -174,7 +177,7 @@ class Training:
         except Diverged:
             self._go_back(f"the loss or its gradient was not finite for {BAD_IN_A_ROW} steps in a row in epoch {epoch + 1}")
             return
-        evaluation = self.evaluate()
+        evaluation, _ = self.evaluate()
         if not math.isfinite(evaluation.loss):
             self._go_back(f"the held-out loss was not finite after epoch {epoch + 1}")
             return
@@ -182,10 +185,11 @@ class Training:
         entry = Epoch(
             epoch + 1, self.step, tally.loss / max(tally.seen, 1), tally.right / max(tally.seen, 1), evaluation.top1,
             evaluation.loss, self.rate(self.step - 1), tally.seconds, tally.seen / max(tally.seconds, 1e-9), tally.skipped,
+            mean_average_precision(evaluation),
         )  # fmt: skip
         self.epochs.append(entry)
         self.tally = Tally()
-        score = (evaluation.top1, -evaluation.loss, epoch + 1)
+        score = (evaluation.top1 if entry.val_map is None else entry.val_map, -evaluation.loss, epoch + 1)
         if self.best is None or score[:2] > self.best[:2]:
             self.best = score
             if self.recipe.checkpoints.select == "best" and self.team.leads:
@@ -235,10 +239,10 @@ class Training:
             with self.apart(left > 0), autocast(self.device, self.precision):
                 logits = self.forward(part)
             loss = self.criterion(logits, wanted, part) * (len(part) / size if own else 0.0)
-            with self.apart(left > 0):  # gradients of several processes become their mean
+            with self.team.exchanging(), self.apart(left > 0):  # gradients of several processes become their mean
                 self.scaler.scale(self.team.size * loss).backward()
             total += loss.item()
-            right += int((logits.float().mean(dim=0).argmax(dim=1) == label).sum()) * (own > 0)
+            right += surest_right(logits.float().mean(dim=0), label) * (own > 0)
         total, right = self.team.total(total, right)
         self._update(finite=math.isfinite(total))
         return total, int(right)
@@ -332,7 +336,7 @@ class Training:
         self.writer.flush()
         if self.recipe.checkpoints.select == "best" and self.best is not None:
             self.evaluated.load_state_dict(self.team.tell(load_best(self.run.checkpoints) if self.team.leads else {}))
-        evaluation = self.evaluate()
+        evaluation, thresholds = self.evaluate(thorough=True)
         plan = self.plan
         described = header(
             model=plan.model_name, config=plan.config, classes=plan.train.classes, preprocessing=plan.preprocessing.to_dict()
@@ -341,9 +345,11 @@ class Training:
             write_weights(self.run.weights_path, self.evaluated.state_dict(), described)
         seconds = sum(entry.seconds for entry in self.epochs)
         result = {"top1": evaluation.top1, "n": evaluation.n, "loss": evaluation.loss, "seconds": seconds}
+        if evaluation.multi_label is not None:
+            result["map"] = evaluation.multi_label.map
         if self.recipe.checkpoints.select == "best" and self.best is not None:
             result["selected_epoch"] = self.best[2]
-        record = self.record(result=result)
+        record = self.record(result=result) | ({"thresholds": list(thresholds)} if thresholds else {})
         if self.team.leads:
             self.run.write_record(record)
         return TrainingResult(
@@ -356,23 +362,9 @@ class Training:
             evaluation=evaluation,
         )
 
-    def evaluate(self) -> Evaluation:
-        engine = TorchEngine(self.evaluated, device=self.device)
-        logits, images = self._measure(engine)
-        patches = [branch.patch for branch in self.plan.config.branches]
-        with np.errstate(all="ignore"):  # weights that have run away are noticed by the loss
-            return summarise(
-                logits, images, patches=patches, run=str(self.run.path), data=self.recipe.data, split=self.plan.held_out_part
-            )
-
-    def _measure(self, engine: TorchEngine) -> tuple[NDArray[np.float32], ImageSet]:
-        """Branch logits of the held-out images. Each process measures its share, none twice."""
-        images, team = self.plan.held_out, self.team
-        if len(images) < team.size:
-            return measure(engine, images, self.plan.preprocessing, kept=self.kept)
-        own = images.take(range(*team.bounds(len(images))))
-        logits, _ = measure(engine, own, self.plan.preprocessing, kept=self.kept)
-        return np.concatenate(team.gather(logits), axis=1), images
+    def evaluate(self, *, thorough: bool = False) -> tuple[Evaluation, tuple[float, ...]]:
+        """(figures, thresholds) on the held-out images."""
+        return self.held_out.evaluate(TorchEngine(self.evaluated, device=self.device), thorough=thorough)
 
     def record(self, *, result: dict[str, Any] | None) -> dict[str, Any]:
         """What run.json holds."""
@@ -380,6 +372,7 @@ class Training:
             "crossvit": crossvit.__version__,
             "model": self.plan.model_name,
             "result": result,
+            "task": self.plan.train.task,
             "classes": list(self.plan.train.classes),
             "preprocessing": self.plan.preprocessing.to_dict(),
             "precision": self.precision,
@@ -406,6 +399,20 @@ def _refuse_without_compiler(device: torch.device) -> None:
     """UsageError where torch.compile has nothing to build its code with."""
     if device.type == "cpu" and not any(map(shutil.which, filter(None, (os.environ.get("CXX"), "g++", "clang++", "cl")))):
         raise UsageError("--compile needs a C++ compiler and finds none: install g++, name one in CXX, or leave --compile out")
+
+
+def balancing(images: ImageSet) -> Tensor:
+    """The weight of each class in the loss that makes up for how few images it has."""
+    counts = list(images.counts().values())
+    return positive_weights(counts, len(images)) if images.task == MULTI_LABEL else class_weights(counts)
+
+
+def surest_right(logits: Tensor, targets: Tensor) -> int:
+    """Images (B, C) whose surest class is theirs: of labels (B,), or one of those in (B, C)."""
+    surest = logits.argmax(dim=1, keepdim=True)
+    if targets.ndim == 1:
+        return int((surest[:, 0] == targets).sum())
+    return int((targets.gather(1, surest) > 0).sum())
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
