@@ -12,7 +12,7 @@ from PIL import Image
 
 from crossvit.data.check import check
 from crossvit.data.images import Data
-from crossvit.data.shards import write_shards
+from crossvit.data.shard_writing import write_shards
 from crossvit.data.sources import open_data
 from crossvit.results import TrainingResult
 from crossvit.train.loop import fit

@@ -18,7 +18,8 @@ from conftest import Heard
 from crossvit.data.check import check
 from crossvit.data.images import Arrays, ImageSet, grouped_split, stratified_split
 from crossvit.data.loader import TrainingLoader
-from crossvit.data.shards import MANIFEST, write_shards
+from crossvit.data.shard_writing import write_shards
+from crossvit.data.shards import MANIFEST
 from crossvit.data.sources import open_data
 from crossvit.errors import UsageError
 from crossvit.results import MULTI_LABEL, TrainingResult
