@@ -1,11 +1,8 @@
-"""Evaluation, prediction and the report: numbers against scikit-learn's, literal cases, and pages that stand alone."""
+"""Evaluation and prediction: numbers against scikit-learn's, and literal cases."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +16,6 @@ from crossvit.data.sources import open_data
 from crossvit.errors import DataError, RunError, UnknownNameError, UsageError
 from crossvit.evaluation import summarise
 from crossvit.prediction import find_images
-from crossvit.report.page import run_page
 from crossvit.results import TrainingResult, to_json
 from crossvit.run import SCHEMA, Run
 
@@ -196,53 +192,3 @@ def test_find_images_takes_files_folders_and_globs(scans: Path, tmp_path: Path) 
         find_images([str(tmp_path / "nowhere.png")])
     with pytest.raises(UsageError, match="has no images"):
         find_images([str(tmp_path)])
-
-
-# ---------------------------------------------------------------- report
-
-
-class Page(HTMLParser):
-    """Collects what a page asks for and shows."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.asked: list[str] = []
-        self.tags: list[str] = []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.asked += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-
-
-def test_the_report_stands_alone_and_shows_everything(tiny_run: TrainingResult) -> None:
-    assert tiny_run.evaluation is not None
-    text = run_page(tiny_run, tiny_run.evaluation)
-    page = Page(text)
-    assert [link for link in page.asked if not link.startswith(("data:", "#"))] == []
-    assert "url(http" not in text
-    assert "@import" not in text
-    assert "script" not in page.tags
-    assert page.tags.count("img") == len(tiny_run.evaluation.mistakes) > 0
-    assert "svg" in page.tags
-    assert f"{100 * tiny_run.top1:.1f}" in text
-    assert len(text) < 1_000_000
-    counts = [int(cell) for cell in re.findall(r"<td title[^>]*>(\d+)</td>", text)]
-    assert sum(counts) == tiny_run.n
-    assert f"Train it again: <code>crossvit train {tiny_run.record['recipe']['data']} --recipe {tiny_run.run} --out" in text
-
-
-def test_the_report_escapes_names(tiny_run: TrainingResult) -> None:
-    assert tiny_run.evaluation is not None
-    mistake = dataclasses.replace(tiny_run.evaluation.mistakes[0], image="<script>alert(1)</script>")
-    evaluation = dataclasses.replace(tiny_run.evaluation, mistakes=(mistake,))
-    assert "<script>" not in run_page(tiny_run, evaluation)
-
-
-def test_the_report_of_many_classes_has_a_confusion_matrix_without_labels(tiny_run: TrainingResult) -> None:
-    labels = list(range(30)) * 2
-    logits = np.eye(30, dtype=np.float32)[labels][None].repeat(2, axis=0)
-    evaluation = summarise(logits, image_set(labels, 30), patches=(4, 8), run="r", data="d", split="val")
-    text = run_page(dataclasses.replace(tiny_run, n=60, top1=1.0), evaluation)
-    assert 'class="confusion many"' in text
-    assert "every held-out image is right" in text

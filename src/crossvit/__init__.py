@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crossvit.comparison import compare_runs
     from crossvit.errors import CrossViTError
     from crossvit.evaluation import evaluate
     from crossvit.factory import create_model
@@ -38,6 +39,7 @@ _HOMES = {
     "Predictor": "crossvit.prediction",
     "Recipe": "crossvit.train.recipe",
     "TrainingResult": "crossvit.results",
+    "compare_runs": "crossvit.comparison",
     "create_model": "crossvit.factory",
     "evaluate": "crossvit.evaluation",
     "fit": "crossvit.train.loop",
@@ -58,6 +60,7 @@ __all__ = [
     "Recipe",
     "TrainingResult",
     "__version__",
+    "compare_runs",
     "create_model",
     "evaluate",
     "fit",

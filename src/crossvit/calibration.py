@@ -1,7 +1,6 @@
 """Whether 80 % sure means 80 % right, the temperature that makes it so, and when to give no answer. NumPy only.
 
-Shapes as in `metrics`: logits (n, C), labels (n,); confidence (n,) is the probability of the answer, correct (n,) whether it is
-right.
+Shapes as in `metrics`: logits (n, C), labels (n,); sure (n,) is the probability of the answer, correct (n,) whether it is right.
 """
 
 from __future__ import annotations
@@ -9,18 +8,18 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from crossvit.metrics import Booleans, Floats, Integers, hits, probabilities
+from crossvit.metrics import Booleans, Floats, Integers, confidence, hits
 from crossvit.results import Calibration, ReliabilityBin, RiskPoint, Selective
 
 BINS = 15  # of equal width, as in Guo et al., On Calibration of Modern Neural Networks, ICML 2017
-TEMPERATURES = (0.05, 20.0)  # what is fitted lies between: of images that are all right the best would be 0
+TEMPERATURES = (0.05, 20.0)  # what is fitted lies between
 CURVE_POINTS = 200  # of risk against coverage that are kept
 ROWS = 4096  # of logits in double precision at a time
 
 
 def calibration(logits: Floats, labels: Integers, *, temperature: float = 1.0) -> Calibration:
     """What `Calibration` holds, of fused logits before any temperature and the `temperature` they are divided by."""
-    bins = _bins(logits, labels, np.full(len(labels), temperature))
+    bins = _bins(logits, labels, temperature)
     order = np.random.default_rng(0).permutation(len(labels))
     halves = order[::2], order[1::2]
     crossed = np.empty(len(labels))
@@ -35,14 +34,14 @@ def calibration(logits: Floats, labels: Integers, *, temperature: float = 1.0) -
     )
 
 
-def reliability(confidence: Floats, correct: Booleans, *, bins: int = BINS) -> tuple[ReliabilityBin, ...]:
+def reliability(sure: Floats, correct: Booleans, *, bins: int = BINS) -> tuple[ReliabilityBin, ...]:
     """Bins of equal width from 0 to 1, each with its lower edge, the last with 1 too; an empty one has 0 for both shares."""
     edges = np.linspace(0.0, 1.0, bins + 1)
-    place = np.clip(np.searchsorted(edges, confidence, side="right") - 1, 0, bins - 1)
+    place = np.clip(np.searchsorted(edges, sure, side="right") - 1, 0, bins - 1)
     counts = np.bincount(place, minlength=bins)
-    sure = np.bincount(place, weights=confidence, minlength=bins) / np.maximum(counts, 1)
+    means = np.bincount(place, weights=sure, minlength=bins) / np.maximum(counts, 1)
     right = np.bincount(place, weights=correct, minlength=bins) / np.maximum(counts, 1)
-    rows = zip(edges[:-1], edges[1:], counts, sure, right, strict=True)
+    rows = zip(edges[:-1], edges[1:], counts, means, right, strict=True)
     return tuple(ReliabilityBin(float(low), float(high), int(n), float(c), float(a)) for low, high, n, c, a in rows)
 
 
@@ -56,8 +55,11 @@ def fit_temperature(logits: Floats, labels: Integers) -> float:
     """The temperature T within TEMPERATURES that makes the mean of −log softmax(z / T)[label] least.
 
     In β = 1 / T this is convex, with the slope mean(E_p[z] − z[label]) and the curvature mean(Var_p[z]): Newton's steps, halved
-    into the bracket where they leave it. Source: Guo et al. 2017, section 4.2.
+    into the bracket where they leave it. Where every label has the highest logit the surer the better without end, so nothing is
+    fitted: 1. Source: Guo et al. 2017, section 4.2.
     """
+    if hits(logits, labels).all():
+        return 1.0
     low, high = 1 / TEMPERATURES[1], 1 / TEMPERATURES[0]
     inverse = 1.0
     for _ in range(100):
@@ -86,13 +88,12 @@ def _slope_and_curvature(logits: Floats, labels: Integers, inverse: float) -> tu
     return slope / len(labels), curvature / len(labels)
 
 
-def _bins(logits: Floats, labels: Integers, temperatures: NDArray[np.float64]) -> tuple[ReliabilityBin, ...]:
+def _bins(logits: Floats, labels: Integers, temperatures: float | NDArray[np.float64]) -> tuple[ReliabilityBin, ...]:
     """Reliability of each image's logits divided by its own temperature; what is right does not depend on that."""
-    sure = probabilities(logits / temperatures[:, None]).max(axis=1)
-    return reliability(sure, hits(logits, labels))
+    return reliability(confidence(logits, temperatures), hits(logits, labels))
 
 
-def selective(confidence: Floats, correct: Booleans, *, target_risk: float | None = None) -> Selective:
+def selective(sure: Floats, correct: Booleans, *, target_risk: float | None = None) -> Selective:
     """Risk against coverage: answering where the confidence is at least t, the share answered and the share of those wrong.
 
     area: the mean over all images of the risk at their own confidence (AURC: Geifman et al., Bias-Reduced Uncertainty
@@ -100,8 +101,8 @@ def selective(confidence: Floats, correct: Booleans, *, target_risk: float | Non
     """
     wrong = ~np.asarray(correct, dtype=bool)
     target = float(wrong.mean()) / 2 if target_risk is None else target_risk
-    order = np.argsort(-confidence, kind="stable")
-    falling = confidence[order]
+    order = np.argsort(-sure, kind="stable")
+    falling = sure[order]
     steps = np.flatnonzero(np.diff(falling, append=-np.inf) != 0)  # the last image of each distinct confidence
     answered = steps + 1
     risk = np.cumsum(wrong[order])[steps] / answered

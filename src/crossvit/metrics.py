@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossvit.results import BranchScore, ClassScore, LabelScore, MultiLabel
+from crossvit.results import SINGLE_LABEL, BranchScore, ClassScore, LabelScore, MultiLabel
 
-SINGLE_LABEL = "single-label"  # of `Trained.task`, which cannot be imported from here
 THRESHOLD = 0.5  # from which a multi-label model says a class, where no other was set
 
 Floats = NDArray[np.floating[Any]]
@@ -32,6 +31,14 @@ def probabilities(logits: Floats, *, task: str = SINGLE_LABEL, temperature: floa
     if task == SINGLE_LABEL:
         return np.exp(log_softmax(scaled))
     return np.exp(-np.logaddexp(0.0, -scaled))
+
+
+def confidence(logits: Floats, temperature: float | Floats = 1.0) -> NDArray[np.float64]:
+    """(n,): the probability of the surest class, max softmax(z / T) = 1 / Σ exp((z − max z) / T). temperature: one, or (n,)."""
+    shifted = (logits - logits.max(axis=1, keepdims=True)).astype(np.float64)
+    shifted /= np.broadcast_to(np.asarray(temperature, dtype=np.float64), len(logits))[:, None]
+    surest: NDArray[np.float64] = 1 / np.exp(shifted, out=shifted).sum(axis=1)
+    return surest
 
 
 def log_softmax(logits: Floats) -> NDArray[np.float64]:
@@ -86,8 +93,9 @@ def branch_names(count: int) -> list[str]:
 
 def confusion_matrix(labels: Integers, predicted: Integers, classes: int) -> NDArray[np.int64]:
     """(C, C) counts: rows true, columns predicted."""
-    cells = np.bincount(labels * classes + predicted, minlength=classes * classes)
-    return cells.reshape(classes, classes)
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    np.add.at(counts, (labels, predicted), 1)
+    return counts
 
 
 def class_scores(confusion: NDArray[np.int64], classes: Sequence[str]) -> tuple[ClassScore, ...]:
@@ -101,7 +109,8 @@ def class_scores(confusion: NDArray[np.int64], classes: Sequence[str]) -> tuple[
 
 def f1(right: Integers, true: Integers, guessed: Integers) -> NDArray[np.float64]:
     """2 right / (true + guessed), the harmonic mean of precision and recall; 0 for a class neither present nor predicted."""
-    return 2 * right / np.maximum(true + guessed, 1)
+    shares: NDArray[np.float64] = 2 * right / np.maximum(true + guessed, 1)
+    return shares
 
 
 def macro_f1(right: Integers, true: Integers, guessed: Integers) -> float:

@@ -109,7 +109,8 @@ class Calibration:
     """Whether 80 % sure means 80 % right. ece: expected calibration error, 0 to 1, of logits divided by `temperature`.
 
     suggested_temperature: the one that makes the cross-entropy of these images least; suggested_ece: the error with it, each
-    image under the temperature fitted to the others (two halves), so that it does not flatter.
+    image under the temperature fitted to the others (two halves), so that it does not flatter. replaced: what there was
+    before `--calibrate` stored this temperature in the run.
     """
 
     ece: float
@@ -117,6 +118,12 @@ class Calibration:
     bins: tuple[ReliabilityBin, ...]
     suggested_temperature: float
     suggested_ece: float
+    replaced: Calibration | None = None
+
+    @property
+    def stored(self) -> bool:
+        """Whether `temperature` was fitted to these images and is the run's own now."""
+        return self.replaced is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,11 +188,14 @@ class SizeScore:
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    """Accuracy on images made worse. mean: over corruptions and severities, None where none were asked for."""
+    """Accuracy on images made worse, and `unspoilt`: as they are. n: images, of which there may be fewer than were evaluated.
+    mean: over corruptions and severities, None where none were asked for."""
 
     corruptions: tuple[CorruptionScore, ...] = ()
     sizes: tuple[SizeScore, ...] = ()
     mean: float | None = None
+    n: int = 0
+    unspoilt: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,3 +388,32 @@ class DataCheck:
     identical: tuple[ImagePair, ...]
     near: tuple[ImagePair, ...]
     notes: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ComparedRun:
+    """One of several runs: a short name that no other has, what it costs (parameters, and multiply-accumulates of one image as it
+    computes them), the seconds it was trained for, and how it did. record (`run.json`) and epochs are left out of JSON."""
+
+    name: str
+    run: str
+    model: str
+    parameters: int
+    macs: int
+    seconds: float
+    evaluation: Evaluation
+    record: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, metadata={"json": False})
+    epochs: tuple[Epoch, ...] = dataclasses.field(default=(), repr=False, metadata={"json": False})
+
+
+@dataclasses.dataclass(frozen=True)
+class RunsCompared:
+    """Runs on the same n images. tests: of each run but the first against the first. differing: of each field of the recipe that
+    is not the same in all, its values in the order of `runs` (None where a run has no such field)."""
+
+    data: str
+    split: str
+    n: int
+    runs: tuple[ComparedRun, ...]
+    tests: tuple[Comparison, ...]
+    differing: dict[str, tuple[Any, ...]]

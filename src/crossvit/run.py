@@ -125,6 +125,11 @@ class Run:
         text = json.dumps({"schema": SCHEMA, **record}, indent=1, allow_nan=False)
         write_atomically(self.record_path, f"{text}\n".encode())
 
+    def amend(self, **fields: Any) -> None:
+        """Set fields of run.json, the others staying as they are; under the lock."""
+        with self.lock():
+            self.write_record({**self.record(), **fields})
+
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""
         with _writing(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:

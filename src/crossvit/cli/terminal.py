@@ -16,10 +16,9 @@ from crossvit.train.watch import Watch
 
 if TYPE_CHECKING:
     from crossvit.model.paper import Row
-    from crossvit.results import DataCheck, Epoch, Evaluation, ImagePair, Prediction, Rehearsal, TrainingResult
+    from crossvit.results import DataCheck, Epoch, ImagePair, Prediction, Rehearsal, TrainingResult
 
 
-TOP5_FROM = 10  # classes from which top-5 says something
 PAIRS_PRINTED = 8  # of each kind of finding; the rest are counted
 TABLE_WIDTH = 100  # columns that the widest table takes
 
@@ -119,20 +118,6 @@ def print_rehearsal(result: Rehearsal) -> None:
     )
     print(f"memory  {result.peak_bytes / 1e6:,.0f} MB at the most")
     print(f"disk    {result.checkpoint_bytes / 1e6:,.1f} MB a checkpoint")
-
-
-def print_evaluation(result: Evaluation) -> None:
-    right = round(result.top1 * result.n)
-    if result.multi_label is not None:
-        print(f"mAP    {_percent(result.multi_label.map)}  ({result.n:,} {result.split} images of {result.data})")
-    print(f"top-1  {_percent(result.top1)}  ({right:,} of {result.n:,} {result.split} images of {result.data})")
-    if len(result.classes) >= TOP5_FROM:
-        print(f"top-5  {_percent(result.top5)}")
-    print(f"F1     {_percent(result.macro_f1)}  (mean over the classes)")
-    for branch in result.branches:
-        print(f"branch {branch.name} alone  {_percent(branch.top1)}  ({branch.patch}-pixel patches)")
-    hardest = sorted((score for score in result.classes if score.n), key=lambda score: score.f1)[:3]
-    print("hardest classes  " + ", ".join(f"{score.label} (F1 {_percent(score.f1)})" for score in hardest))
 
 
 def print_prediction(prediction: Prediction) -> None:

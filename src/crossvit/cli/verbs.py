@@ -23,6 +23,7 @@ app = App(
 TRAIN_HELP = "Train a classifier on a folder of images and evaluate it."
 app.command("crossvit.cli.training:train", name="train", help=TRAIN_HELP)  # loaded when it is called: it has many options
 app.command("crossvit.cli.evaluating:evaluate", name="evaluate", help="Measure a run on labelled images.")
+app.command("crossvit.cli.reporting:report", name="report", help="Write the page of a run anew, or compare runs.")
 app.command("crossvit.cli.predicting:predict", name="predict", help="Classify images.")
 app.command("crossvit.cli.planning:plan", name="plan", help="What a long run comes to on so many GPUs. Starts nothing.")
 app.command(data_app)

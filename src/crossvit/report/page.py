@@ -1,93 +1,135 @@
-"""Self-contained pages: about a finished run, and about what is in some data. No network, no script that is needed to read it."""
+"""Self-contained pages: of a finished run, of an evaluation, and of what is in some data.
+
+No network at all (the page's own policy forbids it), and no script that is needed to read it.
+"""
 
 from __future__ import annotations
 
-import base64
 import json
 import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
-from crossvit.report.plots import curves
-from crossvit.results import DataCheck, Evaluation, TrainingResult
+from crossvit.report import plots
+from crossvit.report.matrix import Matrix, matrix_of
+from crossvit.report.templates import environment, spoken_seconds
+from crossvit.results import DataCheck, Evaluation, Mistake, TrainingResult
 
-LABELLED_CELLS = 20  # classes up to which the confusion matrix writes its counts and names; beyond it they show on hover
+PICTURE_BYTES = 2_500_000  # of pictures and maps of mistakes that a page takes; as base64 a third more, of 5 MB in all
 
 
 def run_page(result: TrainingResult, evaluation: Evaluation) -> str:
-    """The HTML of a finished run: headline, curves, confusion matrix, classes, surest mistakes, configuration."""
-    template = _environment().get_template("page.html")
+    """The HTML of a finished run: how it learned, how good it is, where it fails, and how to train it again."""
     record = result.record
-    return template.render(
-        result=result,
-        evaluation=evaluation,
-        record=record,
-        curves=[Markup(svg) for svg in curves(result.epochs)],  # noqa: S704  # our own SVGs
-        confusion=_confusion_rows(evaluation),
-        labelled=len(evaluation.classes) <= LABELLED_CELLS,
-        worst_first=sorted(evaluation.classes, key=lambda score: (score.f1, score.label)),
-        wrong=result.n - round(result.top1 * result.n),
-        recipe=_flat(record["recipe"]),
-        branches=record["config"]["branches"],
-        configuration=json.dumps({key: value for key, value in record.items() if key != "data"}, indent=2, ensure_ascii=False),
-        command=shlex.join(
-            ["crossvit", "train", record["recipe"]["data"], "--recipe", result.run, "--out", f"{result.run}-again"]
-        ),
+    again = ["crossvit", "train", record["recipe"]["data"], "--recipe", result.run, "--out", f"{result.run}-again"]
+    return _evaluated(
+        "run.html",
+        evaluation,
+        record,
+        kind="training run",
+        again="Train it again",
+        command=shlex.join(again),
+        curves=[Markup(svg) for svg in plots.curves(result.epochs)] if result.epochs else [],  # noqa: S704  # our own SVGs
+        epochs=len(result.epochs),
+        skipped=sum(entry.skipped for entry in result.epochs),
     )
+
+
+def evaluation_page(evaluation: Evaluation, *, command: str, record: Mapping[str, Any] | None = None) -> str:
+    """The HTML of an evaluation. command: the one that made it; record: run.json, where what was evaluated is a run."""
+    kind, again = "evaluation", "Measure it again"
+    return _evaluated("evaluation.html", evaluation, record or {}, kind=kind, again=again, command=command)
 
 
 def data_page(found: DataCheck) -> str:
     """The HTML of what `crossvit data check` found, with the pairs as pictures."""
     largest = max(max(part.classes.values()) for part in found.parts[:1])
-    return _environment().get_template("data.html").render(found=found, largest=max(largest, 1))
+    return environment().get_template("data.html").render(found=found, largest=max(largest, 1))
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("crossvit", "report"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["percent"] = lambda share: f"{100 * share:.1f}\u202f%"
-    environment.filters["picture"] = lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}"
-    environment.filters["jpeg"] = lambda jpeg: f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"
-    environment.filters["short"] = lambda path: "/".join(path.split("/")[-2:])
-    return environment
-
-
-def _confusion_rows(evaluation: Evaluation) -> list[tuple[str, list[dict[str, Any]]]]:
-    """(true class, cells): each with its count, its share of the row (for the shade) and what to say on hover."""
-    names = [score.label for score in evaluation.classes]
-    rows = []
-    for index, (name, counts) in enumerate(zip(names, evaluation.confusion.tolist(), strict=True)):
-        total = max(sum(counts), 1)
-        rows.append(
-            (
-                name,
-                [
-                    {
-                        "count": count,
-                        "share": count / total,
-                        "right": column == index,
-                        "says": f"{name} taken for {names[column]}: {count}",
-                    }
-                    for column, count in enumerate(counts)
-                ],
-            )
+def _evaluated(template: str, evaluation: Evaluation, record: Mapping[str, Any], **more: Any) -> str:
+    matrix = matrix_of(evaluation)
+    calibration, selective, robustness = evaluation.calibration, evaluation.selective, evaluation.robustness
+    drawn = {
+        "reliability": plots.reliability(calibration) if calibration else None,
+        "risk_coverage": plots.risk_coverage(selective) if selective else None,
+        "sizes": plots.sizes(robustness.sizes, robustness.unspoilt) if robustness and robustness.sizes else None,
+    }
+    data = record.get("data", {})
+    return (
+        environment(script=True)
+        .get_template(template)
+        .render(
+            evaluation=evaluation,
+            record=record,
+            model=record.get("model") or evaluation.run.rstrip("/").split("/")[-1],
+            headline=evaluation.multi_label.map if evaluation.multi_label else evaluation.top1,
+            notes=[*data.get("warnings", ()), *data.get("notes", ())],
+            matrix=matrix,
+            hardest=sorted(evaluation.classes, key=lambda score: (score.f1, score.label)),
+            mistakes=_within_budget(evaluation.mistakes),
+            sections=_sections(evaluation, matrix, curves=bool(more.get("curves"))),
+            facts=_facts(evaluation, record),
+            recipe=_flat(record.get("recipe", {})),
+            whole=json.dumps({key: value for key, value in record.items() if key != "data"}, indent=2, ensure_ascii=False),
+            **{name: svg and Markup(svg) for name, svg in drawn.items()},  # noqa: S704  # our own SVGs
+            **more,
         )
-    return rows
+    )
 
 
-def _flat(recipe: dict[str, Any]) -> list[tuple[str, Any]]:
+def _sections(evaluation: Evaluation, matrix: Matrix | None, *, curves: bool) -> list[tuple[str, str]]:
+    """(anchor, title) of each section that the page has."""
+    there = {
+        ("learning", "Learning"): curves,
+        ("branches", "Branches"): bool(evaluation.branches),
+        ("confusion", "Confusion"): matrix is not None,
+        ("classes", "Classes"): True,
+        ("trust", "Confidence"): evaluation.calibration is not None or evaluation.selective is not None,
+        ("robustness", "Worse images"): evaluation.robustness is not None,
+        ("mistakes", "Mistakes"): bool(evaluation.mistakes) or evaluation.top1 == 1,
+        ("again", "How it ran"): True,
+    }
+    return [section for section, shown in there.items() if shown]
+
+
+def _facts(evaluation: Evaluation, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was measured and trained, how long it took and on what."""
+    facts = [("measured on", f"{evaluation.n:,} {evaluation.split} images of {evaluation.data}")]
+    if evaluation.seconds:
+        rate = evaluation.n / evaluation.seconds
+        facts.append(("evaluation", f"{spoken_seconds(evaluation.seconds)} ({rate:,.0f} images a second)"))
+    facts.append(("computed by", f"{evaluation.engine}, {evaluation.precision}"))
+    facts.append(("loss", f"{evaluation.loss:.4f} nats, mean cross-entropy{' of each decision' * bool(evaluation.multi_label)}"))
+    if record.get("result"):
+        processes = record.get("processes", 1)
+        several = f", {processes} processes" if processes > 1 else ""
+        threads = f"{record['threads']} thread{'s' * (record['threads'] != 1)}"
+        where = f"{record['device']}, {record['precision']}, {threads}{several}"
+        facts.append(("training", f"{spoken_seconds(record['result']['seconds'])} on {where}"))
+    if record.get("versions"):
+        versions = {"crossvit": record.get("crossvit"), **record["versions"]}
+        facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)))
+    return facts
+
+
+def _within_budget(mistakes: Sequence[Mistake]) -> list[Mistake]:
+    """The first mistakes whose pictures together fit into PICTURE_BYTES."""
+    kept, room = [], PICTURE_BYTES
+    for mistake in mistakes:
+        room -= len(mistake.picture) + len(mistake.map)
+        if room < 0:
+            break
+        kept += [mistake] if mistake.picture else []
+    return kept
+
+
+def _flat(recipe: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """(field, value) of a recipe, of nested ones as `outer.inner`, less what is not set."""
     rows: list[tuple[str, Any]] = []
     for key, value in recipe.items():
-        rows += (
-            [(f"{key}.{inner}", inner_value) for inner, inner_value in value.items()]
-            if isinstance(value, dict)
-            else [(key, value)]
-        )
-    return [(key, value) for key, value in rows if value is not None]
+        nested = value.items() if isinstance(value, dict) else ()
+        rows += [(f"{key}.{inner}", own) for inner, own in nested] or [(key, value)]
+    return [(key, value) for key, value in rows if value not in (None, "", [])]

@@ -1,27 +1,50 @@
-"""Plots as SVG text that takes its ink from the page, so that one picture is readable in light and in dark."""
+"""Plots as SVG text that takes its colours from the page, so that one picture is readable in light, in dark and on paper."""
 
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
+from html import escape
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from crossvit.results import Epoch
+from crossvit.results import Calibration, Epoch, Selective, SizeScore
 
-INK = "#123456"  # stands for the page's text colour; replaced by `currentColor` in the SVG
-TRAIN, VAL = "#e07b39", "#2a78c2"
+# Each stands for a colour of the page's style (style.css) and is replaced by it in the SVG; none is a colour anyone sees.
+INK = "#123456"
+SERIES = ("#a10001", "#a10002", "#a10003", "#a10004", "#a10005", "#a10006")  # --s1 ... --s6, told apart by the colour-blind too
+HELD_OUT, TRAIN = SERIES[:2]
+DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))  # beside the colour, for those who see none and for grey paper
+SIZE = (4.7, 3.1)  # inches, of one of two plots side by side
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
-    "svg.hashsalt": "crossvit",  # the same data gives the same bytes
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 9,
+    "axes.grid": True,
+    "grid.alpha": 0.13,
+    "grid.color": INK,
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+    "xtick.major.size": 3,
+    "ytick.major.size": 3,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
     **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK),
 }
 
@@ -29,29 +52,132 @@ STYLE: dict[Any, Any] = {
 def curves(epochs: Sequence[Epoch]) -> list[str]:
     """Loss and accuracy over the epochs, trained-on and held-out images: two SVGs, to stand side by side or stacked."""
     with matplotlib.rc_context(STYLE):
-        figures = [Figure(figsize=(4.6, 3.0), layout="constrained") for _ in range(2)]
-        loss, accuracy = (figure.subplots() for figure in figures)
+        (loss_figure, loss), (accuracy_figure, accuracy) = _axes(), _axes()
         numbers = [entry.epoch for entry in epochs]
         marker = "o" if len(epochs) == 1 else None
-        for axes, train, held_out, title in (
-            (loss, [e.loss for e in epochs], [e.val_loss for e in epochs], "Loss (cross-entropy, nats)"),
-            (accuracy, [e.train_top1 for e in epochs], [e.val_top1 for e in epochs], "Accuracy (top-1)"),
+        for axes, train, held_out in (
+            (loss, [e.loss for e in epochs], [e.val_loss for e in epochs]),
+            (accuracy, [e.train_top1 for e in epochs], [e.val_top1 for e in epochs]),
         ):
-            axes.plot(numbers, train, color=TRAIN, marker=marker, linewidth=1.6, label="training (augmented)")
-            axes.plot(numbers, held_out, color=VAL, marker=marker, linewidth=2.0, label="held out")
-            axes.set_title(title, loc="left", fontsize=10)
-            axes.set_xlabel("epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-            axes.grid(alpha=0.18, color=INK)
-        loss.set_ylim(bottom=0)
-        accuracy.set_ylim(0, 1.005)
-        accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        loss.legend(frameon=False, loc="upper right")
-        return [_svg(figure) for figure in figures]
+            axes.plot(numbers, train, color=TRAIN, marker=marker, linewidth=1.6, linestyle="--", label="training (augmented)")
+            axes.plot(numbers, held_out, color=HELD_OUT, marker=marker, linewidth=2.0, label="held out")
+        _over_epochs(loss, accuracy)
+        loss.legend(loc="upper right")
+        last = epochs[-1]
+        return [
+            _svg(loss_figure, f"Loss over {len(epochs)} epochs; held out {last.val_loss:.2f} at the end"),
+            _svg(accuracy_figure, f"Accuracy over {len(epochs)} epochs; held out {100 * last.val_top1:.1f} % at the end"),
+        ]
 
 
-def _svg(figure: Figure) -> str:
+def overlaid(runs: Sequence[tuple[str, Sequence[Epoch]]]) -> list[str]:
+    """Held-out loss and accuracy of several runs over their epochs: two SVGs, a colour and a dash for each (name, epochs)."""
+    with matplotlib.rc_context(STYLE):
+        (loss_figure, loss), (accuracy_figure, accuracy) = _axes(), _axes()
+        for index, (name, epochs) in enumerate(runs):
+            numbers = [entry.epoch for entry in epochs]
+            look: dict[str, Any] = {
+                "color": SERIES[index % len(SERIES)],
+                "linestyle": DASHES[index % len(DASHES)],
+                "marker": "o" if len(epochs) == 1 else None,
+                "linewidth": 1.9,
+                "label": name,
+            }
+            loss.plot(numbers, [entry.val_loss for entry in epochs], **look)
+            accuracy.plot(numbers, [entry.val_top1 for entry in epochs], **look)
+        _over_epochs(loss, accuracy, of="held-out ")
+        loss.legend(loc="upper right")
+        names = ", ".join(name for name, _ in runs)
+        return [
+            _svg(loss_figure, f"Held-out loss over the epochs of {names}"),
+            _svg(accuracy_figure, f"Held-out accuracy over the epochs of {names}"),
+        ]
+
+
+def reliability(calibration: Calibration) -> str:
+    """How often the answers are right against how sure they were, and below it how many answers were so sure."""
+    bins = [own for own in calibration.bins if own.n]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(SIZE[0], 4.1), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        upper.plot([0, 1], [0, 1], color=INK, alpha=0.45, linewidth=1, linestyle="--", label="as sure as right")
+        left, widths = [own.low for own in bins], [own.high - own.low for own in bins]
+        upper.bar(left, [own.accuracy for own in bins], widths, align="edge", color=HELD_OUT, alpha=0.28, linewidth=0)
+        sure, right = [own.confidence for own in bins], [own.accuracy for own in bins]
+        most = max(own.n for own in bins)
+        upper.plot(sure, right, color=HELD_OUT, linewidth=1.4, label="this model")
+        upper.scatter(sure, right, [8 + 40 * own.n / most for own in bins], color=HELD_OUT, zorder=3, clip_on=False)
+        upper.set(xlim=(0, 1), ylim=(0, 1.02), title="Share that is right")
+        upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        upper.legend(loc="lower right")
+        lower.bar(left, [own.n for own in bins], widths, align="edge", color=TRAIN, alpha=0.75, linewidth=0)
+        lower.set(title="Answers", xlabel="confidence")
+        lower.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
+        return _svg(figure, f"Reliability diagram: expected calibration error {100 * calibration.ece:.1f} %")
+
+
+def risk_coverage(selective: Selective) -> str:
+    """The share of answers that is wrong against the share of images answered, the surest first."""
+    coverage, risk = [point.coverage for point in selective.points], [point.risk for point in selective.points]
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes(height=4.1)
+        axes.plot(coverage, risk, color=HELD_OUT, linewidth=2.0, marker="o" if len(risk) == 1 else None)
+        axes.fill_between(coverage, risk, color=HELD_OUT, alpha=0.12, linewidth=0)
+        top = max([*risk, selective.target_risk, 0.01]) * 1.3
+        asked = f"asked for: {100 * selective.target_risk:.1f} % wrong"
+        axes.axhline(selective.target_risk, color=INK, alpha=0.45, linewidth=1, linestyle="--", label=asked)
+        if selective.suggested is not None:
+            point = selective.suggested
+            axes.plot([point.coverage], [point.risk], color=TRAIN, marker="o", markersize=8, linestyle="", label="suggested")
+        axes.legend(loc="upper left")
+        axes.set(xlim=(0, 1.01), ylim=(0, top), xlabel="share of the images that is answered", title="Share that is wrong")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None if top >= 0.05 else 1))
+        return _svg(figure, f"Risk against coverage: {100 * risk[-1]:.1f} % wrong where all are answered")
+
+
+def sizes(scores: Sequence[SizeScore], top1: float) -> str:
+    """Accuracy on images that were scaled down first, against their shorter side; dashed, the accuracy as they are."""
+    ordered = sorted(scores, key=lambda score: score.pixels)
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes()
+        axes.axhline(top1, color=INK, alpha=0.45, linewidth=1, linestyle="--")
+        axes.plot(
+            [score.pixels for score in ordered], [score.top1 for score in ordered], color=HELD_OUT, marker="o", linewidth=2.0
+        )
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([score.pixels for score in ordered], [str(score.pixels) for score in ordered])
+        axes.minorticks_off()
+        axes.set(ylim=(0, 1.02), xlabel="shorter side of the image, pixels", title="Accuracy (top-1)")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        figures = ", ".join(f"{100 * score.top1:.1f} % at {score.pixels}" for score in ordered)
+        return _svg(figure, f"Accuracy by the side of the image in pixels: {figures}")
+
+
+def _axes(height: float = SIZE[1]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(SIZE[0], height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _over_epochs(loss: Axes, accuracy: Axes, of: str = "") -> None:
+    for axes in (loss, accuracy):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    loss.set_title(f"{of}loss (cross-entropy, nats)".capitalize())
+    loss.set_ylim(bottom=0)
+    accuracy.set_title(f"{of}accuracy (top-1)".capitalize())
+    accuracy.set_ylim(0, 1.02)
+    accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _svg(figure: Figure, says: str) -> str:
+    """`figure` as an <svg> in the page's colours, with what it says for those who cannot see it."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context({"svg.hashsalt": says}):  # the same data gives the same bytes, another plot other ids
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue().replace(INK, "currentColor")
-    return text[text.index("<svg") :]
+    for index, stand_in in enumerate(SERIES, start=1):
+        text = text.replace(stand_in, f"var(--s{index})")
+    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # ids that a second plot on the page has too
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(says)}" ', 1)

@@ -23,12 +23,13 @@ class HeldOut:
         self.plan, self.run, self.team = plan, run, team
         self.kept: dict[int, NDArray[Any]] | None = plan.room_for_held_out()
 
-    def evaluate(self, engine: TorchEngine) -> tuple[Evaluation, tuple[float, ...]]:
+    def evaluate(self, engine: TorchEngine, *, thorough: bool = False) -> tuple[Evaluation, tuple[float, ...]]:
         """(figures, thresholds): of several labels an image, the probability from which each class is said that has the best F1
-        on these images; empty otherwise."""
+        on these images; empty otherwise. thorough: as for `summarise`."""
         logits, images = self._measure(engine)
         plan = self.plan
         with np.errstate(all="ignore"):  # weights that have run away are noticed by the loss
+            thresholds = self._thresholds(logits, images)
             evaluation = summarise(
                 logits,
                 images,
@@ -36,11 +37,16 @@ class HeldOut:
                 run=self.run,
                 data=plan.recipe.data,
                 split=plan.held_out_part,
+                thresholds=thresholds,
+                thorough=thorough,
             )
-            if images.task != MULTI_LABEL:
-                return evaluation, ()
-            chances = probabilities(logits.mean(axis=0), task=MULTI_LABEL)
-            return evaluation, tuple(best_thresholds(chances, images.targets()).round(6).tolist())
+        return evaluation, thresholds
+
+    def _thresholds(self, logits: NDArray[np.float32], images: ImageSet) -> tuple[float, ...]:
+        if images.task != MULTI_LABEL:
+            return ()
+        chances = probabilities(logits.mean(axis=0), task=MULTI_LABEL)
+        return tuple(best_thresholds(chances, images.targets()).round(6).tolist())
 
     def _measure(self, engine: TorchEngine) -> tuple[NDArray[np.float32], ImageSet]:
         """Branch logits of the images. Each process measures its share, none twice."""

@@ -336,7 +336,7 @@ class Training:
         self.writer.flush()
         if self.recipe.checkpoints.select == "best" and self.best is not None:
             self.evaluated.load_state_dict(self.team.tell(load_best(self.run.checkpoints) if self.team.leads else {}))
-        evaluation, thresholds = self.evaluate()
+        evaluation, thresholds = self.evaluate(thorough=True)
         plan = self.plan
         described = header(
             model=plan.model_name, config=plan.config, classes=plan.train.classes, preprocessing=plan.preprocessing.to_dict()
@@ -362,9 +362,9 @@ class Training:
             evaluation=evaluation,
         )
 
-    def evaluate(self) -> tuple[Evaluation, tuple[float, ...]]:
+    def evaluate(self, *, thorough: bool = False) -> tuple[Evaluation, tuple[float, ...]]:
         """(figures, thresholds) on the held-out images."""
-        return self.held_out.evaluate(TorchEngine(self.evaluated, device=self.device))
+        return self.held_out.evaluate(TorchEngine(self.evaluated, device=self.device), thorough=thorough)
 
     def record(self, *, result: dict[str, Any] | None) -> dict[str, Any]:
         """What run.json holds."""

@@ -1,0 +1,124 @@
+"""The verb `crossvit report`, and what it prints."""
+
+from __future__ import annotations
+
+import shlex
+from json import dumps
+from typing import TYPE_CHECKING, TypedDict
+
+from crossvit.cli.switch import Switch
+
+if TYPE_CHECKING:
+    from crossvit.results import RunsCompared
+
+PAGE = "compare.html"
+
+
+class Measuring(TypedDict):
+    """How every run is evaluated."""
+
+    split: str | None
+    batch_size: int
+    device: str
+    precision: str
+    skip_bad: bool
+
+
+def report(
+    run: str,
+    /,
+    *others: str,
+    data: str | None = None,
+    split: str | None = None,
+    out: str | None = None,
+    batch_size: int = 64,
+    precision: str = "auto",
+    device: str = "auto",
+    skip_bad: Switch = False,
+    json: Switch = False,
+) -> int:
+    """Write the page of a run anew, or compare runs side by side: scores on the same images with a paired test, curves, classes,
+    branches, cost, and what differs in their recipes.
+
+    Parameters
+    ----------
+    run
+        A finished run.
+    others
+        Runs to compare with it. Without --data, all of them must have held out the same images.
+    data
+        Images to measure on, as for `evaluate`, where they are not the held-out images, or those have moved.
+    split
+        Take this part of the images, as for `evaluate`.
+    out
+        The page to write: by default the run's own report.html, or compare.html here for several runs.
+    batch_size
+        Images a step.
+    precision
+        auto (fp32), fp32 or bf16.
+    device
+        auto, cpu, cuda or mps.
+    skip_bad
+        Leave out images that cannot be decoded instead of stopping.
+    json
+        Print one JSON object on stdout.
+    """
+    from pathlib import Path
+
+    from crossvit.cli.evaluating import print_evaluation
+    from crossvit.cli.terminal import counting
+    from crossvit.comparison import compare_runs
+    from crossvit.evaluation import evaluate
+    from crossvit.report.comparison import comparison_page
+    from crossvit.report.page import run_page
+    from crossvit.results import to_json
+    from crossvit.run import Run, write_atomically
+    from crossvit.train.loop import finished_result
+    from crossvit.train.watch import Watch
+
+    how = Measuring(split=split, batch_size=batch_size, device=device, precision=precision, skip_bad=skip_bad)
+    with counting("evaluating") as progress:
+        if others:
+            compared = compare_runs([run, *others], data=data, progress=progress, **how)
+        else:
+            record = Run(run).finished_record()
+            evaluation = evaluate(run, data or record["recipe"]["data"], progress=progress, **how)
+    if others:
+        page = Path(out or PAGE)
+        given = {"--data": data, "--split": split, "--out": out}
+        options = [word for option, value in given.items() if value is not None for word in (option, value)]
+        text = comparison_page(compared, command=shlex.join(["crossvit", "report", run, *others, *options]))
+    else:
+        page = Path(out) if out else Run(run).report_path
+        text = run_page(finished_result(Run(run), record, Watch()), evaluation)
+    write_atomically(page, text.encode("utf-8", "surrogateescape"))
+    if json:
+        print(dumps(to_json(compared if others else evaluation), ensure_ascii=False, allow_nan=False))
+        return 0
+    if others:
+        print_comparison(compared)
+    else:
+        print_evaluation(evaluation)
+    print(f"look   {page}")
+    return 0
+
+
+def print_comparison(found: RunsCompared) -> None:
+    """A line for each run and one for each test against the first; what has a whole table is in the JSON and on the page."""
+    print(f"data   the same {found.n:,} {found.split} images of {found.data}")
+    width = max(len(run.name) for run in found.runs)
+    for run in found.runs:
+        figures = run.evaluation
+        interval = figures.intervals.get("top1")
+        between = f" [{100 * interval.low:.1f} to {100 * interval.high:.1f}]" if interval else ""
+        alone = ", ".join(f"{branch.name} alone {100 * branch.top1:.1f} %" for branch in figures.branches)
+        cost = f"{run.parameters / 1e6:.2f} M parameters, {run.macs / 1e9:.3f} GMACs, {run.seconds:.0f} s of training"
+        print(f"{run.name:{width}}  top-1 {100 * figures.top1:.1f} %{between}  {alone}  {cost}")
+    first = found.runs[0].name
+    for run, test in zip(found.runs[1:], found.tests, strict=True):
+        interval = test.interval
+        print(
+            f"{run.name:{width}}  against {first}: {100 * test.difference:+.1f} points "
+            f"[{100 * interval.low:+.1f} to {100 * interval.high:+.1f}], p {test.p:.2g} "
+            f"(right alone: {test.only_second:,} and {test.only_first:,})"
+        )
