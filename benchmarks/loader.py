@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 import crossvit
 from crossvit.data import loader as loading
 from crossvit.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
-from crossvit.data.shards import write_shards
+from crossvit.data.shard_writing import write_shards
 from crossvit.data.sources import open_data
 from crossvit.run import Run
 from crossvit.train.loop import prepare

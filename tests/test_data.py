@@ -348,6 +348,18 @@ def test_random_crops_come_from_a_larger_view() -> None:
     assert augment(view, seed=0, epoch=0, index=0).shape == (16, 16, 3)
 
 
+def test_large_jpegs_are_decoded_smaller_for_training_alone() -> None:
+    content = encoded(picture(size=(1600, 1200)).resize((40, 30)).resize((1600, 1200)), "JPEG", quality=95)
+    preprocessing = Preprocessing(image_size=(64, 64))
+    whole, smaller = preprocessing.read(content), preprocessing.read(content, at_least=128)
+    assert (whole.size, smaller.size) == ((1600, 1200), (200, 150))  # an eighth: both sides are 128 or more
+    assert preprocessing.read(content, at_least=601).size == (1600, 1200)
+    assert preprocessing.read(encoded(picture(size=(400, 400))), at_least=10).size == (400, 400)  # no JPEG
+    apart = np.abs(preprocessing.fit(whole).astype(int) - preprocessing.fit(smaller).astype(int))
+    assert apart.mean() < 2  # of 255
+    assert preprocessing.read(content, at_least=128).tobytes() == smaller.tobytes()
+
+
 def test_zero_strengths_leave_the_picture_as_the_preprocessing_fits_it() -> None:
     preprocessing = Preprocessing(image_size=(16, 16))
     augment = Augment(preprocessing, min_crop=1.0, flip=0.0, rotate=0.0, shift=0.0, zoom=0.0, colour=0.0)

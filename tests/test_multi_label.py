@@ -18,7 +18,8 @@ from conftest import Heard
 from crossvit.data.check import check
 from crossvit.data.images import Arrays, ImageSet, grouped_split, stratified_split
 from crossvit.data.loader import TrainingLoader
-from crossvit.data.shards import MANIFEST, write_shards
+from crossvit.data.shard_writing import write_shards
+from crossvit.data.shards import MANIFEST
 from crossvit.data.sources import open_data
 from crossvit.errors import UsageError
 from crossvit.results import MULTI_LABEL, TrainingResult
@@ -306,3 +307,15 @@ def test_the_command_evaluates_it(taught: TrainingResult, command: Command) -> N
     found = json.loads(out)
     assert (found["task"], found["split"]) == (MULTI_LABEL, "held-out")
     assert found["multi_label"]["map"] == pytest.approx(taught.record["result"]["map"])
+
+
+def test_the_command_trains_on_a_list_and_writes_its_page(table: Path, tmp_path: Path, command: Command) -> None:
+    words = ["--model", "crossvit_pico_32", "--epochs", "1", "--batch-size", "8", "--device", "cpu"]
+    status, out, err = command("train", table, "--out", tmp_path / "run", *words)
+    assert status == 0, err
+    assert "mAP" in err
+    assert "mAP" in out
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "mean average precision" in page
+    status, out, err = command("predict", tmp_path / "run", table.parent / "0", "--json")
+    assert status == 0, err

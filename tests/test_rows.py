@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from crossvit.data.shards import MANIFEST, write_shards
+from crossvit.data.shard_writing import write_shards
+from crossvit.data.shards import MANIFEST
 from crossvit.data.sources import open_data
 from crossvit.errors import UsageError
 from crossvit.train.loop import fit

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from crossvit.data.check import check
-from crossvit.data.shards import MANIFEST, write_shards
+from crossvit.data.shard_writing import write_shards
+from crossvit.data.shards import MANIFEST
 from crossvit.data.sources import open_data
 from crossvit.errors import DataError, UsageError
 from crossvit.train.loop import fit

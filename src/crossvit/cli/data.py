@@ -67,7 +67,7 @@ def shard(data: str, out: str, /, *, shard_mb: int = 256, overwrite: Switch = Fa
         Print one JSON object on stdout.
     """
     from crossvit.cli.terminal import counting
-    from crossvit.data.shards import write_shards
+    from crossvit.data.shard_writing import write_shards
     from crossvit.data.sources import open_data
     from crossvit.errors import UsageError
     from crossvit.results import to_json

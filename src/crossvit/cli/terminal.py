@@ -103,7 +103,9 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
 
 def print_training(result: TrainingResult) -> None:
     part, epoch = result.record["data"]["held_out_part"], result.record["result"].get("selected_epoch")
-    print(f"top-1  {_percent(result.top1)} of {result.n:,} {part} images ({result.seconds:.0f} s of training)")
+    precision = result.record["result"].get("map")  # of several labels an image
+    score = f"top-1  {_percent(result.top1)} of" if precision is None else f"mAP    {_percent(precision)} on"
+    print(f"{score} {result.n:,} {part} images ({result.seconds:.0f} s of training)")
     if epoch is not None:
         print(f"note   of epoch {epoch}, the best on these very images: expect a little less on new ones")
     print(f"run    {result.run}")

@@ -31,7 +31,8 @@ def train(
     Parameters
     ----------
     data
-        `digits` (real scans, built in), or a folder of class folders, or one with train/ and val/ or test/ that hold them.
+        `digits` (real scans, built in), a folder of class folders, or one with train/ and val/ or test/ that hold them, a CSV
+        with the columns path and label (or labels), a folder of tar shards, a parquet file, or a dataset of Hugging Face.
     out
         The run folder to make: weights, log, checkpoints and report.html.
     recipe

@@ -74,6 +74,7 @@ class Augment:
             if given
         )
         self.whole = min_crop >= 1.0
+        self.at_least = VIEW_SCALE * max(height, width)  # pixels of a picture's sides that a view is made from
         self.erase = _erasing(erasing) if erasing > 0 else None
         self.transform = v2.Compose(steps or [v2.Identity()])
 

@@ -6,6 +6,7 @@ A `Store` knows where pictures are, an `ImageSet` is some of them with labels, a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -105,9 +106,10 @@ class ImageSet:
         """The picture as people see it, upright and RGB. DataError, with the path, if it cannot be decoded."""
         return self._read(index, read_image)
 
-    def picture(self, index: int, preprocessing: Preprocessing) -> Picture:
-        """The picture as `preprocessing.fit` takes it. DataError, with the path, if it cannot be decoded so."""
-        return self._read(index, preprocessing.read)
+    def picture(self, index: int, preprocessing: Preprocessing, *, at_least: int = 0) -> Picture:
+        """The picture as `preprocessing.fit` takes it; at_least: see `preprocess.decode`. DataError, with the path, if it cannot
+        be decoded so."""
+        return self._read(index, functools.partial(preprocessing.read, at_least=at_least))
 
     def _read(self, index: int, read: Callable[[ImageSource], T]) -> T:
         source = self.source(index)

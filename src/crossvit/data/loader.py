@@ -121,7 +121,8 @@ class TrainingSet(Dataset[tuple[View, Any]]):
         if index in self._kept:
             kept = self._kept[index]
             return Image.fromarray(kept) if kept.dtype == np.uint8 else kept
-        return self.augment.view(self.images.picture(index, self.augment.preprocessing))
+        picture = self.images.picture(index, self.augment.preprocessing, at_least=self.augment.at_least)
+        return self.augment.view(picture)
 
     def _keep(self, index: int, view: Picture) -> None:
         if index in self._kept:

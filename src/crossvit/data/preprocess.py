@@ -57,13 +57,13 @@ def read_image(source: ImageSource) -> Image.Image:
         return to_rgb(decode(source))
 
 
-def read_channels(source: ImageSource, channels: int) -> NDArray[np.float32]:
+def read_channels(source: ImageSource, channels: int, *, at_least: int = 0) -> NDArray[np.float32]:
     """(H, W, channels) in 0..1 with every bit that is stored: 8-bit values / 255, 16-bit ones / 65535, floats as they are.
 
     A picture with that many channels is taken as it is; grey, RGB and RGBA become each other; anything else is a DataError.
     """
     with _named(source):
-        found = decode(source, channels)
+        found = decode(source, channels, at_least=at_least)
         if isinstance(found, Image.Image) and found.mode.startswith(("I", "F")):
             deep = np.asarray(found)[:, :, None]
             found = deep if found.mode == "F" else np.clip(deep, 0, 65535).astype(np.uint16)
@@ -79,10 +79,11 @@ def read_channels(source: ImageSource, channels: int) -> NDArray[np.float32]:
         return planes.scaled(planes.with_channels(np.asarray(plain.convert(MODES[channels]))))
 
 
-def decode(source: ImageSource, channels: int = 0) -> Image.Image | NDArray[Any]:
+def decode(source: ImageSource, channels: int = 0, *, at_least: int = 0) -> Image.Image | NDArray[Any]:
     """What is in `source`: a picture, upright, in Pillow's own mode; or (H, W, C) as stored, where Pillow has no mode for it.
 
     channels: where a number of them is asked for, a TIFF of which Pillow would drop channels or bits is an array too.
+    at_least: pixels of a side that are enough, 0 for all there are: a larger JPEG is decoded at 1/2, 1/4 or 1/8 of its size.
     """
     if isinstance(source, np.ndarray):
         plain = source.dtype == np.uint8 and (source.ndim == 2 or source.shape[2:] == (3,))
@@ -96,6 +97,8 @@ def decode(source: ImageSource, channels: int = 0) -> Image.Image | NDArray[Any]
             return planes.read_npy(file)
         try:
             with Image.open(file, formats=FORMATS) as image:
+                if at_least:
+                    image.draft(None, (at_least, at_least))  # does nothing but to a JPEG
                 if not channels or planes.kept_whole(image, channels):
                     return upright(image)
         except UnidentifiedImageError:
@@ -162,12 +165,13 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
     channels: int = 0
 
-    def read(self, source: ImageSource) -> Picture:
-        """The picture as `fit` takes it. DataError, with the path, for what cannot be decoded or has other channels."""
+    def read(self, source: ImageSource, *, at_least: int = 0) -> Picture:
+        """The picture as `fit` takes it; at_least: see `decode`. DataError, with the path, for what cannot be decoded or has
+        other channels."""
         if self.channels:
-            return read_channels(source, self.channels)
+            return read_channels(source, self.channels, at_least=at_least)
         with _named(source):
-            found = decode(source)
+            found = decode(source, at_least=at_least)
             if isinstance(found, np.ndarray) and found.shape[2] not in (1, 3, 4):
                 raise ValueError(f"it has {found.shape[2]} channels and RGB is wanted: train with --channels {found.shape[2]}")
             return to_rgb(found)

@@ -21,7 +21,7 @@ from crossvit.errors import DataError, UsageError
 from crossvit.factory import model_config
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.presets import preset
-from crossvit.results import MULTI_LABEL
+from crossvit.results import MULTI_LABEL, SINGLE_LABEL
 from crossvit.train.parallel import ALONE, Team
 from crossvit.train.recipe import AugmentationRecipe, MixingRecipe, Recipe
 from crossvit.train.watch import Watch
@@ -240,9 +240,9 @@ def _warnings(plan: Plan, looked: Mapping[str, Findings]) -> list[str]:
     counts = {name: count for name, count in plan.train.counts().items() if count}
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     if counts[most] > UNEVEN * counts[least] and plan.recipe.sampling != "balanced" and plan.recipe.class_weights == "none":
+        sampling = " or --sampling balanced" * (plan.train.task == SINGLE_LABEL)
         lines.append(
-            f"{most} has {counts[most]} images and {least} {counts[least]}: --class-weights balanced or --sampling balanced "
-            "makes up for it"
+            f"{most} has {counts[most]} images and {least} {counts[least]}: --class-weights balanced{sampling} makes up for it"
         )
     return [f"warn   {line}" for line in lines]
 
@@ -258,8 +258,8 @@ def _found(plan: Plan, image_sizes: Sequence[tuple[int, int]]) -> list[str]:
         f"({len(plan.train):,} train, {len(plan.held_out):,} {where}), {sizes} pixels"
     ]
     lines += [f"note   {note}" for note in (*plan.data.notes, *plan.augment().left_out)]
-    bare = sum(label == () for images in (plan.train, plan.held_out) for label in images.labels)
     if plan.train.task == MULTI_LABEL:
+        bare = sum(label == () for images in (plan.train, plan.held_out) for label in images.labels)
         lines.append(f"note   several labels an image ({bare:,} images have none): a yes or no for each class")
     without = [name for name, count in plan.held_out.counts().items() if count == 0]
     if without:

@@ -158,7 +158,7 @@ class CheckpointRecipe:
 class Recipe:
     """One training run."""
 
-    data: str = option("", "`digits` or a folder of class folders")
+    data: str = option("", "`digits`, a folder of class folders, a CSV, shards or a dataset (docs/data.md)")
     out: str = option("", "the run folder")
     model: str | None = option(None, "a name from `crossvit models`; chosen by the size and number of the images if left out")
     weights: str | None = option(
