@@ -312,6 +312,7 @@ def test_the_command_prints_every_figure_and_says_what_it_stored(own_run: Path, 
     temperature = Run(own_run).record()["temperature"]
     assert f"stored       temperature {temperature:.4g} in {own_run}/run.json, in place of 1\n" in out
     assert "evaluate" in (own_run / "evaluation.html").read_text()
+    assert f"at temperature {temperature:.2f}, the best for these images\n" in command("evaluate", own_run, scans)[1]
     status, out, err = command("evaluate", own_run, scans, "--report", own_run / "nowhere" / "page.html")
     assert (status, out) == (2, "")
     assert "cannot be a file: name one in a folder that is there" in err
