@@ -12,11 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save
 from timm import create_model as timm_model
 
 import crossvit
+import crossvit.weights.hub
 from crossvit.calibration import calibration
 from crossvit.cli.evaluating import print_evaluation
 from crossvit.data.sources import open_data
@@ -242,6 +244,8 @@ def test_a_hub_name_is_evaluated_on_a_folder_as_timms_own_model_is(
         monkeypatch.setenv("HF_ENDPOINT", hub.address)
         monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path / "cache"))
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "shared"))
+        monkeypatch.setattr(crossvit.weights.hub, "PAUSE", 0.0)
         hub.put("timm/crossvit_9_dagger_240.in1k", "model.safetensors", content)
         status, out, err = command("evaluate", "timm/crossvit_9_dagger_240.in1k", tmp_path / "photos", "--json")
     assert status == 0, err
@@ -312,6 +316,7 @@ def test_the_command_prints_every_figure_and_says_what_it_stored(own_run: Path, 
     temperature = Run(own_run).record()["temperature"]
     assert f"stored       temperature {temperature:.4g} in {own_run}/run.json, in place of 1\n" in out
     assert "evaluate" in (own_run / "evaluation.html").read_text()
+    assert f"at temperature {temperature:.2f}, the best for these images\n" in command("evaluate", own_run, scans)[1]
     status, out, err = command("evaluate", own_run, scans, "--report", own_run / "nowhere" / "page.html")
     assert (status, out) == (2, "")
     assert "cannot be a file: name one in a folder that is there" in err

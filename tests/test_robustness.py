@@ -114,9 +114,9 @@ def test_what_cannot_be_asked_is_said_before_anything_is_measured(monkeypatch: p
         spoilings(("fogg",), ())
     with pytest.raises(UsageError, match="sizes has 0: each should be a shorter side of 1 pixel or more"):
         spoilings((), (32, 0))
-    bands = Preprocessing(image_size=(8, 8), mean=(0.5,) * 6, std=(0.2,) * 6, channels=6)
     with pytest.raises(UsageError, match="pictures of 6 channels cannot be spoilt"):
-        measure_robustness(brightness, plain(1), bands, spoilings((), (8,)))
+        spoilings((), (8,), channels=6)
+    assert spoilings((), (), channels=6) == ()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'crossvit\[robustness\]'"):
         spoilings(("fog",), ())

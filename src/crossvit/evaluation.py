@@ -77,8 +77,8 @@ def evaluate(
         raise UsageError(f"target_risk = {target_risk:g}: should be a share of the answers, 0 to 1")
     if robustness_images < 1:
         raise UsageError(f"robustness_images = {robustness_images}: should be 1 or more")
-    asked = spoilings(corruptions, sizes)
     trained = open_trained(run)
+    asked = spoilings(corruptions, sizes, channels=trained.preprocessing.channels)
     found = open_data(data)
     images, part = choose_part(found, trained, split)
     if calibrate:

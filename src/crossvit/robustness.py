@@ -86,8 +86,13 @@ def _scaled(picture: Image.Image, factor: float) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def spoilings(corruptions: Sequence[str], sizes: Sequence[int]) -> tuple[Spoiling, ...]:
-    """Every corruption at every severity, then the sizes. UsageError for a name, a size or a package that is not there."""
+def spoilings(corruptions: Sequence[str], sizes: Sequence[int], *, channels: int = 0) -> tuple[Spoiling, ...]:
+    """Every corruption at every severity, then the sizes, for the pictures of a `Preprocessing` of `channels`.
+
+    UsageError for a name, a size or a package that is not there, and for channels that no picture in colour has.
+    """
+    if (corruptions or sizes) and channels not in COLOURS:
+        raise UsageError(f"pictures of {channels} channels cannot be spoilt: leave --corruptions and --sizes out")
     for name in corruptions:
         if name not in CORRUPTIONS:
             raise unknown_name("corruption", name, CORRUPTIONS)
@@ -114,10 +119,8 @@ def measure_robustness(
     """Accuracy of `forward` on images made worse in the ways `asked`, and as they are.
 
     sample: so many of the images are measured, evenly spread over them.  workers: processes that spoil pictures, 0 for this one.
-    progress is called with (pictures done, pictures in all). UsageError for other channels than pictures in colour have.
+    progress is called with (pictures done, pictures in all).
     """
-    if preprocessing.channels not in COLOURS:
-        raise UsageError(f"pictures of {preprocessing.channels} channels cannot be spoilt: leave --corruptions and --sizes out")
     chosen = images.take(np.unique(np.linspace(0, len(images) - 1, min(sample, len(images))).round().astype(int)).tolist())
     truth = chosen.targets()
     total = len(chosen) * (len(asked) + 1)

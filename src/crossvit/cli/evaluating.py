@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from json import dumps
 from typing import TYPE_CHECKING, Annotated
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 TOP5_FROM = 10  # classes from which top-5 says something
 HARDEST = 3  # classes that are named
+SAME_TEMPERATURE = 0.01  # share by which two may differ that do the same
 WORKERS_AT_MOST = 8
 
 Sizes = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())]
@@ -156,15 +158,15 @@ def _print_multi_label(scores: MultiLabel, interval: Interval | None) -> None:
 
 def _print_calibration(found: Calibration, run: str) -> None:
     was = found.replaced or found
-    surplus = sum(one.n * (one.confidence - one.accuracy) for one in was.bins)
-    too = "too sure" if surplus > 0 else "not sure enough"
-    fitting = f"{_percent(found.suggested_ece)} at {found.suggested_temperature:.2f}"
-    by_hand = "" if found.stored else " (--calibrate stores it)"
-    print(
-        f"calibration  off by {_percent(was.ece)} on average at temperature {was.temperature:.2f}, mostly {too}; "
-        f"{fitting}{by_hand}"
-    )
-    if found.replaced:
+    off = f"calibration  off by {_percent(was.ece)} on average at temperature {was.temperature:.2f}"
+    if math.isclose(was.temperature, was.suggested_temperature, rel_tol=SAME_TEMPERATURE):
+        print(f"{off}, the best for these images")
+    else:
+        surplus = sum(one.n * (one.confidence - one.accuracy) for one in was.bins)
+        fitting = f"{_percent(was.suggested_ece)} at {was.suggested_temperature:.2f}"
+        by_hand = "" if found.stored else " (--calibrate stores it)"
+        print(f"{off}, mostly {'too sure' if surplus > 0 else 'not sure enough'}; {fitting}{by_hand}")
+    if found.stored:
         print(f"stored       temperature {found.temperature:.4g} in {run}/run.json, in place of {was.temperature:.4g}")
 
 
