@@ -21,6 +21,7 @@ from crossvit.errors import DataError
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own limit against decompression bombs
+MAX_ASPECT = 64  # longer side over shorter; beyond it a central crop is taken of the middle alone
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # the released weights' normalisation (timm's IMAGENET_DEFAULT)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -55,6 +56,7 @@ def read_image(source: ImageSource) -> Image.Image:
             return to_rgb(Image.fromarray(source))
         if isinstance(source, Image.Image):
             return to_rgb(source)
+        _refuse_special(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
             return to_rgb(image)
     except UnidentifiedImageError:
@@ -65,6 +67,12 @@ def read_image(source: ImageSource) -> Image.Image:
         raise DataError(f"{name}: no such file") from None
     except Exception as error:  # an untrusted file can make a decoder fail in any way
         raise DataError(f"{name}: cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def _refuse_special(source: str | Path | bytes) -> None:
+    """OSError for a folder, and for a pipe or device, on which a reader could wait for ever."""
+    if not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
+        raise OSError("a folder, a pipe or a device, not a file")
 
 
 def source_name(source: ImageSource) -> str:
@@ -106,6 +114,7 @@ class Preprocessing:
         height, width = self.image_size
         if self.crop is None:
             return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        image = _middle(image)
         cover_height, cover_width = int(height / self.crop), int(width / self.crop)
         scale = max(cover_height / image.height, cover_width / image.width)
         # floor, as torchvision does for the longer side; never less than what the crop needs
@@ -131,6 +140,15 @@ class Preprocessing:
     def from_dict(cls, record: Mapping[str, Any]) -> Preprocessing:
         height, width = record["image_size"]
         return cls(image_size=(height, width), crop=record["crop"], mean=tuple(record["mean"]), std=tuple(record["std"]))
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of a picture that is a hair: all that a central crop sees of it, and scaled whole it could fill the memory."""
+    reach = MAX_ASPECT * min(image.size)
+    if max(image.size) <= reach:
+        return image
+    left, top = (max(0, (side - reach) // 2) for side in image.size)
+    return image.crop((left, top, left + min(image.width, reach), top + min(image.height, reach)))
 
 
 def _orientation(image: Image.Image) -> int | None:
