@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crossvit.batch_prediction import predict_to_file
     from crossvit.errors import CrossViTError
     from crossvit.evaluation import evaluate
     from crossvit.factory import create_model
@@ -44,6 +45,7 @@ _HOMES = {
     "list_models": "crossvit.model.presets",
     "load_recipe": "crossvit.train.recipe",
     "load_weights": "crossvit.weights.load",
+    "predict_to_file": "crossvit.batch_prediction",
     "record_attention": "crossvit.model.attention",
 }
 
@@ -64,6 +66,7 @@ __all__ = [
     "list_models",
     "load_recipe",
     "load_weights",
+    "predict_to_file",
     "record_attention",
 ]
 

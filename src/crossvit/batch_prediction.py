@@ -14,7 +14,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import crossvit
 from crossvit.errors import RunError, UsageError
 from crossvit.prediction import Predictor
 from crossvit.prediction_files import ResultFile, open_results, plain
@@ -140,11 +139,10 @@ def _settle_options(path: Path, results: ResultFile, predictor: Predictor, *, re
 
 
 def _options(predictor: Predictor) -> dict[str, Any]:
-    """What the results follow from. `run` and `crossvit` are for people."""
+    """What the results follow from. `run` is for people."""
     trained = predictor.trained
     return {
         "run": trained.source,
-        "crossvit": crossvit.__version__,
         "weights": _digest(Run(trained.source).weights_path if trained.weights is None else trained.weights.path),
         "classes": list(trained.classes),
         "preprocessing": trained.preprocessing.to_dict(),

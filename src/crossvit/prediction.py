@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossvit.data.preprocess import SUFFIXES, ImageSource, read_image, source_name
+from crossvit.data.preprocess import SUFFIXES, ImageSource, source_name
 from crossvit.errors import DataError, UsageError, unknown_name
 from crossvit.results import Label, Prediction
 from crossvit.runtimes.choose import load_engine
@@ -32,6 +32,8 @@ READ_AHEAD = 2  # batches that are decoded while one is computed; memory grows w
 THRESHOLD = 0.5  # of a multi-label model that has none of its own: more likely there than not
 STANDARD_INPUT = "-"
 
+Picture = TypeVar("Picture", Image.Image, NDArray[np.float32])
+
 
 class View(NamedTuple):
     """One look at a picture: the central `share` of each of its sides, mirrored left to right or not."""
@@ -40,7 +42,7 @@ class View(NamedTuple):
     mirrored: bool = False
 
 
-_ZOOMED = (View(), View(0.9), View(0.8))
+_ZOOMED = (View(), View(0.9), View(0.8))  # shares by trial: dev/LOG.md
 VIEWS = {
     "none": (View(),),
     "flip": (View(), View(mirrored=True)),
@@ -135,9 +137,10 @@ class Predictor:
     def _prepare(self, source: ImageSource) -> NDArray[np.float32] | DataError:
         """An image as the engine takes it, (V, C, H, W)."""
         try:
-            picture = read_image(source)
+            picture = self.preprocessing.read(source)
             views = VIEWS[self.tta]
-            inputs = {share: self._input(picture, share) for share in {view.share for view in views}}  # (C, H, W) each
+            fitted = {view.share: self.preprocessing.fit(centre(picture, view.share)) for view in views}  # (H, W, C) each
+            inputs = {share: self.preprocessing.normalise(pixels) for share, pixels in fitted.items()}  # (C, H, W) each
             return np.stack([inputs[view.share][..., ::-1] if view.mirrored else inputs[view.share] for view in views])
         except DataError as error:
             return error
@@ -145,13 +148,6 @@ class Predictor:
             return DataError(
                 f"{source_name(source)}: cannot be prepared ({' '.join(str(error).split()) or type(error).__name__})"
             )
-
-    def _input(self, picture: Image.Image, share: float) -> NDArray[np.float32]:
-        if share < 1:
-            width, height = (max(1, round(share * side)) for side in picture.size)
-            left, top = (picture.width - width) // 2, (picture.height - height) // 2
-            picture = picture.crop((left, top, left + width, top + height))
-        return self.preprocessing.normalise(self.preprocessing.fit(picture))
 
     def _classify(self, sources: Sequence[ImageSource], prepared: Sequence[NDArray[np.float32] | DataError]) -> list[Prediction]:
         decoded = [image for image in prepared if not isinstance(image, DataError)]
@@ -168,8 +164,9 @@ class Predictor:
             branch_logits = [self.engine(view) for view in views]  # (branches, B, classes) each
         fused = np.mean([logits.mean(axis=0) for logits in branch_logits], axis=0)  # (B, classes)
         logits: NDArray[np.float64] = fused.astype(np.float64) / self.trained.temperature
-        total = np.logaddexp(0, -logits) + logits if self.multi_label else np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        probabilities: NDArray[np.float64] = np.exp(logits - total)
+        with np.errstate(invalid="ignore"):  # `_answer` says what is not finite
+            total = np.logaddexp(0, logits) if self.multi_label else np.logaddexp.reduce(logits, axis=1, keepdims=True)
+            probabilities: NDArray[np.float64] = np.exp(logits - total)
         return probabilities
 
     def _answer(self, name: str, probabilities: NDArray[np.float64]) -> Prediction:
@@ -183,6 +180,20 @@ class Predictor:
         if self.abstain_below is not None and top[0].probability < self.abstain_below:
             return Prediction(name, top, abstained=True)
         return Prediction(name, top, labels=top[:1])
+
+
+def centre(picture: Picture, share: float) -> Picture:
+    """The central `share` of each side of a Pillow picture or an array (H, W, C), at least one pixel."""
+    if isinstance(picture, Image.Image):
+        left, right = _middle_of(picture.width, share)
+        top, bottom = _middle_of(picture.height, share)
+        return picture.crop((left, top, right, bottom)) if share < 1 else picture
+    return picture[slice(*_middle_of(picture.shape[0], share)), slice(*_middle_of(picture.shape[1], share))]
+
+
+def _middle_of(side: int, share: float) -> tuple[int, int]:
+    kept = max(1, round(share * side))
+    return (side - kept) // 2, (side - kept) // 2 + kept
 
 
 def find_images(paths: Sequence[str]) -> list[str]:

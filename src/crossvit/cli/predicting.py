@@ -19,7 +19,9 @@ from crossvit.cli.switch import Switch
 
 if TYPE_CHECKING:
     from crossvit.prediction import Predictor
+    from crossvit.results import Label, Prediction
 
+WORTH_SAYING = 0.0005  # what would not be printed as 0.0 %
 SECONDS_A_LINE = 30.0  # of progress, where stderr is a file
 
 
@@ -108,7 +110,6 @@ def predict(
 
 
 def _print(predictor: Predictor, images: Iterator[str], *, json: bool) -> int:
-    from crossvit.cli.terminal import print_prediction
     from crossvit.prediction_files import plain
     from crossvit.results import to_json
 
@@ -121,11 +122,33 @@ def _print(predictor: Predictor, images: Iterator[str], *, json: bool) -> int:
         if json:
             found.append(to_json(shown))
         else:
-            print_prediction(shown)
+            print(_line(shown, multi_label=predictor.multi_label))
     if json:
         record = {"run": predictor.trained.source, "n": len(found), "failed": failed, "predictions": found}
         print(dumps(record, ensure_ascii=False, allow_nan=False))
     return 1 if failed else 0
+
+
+def _line(prediction: Prediction, *, multi_label: bool) -> str:
+    """The answer, and in brackets what else it might be."""
+    name = "".join(letter if letter.isprintable() else "?" for letter in prediction.image)  # names come from files
+    if prediction.error is not None:
+        return f"{name}  error: {prediction.error.removeprefix(prediction.image + ': ')}"
+    others = prediction.top
+    if multi_label:
+        answer = ", ".join(map(_said, prediction.labels)) or "no label"
+        others = tuple(label for label in prediction.top if label not in prediction.labels)
+    elif prediction.abstained:
+        answer = "no answer"
+    else:
+        answer = f"{prediction.top[0].label}  {100 * prediction.top[0].probability:.1f} %"
+        others = prediction.top[1:]
+    rest = ", ".join(_said(label) for label in others if label.probability >= WORTH_SAYING)
+    return f"{name}  {answer}" + (f"  ({rest})" if rest else "")
+
+
+def _said(label: Label) -> str:
+    return f"{label.label} {100 * label.probability:.1f} %"
 
 
 def _write(
@@ -151,7 +174,8 @@ def _write(
         print(dumps(to_json(result), ensure_ascii=False, allow_nan=False))
         return 1 if result.failed else 0
     earlier = f", {result.skipped:,} of them earlier" if result.skipped else ""
-    print(f"images  {result.n:,}{earlier} ({result.seconds:.0f} s, {result.images_per_second:,.1f} images/s)")
+    speed = f" ({result.seconds:.0f} s, {result.images_per_second:,.1f} images/s)" if result.n > result.skipped else ""
+    print(f"images  {result.n:,}{earlier}{speed}")
     if result.failed:
         print(f"failed  {result.failed:,} could not be read: the results say why under `error`")
     if result.abstained:

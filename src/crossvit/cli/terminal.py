@@ -16,7 +16,7 @@ from crossvit.train.watch import Watch
 
 if TYPE_CHECKING:
     from crossvit.model.paper import Row
-    from crossvit.results import DataCheck, Epoch, Evaluation, ImagePair, Prediction, Rehearsal, TrainingResult
+    from crossvit.results import DataCheck, Epoch, Evaluation, ImagePair, Rehearsal, TrainingResult
 
 
 TOP5_FROM = 10  # classes from which top-5 says something
@@ -130,15 +130,6 @@ def print_evaluation(result: Evaluation) -> None:
         print(f"branch {branch.name} alone  {_percent(branch.top1)}  ({branch.patch}-pixel patches)")
     hardest = sorted((score for score in result.classes if score.n), key=lambda score: score.f1)[:3]
     print("hardest classes  " + ", ".join(f"{score.label} (F1 {_percent(score.f1)})" for score in hardest))
-
-
-def print_prediction(prediction: Prediction) -> None:
-    if prediction.error is not None:
-        print(f"{prediction.image}  error: {prediction.error.removeprefix(prediction.image + ': ')}")
-        return
-    first, *others = prediction.top
-    rest = ", ".join(f"{label.label} {_percent(label.probability)}" for label in others if label.probability >= 0.0005)
-    print(f"{prediction.image}  {first.label}  {_percent(first.probability)}" + (f"  ({rest})" if rest else ""))
 
 
 def print_models(rows: Sequence[dict[str, Any]]) -> None:

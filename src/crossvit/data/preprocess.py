@@ -109,6 +109,10 @@ class Preprocessing:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
+    def read(self, source: ImageSource) -> Image.Image:
+        """The picture as `fit` takes it. DataError, with the path, for what cannot be decoded."""
+        return read_image(source)
+
     def fit(self, image: Image.Image) -> NDArray[np.uint8]:
         """RGB picture -> (H, W, 3) uint8 at `image_size`, bicubic."""
         height, width = self.image_size
@@ -131,7 +135,7 @@ class Preprocessing:
 
     def __call__(self, source: ImageSource) -> NDArray[np.float32]:
         """Read, fit and normalise: (3, H, W) float32."""
-        return self.normalise(self.fit(read_image(source)))
+        return self.normalise(self.fit(self.read(source)))
 
     def to_dict(self) -> dict[str, Any]:
         return {"image_size": list(self.image_size), "crop": self.crop, "mean": list(self.mean), "std": list(self.std)}
