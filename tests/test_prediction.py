@@ -1,4 +1,4 @@
-"""Prediction: evaluation's inputs to the bit, views, several labels, abstention, pictures of every kind, which images are found."""
+"""Prediction: evaluation's inputs to the bit, views, labels, abstention, pictures of every kind, which images are found."""
 
 from __future__ import annotations
 

@@ -108,8 +108,7 @@ class _Appended:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = path.open("ab")
-        _lock(self._file.fileno(), path)
+        self._file = os.fdopen(_locked(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
 
     def is_blank(self) -> bool:
         return self.path.stat().st_size == 0
@@ -229,11 +228,10 @@ class ParquetParts:
         self._multi_label = multi_label
         self._rows_a_part = rows_a_part
         path.mkdir(exist_ok=True)
-        self._folder = os.open(path, os.O_RDONLY)
-        _lock(self._folder, path)
         strange = [entry.name for entry in path.iterdir() if not entry.name.removeprefix(".").startswith("part-")]
         if strange:
             raise UsageError(f"--out {path} holds other files than results ({strange[0]}): choose another name")
+        self._folder = _locked(path, os.O_RDONLY)
         for tail in path.parent.glob(f"{glob.escape(path.name)}.part-*.jsonl"):
             if tail != self._tail_of(len(self._parts()) + 1):
                 tail.unlink()
@@ -336,11 +334,15 @@ def _json_lines(records: Iterable[dict[str, Any]]) -> str:
     return "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records)
 
 
-def _lock(descriptor: int, path: Path) -> None:
+def _locked(path: Path, flags: int) -> int:
+    """The descriptor of `path`, which no other process has while this one does."""
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
+        os.close(descriptor)
         raise RunError(f"{path} is being written by another process: wait for it or choose another --out") from None
+    return descriptor
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def predict(
     run: str,
     /,
     *paths: str,
-    from_: Annotated[str | None, Parameter(name="--from")] = None,
+    from_: Annotated[str | None, Parameter(name="--from", allow_leading_hyphen=True)] = None,
     out: str | None = None,
     resume: Switch = False,
     overwrite: Switch = False,
