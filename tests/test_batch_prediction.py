@@ -185,23 +185,29 @@ def test_torn_at_any_byte_and_gone_on_with_is_the_same(
         assert result.skipped <= complete[:cut].count(b"\n")
 
 
-def test_what_a_kill_between_two_steps_of_a_part_leaves(
-    predictor: Predictor, images: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("written", [False, True])
+def test_a_kill_just_before_or_after_a_part_is_made(
+    written: bool, predictor: Predictor, images: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed when the part was written and its tail not yet removed; and when a part is made a tail again."""
+    """Again and again: the tail is full and its part is not there, or the part is there and its tail is too."""
     out = tmp_path / "out.parquet"
-    for victim, step in ((8, "before"), (16, "written"), (32, "written")):
-        shutil.rmtree(out, ignore_errors=True)
-        with pytest.raises(Stopped):
-            predict_to_file(predictor, images, out, overwrite=False, progress=stop_after(victim))
-        if step == "written":
-            number = len(list(out.iterdir()))
-            records = pd.read_parquet(out / f"part-{number:05d}.parquet").to_dict("records")
-            stale = tmp_path / f"out.parquet.part-{number:05d}.jsonl"
-            stale.write_text("".join(json.dumps({"image": row["image"], "error": None}) + "\n" for row in records))
-        predict_to_file(predictor, images, out, resume=True)
-        assert content(out) == content(whole / "out.parquet")
-        assert not list(tmp_path.glob("out.parquet.part-*"))
+    write = prediction_files.write_atomically
+
+    def killed(path: Path, *content: Any) -> None:
+        if written:
+            write(path, *content)
+        raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prediction_files, "write_atomically", killed)
+        for _ in range(3):
+            with pytest.raises(Stopped):
+                predict_to_file(predictor, images, out, resume=True)
+            assert (list(out.iterdir()) != []) is written
+            assert list(tmp_path.glob("out.parquet.part-*.jsonl"))
+    predict_to_file(predictor, images, out, resume=True)
+    assert content(out) == content(whole / "out.parquet")
+    assert not list(tmp_path.glob("out.parquet.part-*"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

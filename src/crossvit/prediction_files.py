@@ -261,6 +261,7 @@ class ParquetParts:
         self._in_tail = end - starts[-1]
         ends = [0, *(position for _, position in self._tail.records())]
         self._tail.cut(ends[self._in_tail])
+        self._make_part_if_full()  # a kill may have come just before it was made
 
     def clear(self) -> None:
         for part in reversed(self._parts()):
@@ -272,9 +273,7 @@ class ParquetParts:
     def append(self, predictions: Sequence[Prediction]) -> None:
         self._tail.append(predictions)
         self._in_tail += len(predictions)
-        if self._in_tail >= self._rows_a_part:
-            self._make_part()
-            self._open_tail()
+        self._make_part_if_full()
 
     def finish(self) -> None:
         if self._in_tail:
@@ -295,6 +294,11 @@ class ParquetParts:
     def _open_tail(self) -> None:
         self._tail = JsonLines(self._tail_of(len(self._parts()) + 1), multi_label=self._multi_label)
         self._in_tail = sum(1 for _ in self._tail.records())
+
+    def _make_part_if_full(self) -> None:
+        if self._in_tail >= self._rows_a_part:
+            self._make_part()
+            self._open_tail()
 
     def _make_part(self) -> None:
         records = [record for record, _ in self._tail.records()]
