@@ -2,7 +2,7 @@
 
     results.jsonl             one object a line
     results.csv               one row an image, the surest classes side by side
-    results.parquet/          part-00001.parquet, ...: a folder that pandas, polars and pyarrow read as one table
+    results.parquet/          part-00001.parquet, ...: a folder that pandas and pyarrow read as one table
     results.parquet.part-00002.jsonl   while it grows: what is to become the next part
 
 A batch is appended in one write. What a kill leaves is whole rows and at most one torn at the end, which `rows` does not give.
