@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: help quickstart test test-all check format bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints bench-loader clean
+.PHONY: help quickstart test test-all check format bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints bench-loader bench-predict clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -50,6 +50,10 @@ bench-checkpoints: $(VENV)/.installed  ## what writing checkpoints adds to train
 DATA ?= caltech101_subset_160
 bench-loader: $(VENV)/.installed  ## images a second against torchvision's ImageFolder: make bench-loader DATA=folder
 	$(BIN)/python benchmarks/loader.py $(DATA)
+
+RUN ?= runs/signs
+bench-predict: $(VENV)/.installed  ## memory and images a second of prediction into a file: make bench-predict RUN=run DATA=folder
+	$(BIN)/python benchmarks/prediction.py $(RUN) $(DATA)
 
 PACKS ?= sign_digits_64 cifar10_subset
 bench-small: $(VENV)/.installed  ## from scratch on few photos against resnet18 and vit_tiny: make bench-small PACKS="folder folder"

@@ -13,6 +13,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from crossvit.batch_prediction import predict_to_file
     from crossvit.comparison import compare_runs
     from crossvit.errors import CrossViTError
     from crossvit.evaluation import evaluate
@@ -46,6 +47,7 @@ _HOMES = {
     "list_models": "crossvit.model.presets",
     "load_recipe": "crossvit.train.recipe",
     "load_weights": "crossvit.weights.load",
+    "predict_to_file": "crossvit.batch_prediction",
     "record_attention": "crossvit.model.attention",
 }
 
@@ -67,6 +69,7 @@ __all__ = [
     "list_models",
     "load_recipe",
     "load_weights",
+    "predict_to_file",
     "record_attention",
 ]
 

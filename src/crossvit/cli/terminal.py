@@ -16,7 +16,7 @@ from crossvit.train.watch import Watch
 
 if TYPE_CHECKING:
     from crossvit.model.paper import Row
-    from crossvit.results import DataCheck, Epoch, ImagePair, Prediction, Rehearsal, TrainingResult
+    from crossvit.results import DataCheck, Epoch, ImagePair, Rehearsal, TrainingResult
 
 
 PAIRS_PRINTED = 8  # of each kind of finding; the rest are counted
@@ -120,15 +120,6 @@ def print_rehearsal(result: Rehearsal) -> None:
     )
     print(f"memory  {result.peak_bytes / 1e6:,.0f} MB at the most")
     print(f"disk    {result.checkpoint_bytes / 1e6:,.1f} MB a checkpoint")
-
-
-def print_prediction(prediction: Prediction) -> None:
-    if prediction.error is not None:
-        print(f"{prediction.image}  error: {prediction.error.removeprefix(prediction.image + ': ')}")
-        return
-    first, *others = prediction.top
-    rest = ", ".join(f"{label.label} {_percent(label.probability)}" for label in others if label.probability >= 0.0005)
-    print(f"{prediction.image}  {first.label}  {_percent(first.probability)}" + (f"  ({rest})" if rest else ""))
 
 
 def print_models(rows: Sequence[dict[str, Any]]) -> None:

@@ -24,6 +24,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy")
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own limit against decompression bombs
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
+MAX_ASPECT = 64  # longer side over shorter; beyond it a central crop is taken of the middle alone
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # the released weights' normalisation (timm's IMAGENET_DEFAULT)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -90,6 +91,7 @@ def decode(source: ImageSource, channels: int = 0, *, at_least: int = 0) -> Imag
         return Image.fromarray(source) if plain else planes.with_channels(source)
     if isinstance(source, Image.Image):
         return upright(source)
+    _refuse_special(source)
     with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
         start = file.read(len(planes.NUMPY_MAGIC))
         file.seek(0)
@@ -122,6 +124,12 @@ def _named(source: ImageSource) -> Iterator[None]:
         raise DataError(f"{name}: no such file") from None
     except Exception as error:  # an untrusted file can make a decoder fail in any way
         raise DataError(f"{name}: cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from error
+
+
+def _refuse_special(source: str | Path | bytes) -> None:
+    """OSError for a folder, and for a pipe or device, on which a reader could wait for ever."""
+    if not isinstance(source, bytes) and Path(source).exists() and not Path(source).is_file():
+        raise OSError("a folder, a pipe or a device, not a file")
 
 
 def source_name(source: ImageSource) -> str:
@@ -187,6 +195,7 @@ class Preprocessing:
         height, width = self.image_size
         if self.crop is None:
             return image.resize((width, height), Image.Resampling.BICUBIC)
+        image = _middle(image)
         cover_height, cover_width = int(height / self.crop), int(width / self.crop)
         scale = max(cover_height / image.height, cover_width / image.width)
         # floor, as torchvision does for the longer side; never less than what the crop needs
@@ -223,6 +232,15 @@ class Preprocessing:
             std=tuple(record["std"]),
             channels=record.get("channels", 0),  # as RGB, in records of before there was another way
         )
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of a picture that is a hair: all that a central crop sees of it, and scaled whole it could fill the memory."""
+    reach = MAX_ASPECT * min(image.size)
+    if max(image.size) <= reach:
+        return image
+    left, top = (max(0, (side - reach) // 2) for side in image.size)
+    return image.crop((left, top, left + min(image.width, reach), top + min(image.height, reach)))
 
 
 def _orientation(image: Image.Image) -> int | None:
