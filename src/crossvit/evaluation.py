@@ -16,6 +16,7 @@ from crossvit.data.images import Data, ImageSet
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import open_data
 from crossvit.errors import DataError, UsageError
+from crossvit.model.config import branch_names
 from crossvit.results import BranchScore, ClassScore, Evaluation, Mistake
 from crossvit.runtimes.choose import load_engine
 from crossvit.trained import Trained, open_trained
@@ -177,11 +178,6 @@ def summarise(
         confusion=confusion,
         mistakes=_surest_mistakes(np.exp(log_probabilities), predicted, labels, images),
     )
-
-
-def branch_names(count: int) -> list[str]:
-    """S and L, the paper's names for its two branches; numbers otherwise."""
-    return ["S", "L"] if count == 2 else [str(index) for index in range(count)]
 
 
 def _class_scores(confusion: NDArray[np.int64], classes: Sequence[str]) -> tuple[ClassScore, ...]:

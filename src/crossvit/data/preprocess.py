@@ -106,13 +106,26 @@ class Preprocessing:
         height, width = self.image_size
         if self.crop is None:
             return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
-        cover_height, cover_width = int(height / self.crop), int(width / self.crop)
-        scale = max(cover_height / image.height, cover_width / image.width)
+        size = self._cover(image.size, self.crop)
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        return np.asarray(image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height)))
+
+    def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) of what `fit` keeps of a picture of `size` (width, height), in the picture's own pixels."""
+        if self.crop is None:
+            return 0.0, 0.0, float(size[0]), float(size[1])
+        height, width = self.image_size
+        cover = self._cover(size, self.crop)
+        left, top = round((cover[0] - width) / 2), round((cover[1] - height) / 2)
+        across, down = size[0] / cover[0], size[1] / cover[1]
+        return left * across, top * down, (left + width) * across, (top + height) * down
+
+    def _cover(self, size: tuple[int, int], crop: float) -> tuple[int, int]:
+        """(width, height) to which a picture of `size` is scaled so that it covers 1/`crop` of the input."""
+        height, width = self.image_size
+        scale = max(int(height / crop) / size[1], int(width / crop) / size[0])
         # floor, as torchvision does for the longer side; never less than what the crop needs
-        size = (max(width, int(image.width * scale + 1e-6)), max(height, int(image.height * scale + 1e-6)))
-        image = image.resize(size, Image.Resampling.BICUBIC)
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        return np.asarray(image.crop((left, top, left + width, top + height)))
+        return max(width, int(size[0] * scale + 1e-6)), max(height, int(size[1] * scale + 1e-6))
 
     def normalise(self, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
         """(..., H, W, 3) uint8 -> (..., 3, H, W) float32, (value/255 − mean) / std."""

@@ -155,7 +155,9 @@ class CrossAttention(nn.Module):
     def _weights(self, weights: Tensor) -> Tensor:
         """(B, H, N) weights, shown to whoever records them, with attention dropout."""
         if self.listener is not None:
-            self.listener(weights.unsqueeze(2))
+            shown = weights.unsqueeze(2)
+            self.listener(shown)
+            weights = shown.squeeze(2)  # of what was shown, so that it is on the way to the logits and can be differentiated
         return self.attention_drop(weights)  # type: ignore[no-any-return]
 
 

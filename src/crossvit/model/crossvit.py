@@ -121,10 +121,13 @@ class CrossViT(nn.Module):
         return [norm(own) for norm, own in zip(self.norms, self.intermediate_tokens(images)[-1], strict=True)]
 
     def branch_logits(self, images: Tensor) -> Tensor:
-        """Each branch's own logits, (branches, B, num_classes): the paper's "L only" and "S only" (Table 6).
+        """Each branch's own logits, (branches, B, num_classes): the paper's "L only" and "S only" (Table 6)."""
+        return self.branch_logits_of(self.forward_features(images))
+
+    def branch_logits_of(self, tokens: Sequence[Tensor]) -> Tensor:
+        """The heads alone: `forward_features`'s tokens -> (branches, B, num_classes).
 
         A head reads the class token, or the mean of the patches where there is none."""
-        tokens = self.forward_features(images)
         has_class_token = self.config.branches[0].class_token
         return torch.stack([head(summary(own, has_class_token)[:, 0]) for head, own in zip(self.heads, tokens, strict=True)])
 
