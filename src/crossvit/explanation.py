@@ -79,7 +79,7 @@ def mistake_maps(
     The map is the gradient-weighted one of the model's own answer; see `rollout.py`. A few dozen pictures take one or a few
     batches.
     """
-    from crossvit.report.maps import overlay_png
+    from crossvit.report.overlay import overlay_png
 
     device = next(model.parameters()).device
     maps: list[NDArray[np.float32]] = []
@@ -143,7 +143,9 @@ def _assemble(name: str, picture: Image.Image, reading: Reading, trained: Traine
                 grid=grid,
                 top=_surest(logits[0], trained),
                 explained=_probability(logits[0], target, trained),
-                from_other=sum(one.share for one in maps if (one.kind, one.reader) == ("rollout", own) and one.on not in (own, ALL)),
+                from_other=sum(
+                    one.share for one in maps if (one.kind, one.reader) == ("rollout", own) and one.on not in (own, ALL)
+                ),
             )
             for own, branch, grid, logits in zip(branches, trained.config.branches, reading.grids, reading.logits, strict=True)
         ),

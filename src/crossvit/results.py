@@ -344,17 +344,17 @@ class DataCheck:
 
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
-    """How much of something each patch of one grid has. values: (heads, rows, columns), (1, rows, columns) where heads are joined.
+    """How much of something each patch of one grid has: (heads, rows, columns), or (1, rows, columns) where heads are joined.
 
     kind: `attention` (what the class token of branch `reader` attended to in its own block; the mean over its patches in a model
     without class tokens), `cross` (what it read from another branch in a fusion), `rollout` and `gradient` (what its answer was
-    read from, through all stages; gradient for one class), `difference` (its gradient map less the mean of the other branches').
-    reader: a branch, or `all` for the mean of their logits. on: the branch whose grid it is, or `all` for every grid's map brought
-    to the finest one. share: of what was read, the part that lies on these patches, 0 to 1: the rest is on class tokens and on
-    other grids (for gradient on other grids alone). stage, block: counted from 1, None for what goes through all of them.
+    read from, through all stages; gradient for one class), `difference` (its gradient map less the mean of the others').
+    reader: a branch, or `all` for the mean of their logits. on: the branch whose grid it is, or `all` for every grid's map
+    brought to the finest one. share: of what was read, the part that lies on these patches, 0 to 1: the rest is on class tokens
+    and on other grids (for gradient on other grids alone). stage, block: from 1, None for what goes through all of them.
 
-    Values of attention, cross and rollout are shares of what was read; of gradient they are relative; on `all` they are times the
-    even share (their mean is 1), and a difference is one of those.
+    Values of attention, cross, rollout and gradient are shares of what was read; on `all` they are times the even share (their
+    mean is 1), and a difference is one of those.
     """
 
     kind: str
@@ -391,11 +391,11 @@ class BranchAnswer:
 class Explanation:
     """What an answer was read from; or why there is none, in `error`.
 
-    top: the model's answer. explained: the class the gradient maps are for. disagreement: how far apart the branches' gradient maps
-    are, 0 (the same) to 1 (on different patches): the share of one that would have to be moved, the mean over branches of that
-    against the others' mean. size: (width, height) of the picture, upright; seen: (left, top, right, bottom), the part of it that
-    the model saw, in its pixels. photo: the picture, made smaller, (H, W, 3) uint8. features: of each branch the last encoder's
-    patch tokens, (D, rows, columns). picture, arrays: the files that were written.
+    top: the model's answer. explained: the class the gradient maps are for. disagreement: how far apart the branches' gradient
+    maps are, 0 (the same) to 1 (on different patches): the share of a branch's that would have to be moved to make it the mean
+    of the others', on average over the branches. size: (width, height) of the picture, upright; seen: (left, top, right,
+    bottom), the part of it that the model saw, in its pixels. photo: the picture, made smaller, (H, W, 3) uint8. features: of
+    each branch the last encoder's patch tokens, (D, rows, columns). picture, arrays: the files that were written.
     """
 
     image: str
@@ -422,7 +422,7 @@ class Explanation:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The mean probability of the class (0 to 1) at each share of changed cells, with intervals over the images. area: under it."""
+    """The mean probability of the class (0 to 1) at each share of changed cells, its intervals and the area under it."""
 
     mean: tuple[float, ...]
     intervals: tuple[Interval, ...]
@@ -434,8 +434,8 @@ class MapScore:
     """How well one kind of map says what the answer hangs on.
 
     deletion: the most relevant cells taken away first; the lower the better. insertion: put back first; the higher the better.
-    deletion_gain, insertion_gain: by how much the area is better than that of random maps on the same images (positive is better),
-    with their 95 % intervals. verdict: `better` where an interval lies above zero, `worse` where below, else `no different`.
+    deletion_gain, insertion_gain: by how much the area is better than that of random maps on the same images (positive is
+    better), with their 95 % intervals. verdict: `better` where that lies above zero, `worse` where below, else `no different`.
     """
 
     kind: str
@@ -451,7 +451,7 @@ class MapScore:
 
 @dataclasses.dataclass(frozen=True)
 class Faithfulness:
-    """Deletion and insertion of cells of the finest grid, for each kind of map, on `n` images. `fill` stands where a cell is away.
+    """Deletion and insertion of cells of the finest grid, for each kind of map, on `n` images; `fill` stands where one is away.
 
     shares: of cells changed, the places of the curves. intact, emptied: mean probability of the class (the model's own answer on
     the whole picture) with every cell there and with none. scores: every kind of map, then the controls `centre` and `random`.

@@ -1,8 +1,8 @@
 """What an answer was read from: relevance followed from each branch's head back to the input tokens of every branch.
 
 The two branches read different grids and meet in the fusions, so relevance is kept over all of them at once. The branches' input
-tokens stand one after the other, X = [X_1 ‖ X_2 ‖ ...], T = Σ N_b of them, and row i of R_b, (N_b, T), says what token i of branch
-b is made of. R starts as the identity and takes the model's own steps:
+tokens stand one after the other, X = [X_1 ‖ X_2 ‖ ...], T = Σ N_b of them, and row i of R_b, (N_b, T), says what token i of
+branch b is made of. R starts as the identity and takes the model's own steps:
 
 - a block of branch b, attention A (N_b, N_b):  R_b <- step(R_b, A, R_b).
 - cross-attention: branch b reads the patches of branch a (PAPER, equations 5-7). Its class row is carried to a's width,
@@ -14,8 +14,8 @@ b is made of. R starts as the identity and takes the model's own steps:
   counting the same; in pairwise, rows of patches pass between grids by the model's own bilinear interpolation, whose weights
   sum to one.
 - none: nothing crosses.
-- A model without class tokens: the mean of a branch's patch rows stands for c, and what the fusion adds to every patch is a sum of
-  two terms.
+- A model without class tokens: the mean of a branch's patch rows stands for c, and what the fusion adds to every patch is a sum
+  of two terms.
 
 Head b reads c_b (or the mean of its patches): its relevance is that row of R_b, (T,), n_a values on the grid of each branch a.
 The logits' mean is the mean of the branches' rows.
@@ -24,7 +24,8 @@ Two steps are here, both with the heads' mean and both with the residual connect
 
 - `Rollout` (Abnar and Zuidema, 2020):  step(R, A, S) = (R + Ā S) / 2,  Ā = E_h[A].
   Rows of R sum to one: R is what was read, whatever it was read for.
-- `GradientWeighted` (Chefer, Gur and Wolf, 2021, equations 5-9):  step(R, A, S) = R + Ā S,  Ā = E_h[(∂y/∂A ⊙ A)⁺], y one class's logit.
+- `GradientWeighted` (Chefer, Gur and Wolf, 2021, equations 5-9):  step(R, A, S) = R + Ā S,
+  Ā = E_h[(∂y/∂A ⊙ A)⁺], y one class's logit.
   What a fusion reads from another branch is normalised first, S = I + (R_a − I) / rowsum (their equations 8-9): gradients are
   small, so that without it the other branch's own mixing would count for nothing. Their factor (R̄_bb)ᵀ is left out: here
   one row alone reads, the class token's, and no other row of b has a part in it.
@@ -68,7 +69,7 @@ class Rollout:
     def __call__(self, rows: Tensor, key: AttentionKey, sources: Tensor) -> Tensor:
         return (rows + self.weights[key].mean(dim=1) @ sources) / 2
 
-    def crossing(self, rows: Tensor, identity: Tensor) -> Tensor:
+    def crossing(self, rows: Tensor, identity: Tensor) -> Tensor:  # noqa: ARG002  # both steps have one signature
         return rows
 
 
@@ -87,75 +88,75 @@ class GradientWeighted:
         return identity + mixed / torch.where(total > 0, total, 1)
 
 
-def propagate(config: CrossViTConfig, grids: Sequence[Grid], step: Step, like: Tensor) -> list[Tensor]:
-    """R after the last encoder, one (B, N_b, T) a branch, of the steps that the module's docstring derives.
+@dataclasses.dataclass(frozen=True)
+class Flow:
+    """The steps that the module's docstring derives, for a model of `config` on inputs whose patches lie on `grids`."""
 
-    grids: of patches, one a branch. like: a tensor whose first side is B and whose type and device R takes.
-    """
-    sizes = token_counts(config, grids)
-    identity = list(torch.eye(sum(sizes), dtype=like.dtype, device=like.device).expand(like.shape[0], -1, -1).split(sizes, dim=1))
-    rows = identity
-    for stage in range(config.stages):
-        encoded = []
-        for index, (branch, own) in enumerate(zip(config.branches, rows, strict=True)):
-            for block in range(branch.depth):
-                own = step(own, ("self", stage, index, block), own)  # noqa: PLW2901  # block after block
-            encoded.append(own)
-        rows = _fuse(config, grids, step, stage, encoded, identity)
-    return rows
+    config: CrossViTConfig
+    grids: Sequence[Grid]
+    step: Step
+
+    def follow(self, like: Tensor) -> list[Tensor]:
+        """R after the last encoder, one (B, N_b, T) a branch. `like`: a tensor whose B, type and device R takes."""
+        sizes = token_counts(self.config, self.grids)
+        unit = torch.eye(sum(sizes), dtype=like.dtype, device=like.device).expand(like.shape[0], -1, -1)
+        identity = list(unit.split(sizes, dim=1))
+        rows = identity
+        for stage in range(self.config.stages):
+            encoded = []
+            for index, (branch, own) in enumerate(zip(self.config.branches, rows, strict=True)):
+                for block in range(branch.depth):
+                    own = self.step(own, ("self", stage, index, block), own)  # noqa: PLW2901  # block after block
+                encoded.append(own)
+            rows = self._fuse(stage, encoded, identity)
+        return rows
+
+    def _fuse(self, stage: int, rows: list[Tensor], identity: list[Tensor]) -> list[Tensor]:
+        match self.config.fusion:
+            case "all-attention":
+                joined = torch.cat(rows, dim=1)  # (B, T, T)
+                for block in range(self.config.fusion_depth):
+                    joined = self.step(joined, ("all", stage, None, block), joined)
+                return list(joined.split([own.shape[1] for own in rows], dim=1))
+            case "cross-attention":
+                crossing = [self.step.crossing(own, first) for own, first in zip(rows, identity, strict=True)]
+                others = [*crossing[1:], *crossing[:1]]  # each branch reads the next around the ring
+                pairs = zip(rows, others, strict=True)
+                return [self._cross_read(own, other, (stage, index)) for index, (own, other) in enumerate(pairs)]
+            case "class-token":
+                shared = torch.stack([summary_row(own, self.has_class_token) for own in rows]).mean(dim=0)
+                return [_with_summary_row(own, shared, self.has_class_token) for own in rows]
+            case "pairwise":
+                return self._pairwise(rows)
+            case _:
+                return rows
+
+    def _cross_read(self, own: Tensor, other: Tensor, place: tuple[int, int]) -> Tensor:
+        """A branch reads another's patches: own (B, N_own, T), other (B, N_other, T) -> (B, N_own, T). place: stage, branch."""
+        row = summary_row(own, self.has_class_token)  # (B, 1, T)
+        patches = other[:, self.has_class_token :]
+        for block in range(self.config.fusion_depth):
+            alone = self.config.as_released and block > 0  # the class token is all that such a block sees
+            row = self.step(row, ("cross", *place, block), row if alone else torch.cat((row, patches), dim=1))
+        return _with_summary_row(own, row, self.has_class_token)
+
+    def _pairwise(self, rows: list[Tensor]) -> list[Tensor]:
+        widest = max(range(len(rows)), key=lambda index: (self.config.branches[index].dim, index))
+        common = self.grids[widest]
+        patches = [own[:, self.has_class_token :] for own in rows]
+        pairs = zip(patches, self.grids, strict=True)
+        shared = torch.stack([interpolate_grid(own, grid, common) for own, grid in pairs]).mean(dim=0)
+        classes = [torch.stack([own[:, :1] for own in rows]).mean(dim=0)] * self.has_class_token
+        return [torch.cat((*classes, interpolate_grid(shared, common, grid)), dim=1) for grid in self.grids]
+
+    @property
+    def has_class_token(self) -> bool:
+        return self.config.branches[0].class_token
 
 
 def token_counts(config: CrossViTConfig, grids: Sequence[Grid]) -> list[int]:
     """N_b of each branch: its patches, and its class token if it has one."""
     return [branch.class_token + rows * columns for branch, (rows, columns) in zip(config.branches, grids, strict=True)]
-
-
-def _fuse(
-    config: CrossViTConfig, grids: Sequence[Grid], step: Step, stage: int, rows: list[Tensor], identity: list[Tensor]
-) -> list[Tensor]:
-    has_class = config.branches[0].class_token
-    match config.fusion:
-        case "all-attention":
-            joined = torch.cat(rows, dim=1)  # (B, T, T)
-            for block in range(config.fusion_depth):
-                joined = step(joined, ("all", stage, None, block), joined)
-            return list(joined.split([own.shape[1] for own in rows], dim=1))
-        case "cross-attention":
-            ring = [*range(1, len(rows)), 0]
-            crossing = [step.crossing(own, first) for own, first in zip(rows, identity, strict=True)]
-            return [
-                _cross_read(config, step, stage, index, own, crossing[other])
-                for index, (own, other) in enumerate(zip(rows, ring, strict=True))
-            ]
-        case "class-token":
-            shared = torch.stack([summary_row(own, has_class) for own in rows]).mean(dim=0)
-            return [_with_summary_row(own, shared, has_class) for own in rows]
-        case "pairwise":
-            return _pairwise(config, grids, rows)
-        case _:
-            return rows
-
-
-def _cross_read(config: CrossViTConfig, step: Step, stage: int, index: int, own: Tensor, other: Tensor) -> Tensor:
-    """Branch `index` reads the patches of the next: own (B, N_own, T), other (B, N_other, T) -> (B, N_own, T)."""
-    has_class = config.branches[index].class_token
-    row = summary_row(own, has_class)  # (B, 1, T)
-    patches = other[:, 1:] if has_class else other
-    for block in range(config.fusion_depth):
-        alone = config.as_released and block > 0  # the class token is all that such a block sees
-        row = step(row, ("cross", stage, index, block), row if alone else torch.cat((row, patches), dim=1))
-    return _with_summary_row(own, row, has_class)
-
-
-def _pairwise(config: CrossViTConfig, grids: Sequence[Grid], rows: list[Tensor]) -> list[Tensor]:
-    has_class = config.branches[0].class_token
-    widest = max(range(len(rows)), key=lambda index: (config.branches[index].dim, index))
-    common = grids[widest]
-    patches = torch.stack(
-        [interpolate_grid(own[:, has_class:], grid, common) for own, grid in zip(rows, grids, strict=True)]
-    ).mean(dim=0)  # fmt: skip
-    classes = [torch.stack([own[:, :1] for own in rows]).mean(dim=0)] * has_class
-    return [torch.cat((*classes, interpolate_grid(patches, common, grid)), dim=1) for grid in grids]
 
 
 def summary_row(rows: Tensor, has_class_token: bool) -> Tensor:
@@ -210,15 +211,13 @@ def read(model: CrossViT, images: Tensor, targets: Tensor | None = None) -> Read
     has_class = config.branches[0].class_token
     weights = {(seen.kind, seen.stage, seen.branch, seen.block): seen.weights for seen in recorded}
     detached = {key: value.detach() for key, value in weights.items()}
-    rolled = propagate(config, grids, Rollout(detached), images)
+    rolled = Flow(config, grids, Rollout(detached)).follow(images)
     gradient = []
     for index, own in enumerate(logits):
         scores = own.gather(1, targets[:, None]).sum()  # images do not mix, so each gets the gradient of its own
-        slopes = torch.autograd.grad(
-            scores, list(weights.values()), retain_graph=index + 1 < len(logits), allow_unused=True, materialize_grads=True
-        ) if weights else ()  # fmt: skip
-        step = GradientWeighted(detached, dict(zip(weights, slopes, strict=True)))
-        gradient.append(summary_row(propagate(config, grids, step, images)[index], has_class)[:, 0])
+        more = index + 1 < len(logits)
+        step = GradientWeighted(detached, _gradients(scores, weights, retain_graph=more))
+        gradient.append(summary_row(Flow(config, grids, step).follow(images)[index], has_class)[:, 0])
     return Reading(
         grids=grids,
         has_class_token=has_class,
@@ -229,6 +228,16 @@ def read(model: CrossViT, images: Tensor, targets: Tensor | None = None) -> Read
         attention=tuple(dataclasses.replace(seen, weights=seen.weights.detach()) for seen in recorded),
         features=tuple(own.detach() for own in features),
     )
+
+
+def _gradients(scores: Tensor, weights: Mapping[AttentionKey, Tensor], *, retain_graph: bool) -> dict[AttentionKey, Tensor]:
+    """∂scores/∂weights; zero for what only another branch's logit hangs on."""
+    if not weights:  # branches without blocks
+        return {}
+    slopes = torch.autograd.grad(
+        scores, list(weights.values()), retain_graph=retain_graph, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(weights, slopes, strict=True))
 
 
 def density(parts: Sequence[Tensor], grid: Grid) -> Tensor:

@@ -16,31 +16,23 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
-from PIL import Image
 
+from crossvit.report.overlay import HEAT, Colours, Scene, Values, scale
 from crossvit.results import BranchAnswer, Explanation, Label, TokenMap
-
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-Picture = NDArray[np.uint8]  # (H, W, 3)
-Values = NDArray[np.float32]  # (rows, columns)
 
 DPI = 100
 WIDTH = 12.0  # inches of the sheet for up to two branches: 1,200 pixels
 HEADLINE, SECTION, TITLE, SMALL_TITLE = 1.05, 0.72, 0.36, 0.2  # inches above what they head
 MARGIN, GAP = 0.012, 0.008  # shares of the width
 INK, QUIET, PAPER = "#1b1f24", "#5b6570", "#ffffff"
-HEAT = matplotlib.colormaps["inferno"]
-# One branch blue, the other orange, nothing between them transparent: told apart by people who do not see red and green.
-SIDES = LinearSegmentedColormap.from_list("sides", ["#0b5fa5", "#7fb4dc", "#f2f2f2", "#f0a868", "#c4500a"])
 FEATURES = matplotlib.colormaps["viridis"]
 MOST_FEATURES = 24  # channels on a branch's sheet
 NOTE = {"facecolor": PAPER, "alpha": 0.85, "linewidth": 0, "boxstyle": "round,pad=0.25"}
-SMALLEST_TOP = 3.0  # times the even share: a scale never ends below it, so that flat maps look flat
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -70,7 +62,7 @@ def explanation_png(explanation: Explanation) -> bytes:
     heights = [HEADLINE, SECTION, summary, *([SECTION, attention] if readings else [])]
     with _drawing():
         figure = Figure(figsize=(width, sum(heights)), dpi=DPI, facecolor=PAPER)
-        blocks = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0)
+        blocks: Any = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0)
         _headline(blocks[0], explanation)
         _summary(blocks[1], blocks[2], explanation)
         if readings:
@@ -85,29 +77,13 @@ def features_png(explanation: Explanation) -> bytes:
     heights = [0.6, *([0.4, sheet] * len(explanation.features))]
     with _drawing():
         figure = Figure(figsize=(WIDTH, sum(heights)), dpi=DPI, facecolor=PAPER)
-        blocks = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0)
+        blocks: Any = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0)
         title = f"{_name(explanation)}: features after the last encoder"
         blocks[0].text(MARGIN, 0.5, title, fontsize=17, fontweight="bold", va="center")
         sheets = zip(blocks[1::2], blocks[2::2], explanation.branches, explanation.features, strict=True)
         for head, block, branch, values in sheets:
             _feature_sheet(head, block, branch, values, _extent_aspect(explanation))
         return _png(figure)
-
-
-def overlay_png(picture: Image.Image, values: Values, seen: Box) -> bytes:
-    """`values` over the part `seen` (shares of width and height) of an RGB picture of the same size, PNG bytes."""
-    photo = np.asarray(picture.convert("RGB"))
-    height, width = photo.shape[:2]
-    left, top, right, bottom = (round(share * side) for share, side in zip(seen, (width, height) * 2, strict=True))
-    right, bottom = max(right, left + 1), max(bottom, top + 1)
-    laid = _faded(photo)
-    smooth = np.asarray(
-        Image.fromarray(values.astype(np.float32)).resize((right - left, bottom - top), Image.Resampling.BILINEAR)
-    )
-    laid[top:bottom, left:right] = _blend(_grey(photo)[top:bottom, left:right], smooth, HEAT, Normalize(0, _top([values])))
-    buffer = io.BytesIO()
-    Image.fromarray((laid * 255).round().astype(np.uint8)).save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
 
 
 def _readings(explanation: Explanation) -> list[tuple[str, str, str]]:
@@ -140,7 +116,7 @@ def _section(block: SubFigure, title: str, note: str, normal: Normalize) -> None
     axes = block.add_axes((0.70, 0.52, 0.288, 0.2))
     bar = block.colorbar(ScalarMappable(normal, HEAT), cax=axes, orientation="horizontal", extend="max")
     bar.ax.tick_params(labelsize=9, length=2)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     block.text(0.988, 0.86, "times the even share: 1 = all patches alike", fontsize=9, color=QUIET, va="center", ha="right")
 
 
@@ -160,7 +136,7 @@ def _summary(head: SubFigure, block: SubFigure, explanation: Explanation) -> Non
             title = f"{branch.name}, rollout ({100 * branch.from_other:.0f} % crossed)"
             own.append((title, _whole(explanation, "rollout", branch.name)))
         own += [(f"{name}, for {class_name}", _whole(explanation, "gradient", name)) for name in names]
-    normal = Normalize(0, _top([values for _, values in (*fused, *own)]))
+    normal = scale([values for _, values in (*fused, *own)])
     note = "brought to the finest grid; below, each branch's own answer" if several else "one value a patch"
     _section(head, "What the answer was read from", f"Through all stages, from every branch's patches, {note}.", normal)
     axes = _panels(block, 2 if several else 1, _summary_columns(explanation))
@@ -186,7 +162,7 @@ def _attention(
     """One row a stage, one column a reading: the last block's heads joined (large) and each head (small)."""
     maps = [one for one in explanation.maps if one.stage is not None]
     drawn = [_last(maps, reading, stage) for stage in range(1, stages + 1) for reading in readings]
-    normal = Normalize(0, _top([_even(one.values.mean(axis=0)) for one in drawn if one is not None], share=0.995))
+    normal = scale([_even(one.values.mean(axis=0)) for one in drawn if one is not None], share=0.995)
     note = "Weights of the token that stands for each branch, in the last block of each stage; heads joined, then each."
     _section(head, "Attention, stage by stage", note, normal)
     axes = _panels(block, stages, 2 * max(len(readings), 2))
@@ -222,7 +198,7 @@ def _photo(axes: Axes, explanation: Explanation) -> None:
 
 def _heat(axes: Axes, explanation: Explanation, title: str, values: Values, normal: Normalize) -> None:
     """One map over the greyed photo, smooth between patch centres."""
-    _lay(axes, explanation, values, HEAT, normal)
+    _lay(axes, explanation, _scene(explanation).heat(values, normal))
     axes.set_title(title)
 
 
@@ -230,7 +206,7 @@ def _difference(axes: Axes, explanation: Explanation, name: str, names: Sequence
     (one,) = explanation.select("difference", reader=name)
     values = one.values[0]
     reach = max(float(np.quantile(np.abs(values), 0.99)), 1.0)
-    _lay(axes, explanation, values, SIDES, Normalize(-reach, reach), strength=np.abs(values) / reach)
+    _lay(axes, explanation, _scene(explanation).difference(values, reach))
     others = [other for other in names if other != name]
     than = others[0] if len(others) == 1 else "the others"
     axes.set_title(f"{name} more (orange) or {than} (blue)")
@@ -239,22 +215,25 @@ def _difference(axes: Axes, explanation: Explanation, name: str, names: Sequence
         axes.text(0.03, 0.03, note, transform=axes.transAxes, fontsize=8, bbox=NOTE)
 
 
-def _lay(
-    axes: Axes, explanation: Explanation, values: Values, colours: Colormap, normal: Normalize, strength: Values | None = None
-) -> None:  # fmt: skip
-    assert explanation.photo is not None
-    assert explanation.seen is not None
+def _lay(axes: Axes, explanation: Explanation, laid: Colours) -> None:
+    """An overlay where it belongs in the picture, whose pixels are the coordinates."""
     assert explanation.size is not None
+    assert explanation.seen is not None
     width, height = explanation.size
     left, top, right, bottom = explanation.seen
-    axes.imshow(_faded(explanation.photo), extent=(0, width, height, 0), interpolation="bilinear")
-    share = _relative(explanation)
-    grey = _cut(_grey(explanation.photo), share)
-    smooth = _resized(values, grey.shape[1], grey.shape[0])
-    alpha = None if strength is None else _resized(np.clip(strength, 0, 1), grey.shape[1], grey.shape[0])
-    axes.imshow(_blend(grey, smooth, colours, normal, alpha), extent=(left, right, bottom, top), interpolation="bilinear")
+    axes.imshow(_scene(explanation).faded(), extent=(0, width, height, 0), interpolation="bilinear")
+    axes.imshow(laid, extent=(left, right, bottom, top), interpolation="bilinear")
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
+
+
+def _scene(explanation: Explanation) -> Scene:
+    assert explanation.photo is not None
+    assert explanation.size is not None
+    assert explanation.seen is not None
+    left, top, right, bottom = explanation.seen
+    width, height = explanation.size
+    return Scene(explanation.photo, (left / width, top / height, right / width, bottom / height))
 
 
 def _mosaic(axes: Axes, explanation: Explanation, one: TokenMap, normal: Normalize) -> None:
@@ -325,7 +304,8 @@ def _last(maps: Sequence[TokenMap], reading: tuple[str, str, str], stage: int) -
 
 def _whole(explanation: Explanation, kind: str, reader: str) -> Values:
     (one,) = explanation.select(kind, reader=reader, on="all")
-    return one.values[0]
+    values: Values = one.values[0]
+    return values
 
 
 def _reading_name(kind: str, reader: str, on: str) -> str:
@@ -335,56 +315,7 @@ def _reading_name(kind: str, reader: str, on: str) -> str:
 def _even(values: Values) -> Values:
     """As times the even share: a mean of one."""
     mean = values.mean()
-    return values / mean if mean > 0 else np.ones_like(values)
-
-
-def _top(maps: Sequence[Values], share: float = 0.99) -> float:
-    """Where a scale ends: what nearly all patches lie below."""
-    return max(SMALLEST_TOP, float(np.quantile(np.concatenate([values.ravel() for values in maps]), share)))
-
-
-def _grey(photo: Picture) -> NDArray[np.float64]:
-    """(H, W, 3) in 0..1, without its colours."""
-    luminance = photo @ np.array([0.299, 0.587, 0.114]) / 255
-    return np.repeat(luminance[..., None], 3, axis=-1)
-
-
-def _faded(photo: Picture) -> NDArray[np.float64]:
-    """What lies outside the part that was seen."""
-    return 0.25 * _grey(photo) + 0.75
-
-
-def _blend(
-    grey: NDArray[np.float64], values: Values, colours: Colormap, normal: Normalize, alpha: Values | None = None
-) -> NDArray[np.float64]:
-    """The map's colours over the grey photo; by default a heat map's, stronger where there is more."""
-    level = np.clip(normal(values), 0, 1)
-    strength = 0.3 + 0.5 * level if alpha is None else 0.1 + 0.75 * alpha
-    dimmed = 0.8 * grey if alpha is None else grey
-    return (1 - strength[..., None]) * dimmed + strength[..., None] * colours(level)[..., :3]
-
-
-def _resized(values: Values, width: int, height: int) -> Values:
-    return np.asarray(Image.fromarray(values.astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR))
-
-
-def _relative(explanation: Explanation) -> Box:
-    assert explanation.seen is not None
-    assert explanation.size is not None
-    left, top, right, bottom = explanation.seen
-    width, height = explanation.size
-    return left / width, top / height, right / width, bottom / height
-
-
-def _cut(photo: NDArray[np.float64], share: Box) -> NDArray[np.float64]:
-    """The part `share` of a picture, at least 256 pixels on its longer side so that maps are smooth."""
-    height, width = photo.shape[:2]
-    left, top, right, bottom = (round(part * side) for part, side in zip(share, (width, height) * 2, strict=True))
-    part = photo[top : max(bottom, top + 1), left : max(right, left + 1)]
-    larger = max(1.0, 256 / max(part.shape[:2]))
-    size = (round(part.shape[1] * larger), round(part.shape[0] * larger))
-    pixels = Image.fromarray((part * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
-    return np.asarray(pixels) / 255
+    return np.asarray(values / mean, dtype=np.float32) if mean > 0 else np.ones_like(values)
 
 
 def _aspect(explanation: Explanation) -> float:
