@@ -26,9 +26,10 @@ Two steps are here, both with the heads' mean and both with the residual connect
   Rows of R sum to one: R is what was read, whatever it was read for.
 - `GradientWeighted` (Chefer, Gur and Wolf, 2021, equations 5-9):  step(R, A, S) = R + Ā S,
   Ā = E_h[(∂y/∂A ⊙ A)⁺], y one class's logit.
-  What a fusion reads from another branch is normalised first, S = I + (R_a − I) / rowsum (their equations 8-9): gradients are
-  small, so that without it the other branch's own mixing would count for nothing. Their factor (R̄_bb)ᵀ is left out: here
-  one row alone reads, the class token's, and no other row of b has a part in it.
+  What a fusion reads from another branch is normalised first, S = R⁰_a + (R_a − R⁰_a) / rowsum (their equations 8-9): gradients
+  are small, so that without it the other branch's own mixing would count for nothing. R⁰ is R with every attention left out:
+  the identity, as in the paper, where fusions move nothing but by attention. Their factor (R̄_bb)ᵀ is left out: here one row
+  alone reads, the class token's, and no other row of b has a part in it. The head's relevance is its row of R − R⁰.
   y is branch b's own logit for row b, so that the relevance of the logits' mean is again the mean of the branches' rows.
 
 Shapes: B batch, N_b tokens of branch b, T of all, H heads, n patches.
@@ -56,8 +57,8 @@ class Step(Protocol):
 
     def __call__(self, rows: Tensor, key: AttentionKey, sources: Tensor) -> Tensor: ...
 
-    def crossing(self, rows: Tensor, identity: Tensor) -> Tensor:
-        """`rows` of another branch as a fusion reads them; `identity` are those that R began with."""
+    def crossing(self, rows: Tensor, still: Tensor) -> Tensor:
+        """`rows` of another branch as a fusion reads them; `still` are what they would be without any attention."""
 
 
 class Rollout:
@@ -69,7 +70,7 @@ class Rollout:
     def __call__(self, rows: Tensor, key: AttentionKey, sources: Tensor) -> Tensor:
         return (rows + self.weights[key].mean(dim=1) @ sources) / 2
 
-    def crossing(self, rows: Tensor, identity: Tensor) -> Tensor:  # noqa: ARG002  # both steps have one signature
+    def crossing(self, rows: Tensor, still: Tensor) -> Tensor:  # noqa: ARG002  # every step has one signature
         return rows
 
 
@@ -82,10 +83,20 @@ class GradientWeighted:
     def __call__(self, rows: Tensor, key: AttentionKey, sources: Tensor) -> Tensor:
         return rows + self.weighted[key] @ sources
 
-    def crossing(self, rows: Tensor, identity: Tensor) -> Tensor:
-        mixed = rows - identity
+    def crossing(self, rows: Tensor, still: Tensor) -> Tensor:
+        mixed = (rows - still).clamp(min=0)  # rounding aside it is nowhere negative
         total = mixed.sum(dim=-1, keepdim=True)
-        return identity + mixed / torch.where(total > 0, total, 1)
+        return still + mixed / torch.where(total > 0, total, 1)
+
+
+class Still:
+    """No attention: rows stay."""
+
+    def __call__(self, rows: Tensor, key: AttentionKey, sources: Tensor) -> Tensor:  # noqa: ARG002
+        return rows
+
+    def crossing(self, rows: Tensor, still: Tensor) -> Tensor:  # noqa: ARG002
+        return rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,22 +107,25 @@ class Flow:
     grids: Sequence[Grid]
     step: Step
 
-    def follow(self, like: Tensor) -> list[Tensor]:
-        """R after the last encoder, one (B, N_b, T) a branch. `like`: a tensor whose B, type and device R takes."""
+    def follow(self, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """(R, R⁰) after the last encoder, one (B, N_b, T) a branch each; R⁰ is R with every attention left out.
+
+        like: a tensor whose B, type and device they take.
+        """
         sizes = token_counts(self.config, self.grids)
-        unit = torch.eye(sum(sizes), dtype=like.dtype, device=like.device).expand(like.shape[0], -1, -1)
-        identity = list(unit.split(sizes, dim=1))
-        rows = identity
+        identity = torch.eye(sum(sizes), dtype=like.dtype, device=like.device).expand(like.shape[0], -1, -1)
+        rows = still = list(identity.split(sizes, dim=1))
+        without = dataclasses.replace(self, step=Still())
         for stage in range(self.config.stages):
             encoded = []
             for index, (branch, own) in enumerate(zip(self.config.branches, rows, strict=True)):
                 for block in range(branch.depth):
                     own = self.step(own, ("self", stage, index, block), own)  # noqa: PLW2901  # block after block
                 encoded.append(own)
-            rows = self._fuse(stage, encoded, identity)
-        return rows
+            rows, still = self._fuse(stage, encoded, still), without._fuse(stage, still, still)
+        return rows, still
 
-    def _fuse(self, stage: int, rows: list[Tensor], identity: list[Tensor]) -> list[Tensor]:
+    def _fuse(self, stage: int, rows: list[Tensor], still: list[Tensor]) -> list[Tensor]:
         match self.config.fusion:
             case "all-attention":
                 joined = torch.cat(rows, dim=1)  # (B, T, T)
@@ -119,7 +133,7 @@ class Flow:
                     joined = self.step(joined, ("all", stage, None, block), joined)
                 return list(joined.split([own.shape[1] for own in rows], dim=1))
             case "cross-attention":
-                crossing = [self.step.crossing(own, first) for own, first in zip(rows, identity, strict=True)]
+                crossing = [self.step.crossing(own, bare) for own, bare in zip(rows, still, strict=True)]
                 others = [*crossing[1:], *crossing[:1]]  # each branch reads the next around the ring
                 pairs = zip(rows, others, strict=True)
                 return [self._cross_read(own, other, (stage, index)) for index, (own, other) in enumerate(pairs)]
@@ -173,7 +187,7 @@ class Reading:
     """One pass over a batch and what it was read from; everything detached, float32.
 
     logits: (branches, B, classes), each branch's own. targets: (B,), the class that `gradient` is for.
-    rollout, gradient: (branches, B, T), the row of R that each head reads; rows of `rollout` sum to one.
+    rollout, gradient: (branches, B, T), the row of R (of R − R⁰) that each head reads; rows of `rollout` sum to one.
     attention: every map of the pass. features: (B, N_b, D_b) a branch, as its head is given them.
     """
 
@@ -193,6 +207,8 @@ class Reading:
         return [part[..., self.has_class_token :].unflatten(-1, grid) for part, grid in zip(parts, self.grids, strict=True)]
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def read(model: CrossViT, images: Tensor, targets: Tensor | None = None) -> Reading:
     """Run `model` over images (B, C, H, W) and follow each branch's answer back. targets: (B,) class indices, by default the
     model's own answers. The model's mode and gradients are left as they were. Time: a forward pass, and a backward one a branch.
@@ -201,7 +217,7 @@ def read(model: CrossViT, images: Tensor, targets: Tensor | None = None) -> Read
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(False), torch.enable_grad(), record_attention(model) as recorded:
+        with record_attention(model) as recorded:
             features = model.forward_features(images.detach().clone().requires_grad_())
             logits = model.branch_logits_of(features)  # (branches, B, classes)
     finally:
@@ -211,13 +227,14 @@ def read(model: CrossViT, images: Tensor, targets: Tensor | None = None) -> Read
     has_class = config.branches[0].class_token
     weights = {(seen.kind, seen.stage, seen.branch, seen.block): seen.weights for seen in recorded}
     detached = {key: value.detach() for key, value in weights.items()}
-    rolled = Flow(config, grids, Rollout(detached)).follow(images)
+    rolled, _ = Flow(config, grids, Rollout(detached)).follow(images)
     gradient = []
     for index, own in enumerate(logits):
         scores = own.gather(1, targets[:, None]).sum()  # images do not mix, so each gets the gradient of its own
         more = index + 1 < len(logits)
         step = GradientWeighted(detached, _gradients(scores, weights, retain_graph=more))
-        gradient.append(summary_row(Flow(config, grids, step).follow(images)[index], has_class)[:, 0])
+        weighted, still = Flow(config, grids, step).follow(images)
+        gradient.append(summary_row(weighted[index] - still[index], has_class)[:, 0].clamp(min=0))
     return Reading(
         grids=grids,
         has_class_token=has_class,

@@ -134,7 +134,8 @@ class CrossAttention(nn.Module):
         else:
             weights = self._weights((scale * probe @ x.transpose(1, 2)).softmax(dim=-1))  # (B, H, N)
             mixed = weights @ x  # (B, H, D)
-            if self._dropping:
+            # Σ p_j is one, but its gradient is not zero: what listens is given that of the paper's form
+            if self._dropping or self.listener is not None:
                 bias = (weights.sum(dim=-1, keepdim=True) * bias.unflatten(0, heads)).flatten(1)
         value = mixed.transpose(0, 1) @ self.value.weight.unflatten(0, heads).transpose(1, 2)  # (H, B, K)
         return value.transpose(0, 1).flatten(1) + bias  # type: ignore[no-any-return]

@@ -211,8 +211,8 @@ def _difference(axes: Axes, explanation: Explanation, name: str, names: Sequence
     than = others[0] if len(others) == 1 else "the others"
     axes.set_title(f"{name} more (orange) or {than} (blue)")
     if len(others) == 1 and explanation.disagreement is not None:
-        note = f"{100 * explanation.disagreement:.0f} % on different patches; full colour from ±{reach:.1f}"
-        axes.text(0.03, 0.03, note, transform=axes.transAxes, fontsize=8, bbox=NOTE)
+        note = f"{100 * explanation.disagreement:.0f} % on different patches; colours to ±{reach:.1f}"
+        axes.text(0.03, 0.03, note, transform=axes.transAxes, fontsize=7.5, bbox=NOTE)
 
 
 def _lay(axes: Axes, explanation: Explanation, laid: Colours) -> None:
