@@ -41,7 +41,9 @@ def name(changes: dict[str, object]) -> str:
     branches = changes.get("branches", SMALL.branches)
     assert isinstance(branches, tuple)
     words = [str(changes.get("fusion", "cross-attention")), str(len(branches))]
-    return "-".join(words + ["no-class"] * (not branches[0].class_token) + [key for key in changes if key not in ("fusion", "branches")])
+    return "-".join(
+        words + ["no-class"] * (not branches[0].class_token) + [key for key in changes if key not in ("fusion", "branches")]
+    )
 
 
 @pytest.mark.parametrize("changes", variants(), ids=name)

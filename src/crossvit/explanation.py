@@ -192,7 +192,7 @@ def _relevance_maps(reading: Reading, branches: Sequence[str]) -> Iterator[Token
     for kind, rows in (("rollout", reading.rollout[:, 0]), ("gradient", reading.gradient[:, 0])):
         for reader, row in zip((*branches, ALL), (*rows, rows.mean(dim=0)), strict=True):
             parts = reading.on_grids(row)
-            if kind == "gradient":  # what it leaves on class tokens is the identity it began with and says nothing
+            if kind == "gradient":  # its sum has no meaning of its own: shares of what lies on patches
                 total = float(sum(part.sum() for part in parts))
                 parts = [part / total if total > 0 else part for part in parts]
             for on, values in zip(branches, parts, strict=True):

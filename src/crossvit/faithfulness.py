@@ -4,9 +4,12 @@ Deletion (Petsiuk, Das and Saenko, 2018): the cells with the most relevance are 
 probability falls early and the area under the curve is small. Insertion: from a picture with nothing in it, the same cells are
 put back first; the area should be large. Cells are those of the finest branch's grid, in the model's input; a map of a coarser
 grid is resampled to it bilinearly. Each kind of map is compared with maps of independent random numbers on the same images: the
-mean difference of the areas, with a bootstrap interval over the images. `centre`, a map that is the same for every picture and
-falls off from its middle, is measured beside them: what beats random but not `centre` knows where things are in photos, and no
-more.
+mean difference of the areas, with a bootstrap interval over the images.
+
+Two controls are measured beside them. `random blobs` are random numbers on the coarsest grid, resampled as the maps of that grid:
+their cells lie together, as a map's do, where those of `random` are scattered, and scattered cells leave a picture recognisable.
+`centre` is the same for every picture and falls off from its middle: what does not beat it knows where things are in photos, and
+no more.
 
 What stands in for a cell that is away is fixed beforehand: `blur`, the picture itself through a Gaussian whose sigma is a tenth
 of its shorter side (colours stay, shapes go), or `mean`, the picture's mean colour.
@@ -38,7 +41,7 @@ from crossvit.trained import Trained, open_trained
 FILLS = ("blur", "mean")
 RESAMPLINGS = 2000  # of the images, for an interval
 CHANGED_AT_ONCE = 256  # pictures of 64x64 pixels in a forward pass; fewer of larger ones
-CENTRE, RANDOM = "centre", "random"
+CENTRE, BLOBS, RANDOM = "centre", "random blobs", "random"
 
 
 def check_maps(
@@ -133,9 +136,11 @@ def _orders(reading: Reading, generator: np.random.Generator) -> dict[str, Tenso
     rows, columns = finest(reading.grids)
     down, across = (torch.linspace(-1, 1, side, dtype=torch.float64) if side > 1 else torch.zeros(1) for side in (rows, columns))
     centre = -(down[:, None] ** 2 + across[None, :] ** 2).expand(len(reading.targets), -1, -1)
+    coarsest = min(reading.grids, key=lambda grid: grid[0] * grid[1])
+    blobs = density([torch.from_numpy(generator.random((len(centre), *coarsest)))], (rows, columns))
     kinds = {kind: values.double().cpu() for kind, values in map_kinds(reading).items()}
     orders = {}
-    for kind, values in {**kinds, CENTRE: centre, RANDOM: torch.zeros_like(centre)}.items():
+    for kind, values in {**kinds, CENTRE: centre, BLOBS: blobs, RANDOM: torch.zeros_like(centre)}.items():
         shuffled = torch.from_numpy(generator.permuted(np.tile(np.arange(rows * columns), (len(values), 1)), axis=1))
         ranked = values.flatten(1).gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
         orders[kind] = shuffled.gather(1, ranked)

@@ -454,7 +454,7 @@ class Faithfulness:
     """Deletion and insertion of cells of the finest grid, for each kind of map, on `n` images; `fill` stands where one is away.
 
     shares: of cells changed, the places of the curves. intact, emptied: mean probability of the class (the model's own answer on
-    the whole picture) with every cell there and with none. scores: every kind of map, then the controls `centre` and `random`.
+    the whole picture) with every cell there and with none. scores: every kind of map, then the controls.
     """
 
     run: str

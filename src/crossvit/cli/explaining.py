@@ -198,6 +198,8 @@ def _print_explanation(explanation: Explanation) -> None:
 
 
 def _print_faithfulness(result: Faithfulness, out: str | None) -> None:
+    from crossvit.report.deletion import CONTROLS
+
     rows, columns = result.grid
     print(f"maps of {result.run} on {result.n:,} {result.split} images of {result.data}, class: the model's own answer")
     ends = f"{result.intact:.3f} with all cells, {result.emptied:.3f} with none"
@@ -206,9 +208,9 @@ def _print_faithfulness(result: Faithfulness, out: str | None) -> None:
     for score in result.scores:
         print(f"{score.kind:26}{score.deletion.area:8.3f}  {_gain(score, 'deletion'):27}{score.insertion.area:9.3f}  "
               f"{_gain(score, 'insertion')}")  # fmt: skip
-    for score in result.scores:
+    for score in result.scores[: -len(CONTROLS)]:
         missing = [way for way in ("deletion", "insertion") if getattr(score, f"{way}_verdict") != "better"]
-        if missing and score.kind != "random":
+        if missing:
             said = ", ".join(f"{way}: {getattr(score, f'{way}_verdict')}" for way in missing)
             print(f"note  {score.kind} does not beat random maps ({said})")
     print("areas under the mean probability; deletion is better low, insertion high; 95 % intervals over the images")

@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from crossvit.results import Curve, Faithfulness
 
-CONTROLS = {"random": ("#8a939d", "--"), "centre": ("#1b1f24", ":")}
+CONTROLS = {"random": ("#8a939d", "--"), "random blobs": ("#8a939d", "-."), "centre": ("#1b1f24", ":")}
 COLOURS = ("#c4500a", "#0b5fa5", "#2a8f5b", "#8b4fb0", "#c99a00", "#d1406f", "#4aa3b8", "#7a5c3e", "#5b6570", "#9c2f2f")
 STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
