@@ -266,6 +266,16 @@ def test_every_kind_of_model_is_explained_and_drawn(changes: dict[str, object], 
     assert _opened(explanation_png(found)).width >= 1200
 
 
+@pytest.mark.parametrize("size", [(1, 1), (400, 3), (2, 90)])
+def test_odd_pictures_are_drawn(size: tuple[int, int], tiny_run: TrainingResult) -> None:
+    picture = Image.new("RGB", size, "orange")
+    found = crossvit.explain(tiny_run.run, picture)
+    assert _opened(explanation_png(found)).width == 1200
+    trained = open_trained(tiny_run.run)
+    (laid,) = crossvit.mistake_maps(trained.build(), trained.preprocessing, [picture])
+    assert _opened(laid).size == (min(size[0], 128), max(1, min(size[1], 128) if size[0] < 128 else 1))
+
+
 def test_mistake_maps_are_small_pictures(tiny_run: TrainingResult, scans: Path) -> None:
     trained = open_trained(tiny_run.run)
     pictures = [Image.open(path).convert("RGB").resize((300, 200)) for path in sorted(scans.glob("2/*.png"))[:3]]

@@ -6,7 +6,7 @@ The mathematics is in `rollout.py`; whether the maps mean anything is measured i
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from crossvit.runtimes.torch import resolve_device
 from crossvit.trained import MULTI_LABEL, Trained, open_trained
 
 PHOTO_SIDE = 640  # pixels of the longer side of the picture kept with an explanation
-TOKENS_AT_ONCE = 2**23  # entries of all (T, T) matrices of a batch: some hundred MB with what the backward pass keeps
+TOKENS_AT_ONCE = 2**21  # entries of a batch's (T, T) matrices: a few hundred MB with every attention and what its gradient needs
 MOST_AT_ONCE = 64  # images
 ALL = "all"
 
@@ -54,10 +54,6 @@ class Explainer:
         images = torch.from_numpy(self.trained.preprocessing.normalise(pixels)[None]).to(self.device)
         targets = None if self.target is None else torch.tensor([self.target], device=self.device)
         return _assemble(name, picture, read(self.model, images, targets), self.trained)
-
-    def stream(self, sources: Iterable[ImageSource]) -> Iterator[Explanation]:
-        """One Explanation an image, in the order given and in constant memory."""
-        return map(self, sources)
 
 
 def explain(run: str | Path, image: ImageSource, *, class_name: str | None = None, device: str = "auto") -> Explanation:
