@@ -28,7 +28,7 @@ Two steps are here, both with the heads' mean and both with the residual connect
   Ā = E_h[(∂y/∂A ⊙ A)⁺], y one class's logit.
   What a fusion reads from another branch is normalised first, S = R⁰_a + (R_a − R⁰_a) / rowsum (their equations 8-9): gradients
   are small, so that without it the other branch's own mixing would count for nothing. R⁰ is R with every attention left out:
-  the identity, as in the paper, where fusions move nothing but by attention. Their factor (R̄_bb)ᵀ is left out: here one row
+  the identity, as theirs, where fusions move nothing but by attention. Their factor (R̄_bb)ᵀ is left out: here one row
   alone reads, the class token's, and no other row of b has a part in it. The head's relevance is its row of R − R⁰.
   y is branch b's own logit for row b, so that the relevance of the logits' mean is again the mean of the branches' rows.
 
