@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from crossvit.comparison import compare_runs
     from crossvit.errors import CrossViTError
     from crossvit.evaluation import evaluate
+    from crossvit.explanation import Explainer, explain, mistake_maps
     from crossvit.factory import create_model
+    from crossvit.faithfulness import check_maps
     from crossvit.model.attention import record_attention
     from crossvit.model.config import BranchConfig, CrossViTConfig
     from crossvit.model.crossvit import CrossViT
     from crossvit.model.presets import list_models
     from crossvit.prediction import Predictor
-    from crossvit.results import Evaluation, Prediction, TrainingResult
+    from crossvit.results import Evaluation, Explanation, Faithfulness, Prediction, TrainingResult
     from crossvit.train.loop import fit
     from crossvit.train.recipe import Recipe, load_recipe
     from crossvit.weights.load import load_weights
@@ -36,17 +38,23 @@ _HOMES = {
     "CrossViTConfig": "crossvit.model.config",
     "CrossViTError": "crossvit.errors",
     "Evaluation": "crossvit.results",
+    "Explainer": "crossvit.explanation",
+    "Explanation": "crossvit.results",
+    "Faithfulness": "crossvit.results",
     "Prediction": "crossvit.results",
     "Predictor": "crossvit.prediction",
     "Recipe": "crossvit.train.recipe",
     "TrainingResult": "crossvit.results",
+    "check_maps": "crossvit.faithfulness",
     "compare_runs": "crossvit.comparison",
     "create_model": "crossvit.factory",
     "evaluate": "crossvit.evaluation",
+    "explain": "crossvit.explanation",
     "fit": "crossvit.train.loop",
     "list_models": "crossvit.model.presets",
     "load_recipe": "crossvit.train.recipe",
     "load_weights": "crossvit.weights.load",
+    "mistake_maps": "crossvit.explanation",
     "predict_to_file": "crossvit.batch_prediction",
     "record_attention": "crossvit.model.attention",
 }
@@ -57,18 +65,24 @@ __all__ = [
     "CrossViTConfig",
     "CrossViTError",
     "Evaluation",
+    "Explainer",
+    "Explanation",
+    "Faithfulness",
     "Prediction",
     "Predictor",
     "Recipe",
     "TrainingResult",
     "__version__",
+    "check_maps",
     "compare_runs",
     "create_model",
     "evaluate",
+    "explain",
     "fit",
     "list_models",
     "load_recipe",
     "load_weights",
+    "mistake_maps",
     "predict_to_file",
     "record_attention",
 ]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from crossvit.model.config import branch_names
 from crossvit.results import SINGLE_LABEL, BranchScore, ClassScore, LabelScore, MultiLabel
 
 THRESHOLD = 0.5  # from which a multi-label model says a class, where no other was set
@@ -84,11 +85,6 @@ def branch_scores(branch_logits: Floats, truth: Integers, patches: Sequence[int]
     names = branch_names(len(patches))
     shares = [float(hits(own, truth).mean()) for own in branch_logits]
     return tuple(BranchScore(name, patch, share) for name, patch, share in zip(names, patches, shares, strict=True))
-
-
-def branch_names(count: int) -> list[str]:
-    """S and L, the paper's names for its two branches; numbers otherwise."""
-    return ["S", "L"] if count == 2 else [str(index) for index in range(count)]
 
 
 def confusion_matrix(labels: Integers, predicted: Integers, classes: int) -> NDArray[np.int64]:

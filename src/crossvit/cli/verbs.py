@@ -26,6 +26,7 @@ app.command("crossvit.cli.evaluating:evaluate", name="evaluate", help="Measure a
 app.command("crossvit.cli.reporting:report", name="report", help="Write the page of a run anew, or compare runs.")
 app.command("crossvit.cli.predicting:predict", name="predict", help="Classify images.")
 app.command("crossvit.cli.planning:plan", name="plan", help="What a long run comes to on so many GPUs. Starts nothing.")
+app.command("crossvit.cli.explaining:explain", name="explain", help="Show what a model read its answers from.")
 app.command(data_app)
 app.command(weights_app)
 

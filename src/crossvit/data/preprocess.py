@@ -195,14 +195,36 @@ class Preprocessing:
         height, width = self.image_size
         if self.crop is None:
             return image.resize((width, height), Image.Resampling.BICUBIC)
-        image = _middle(image)
-        cover_height, cover_width = int(height / self.crop), int(width / self.crop)
-        scale = max(cover_height / image.height, cover_width / image.width)
+        middle = _middle(image.size)
+        if middle != (0, 0, *image.size):
+            image = image.crop(middle)
+        size = self._cover(image.size, self.crop)
+        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+        return image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
+
+    def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) of what `fit` keeps of a picture of `size` (width, height), in the picture's own pixels."""
+        if self.crop is None:
+            return 0.0, 0.0, float(size[0]), float(size[1])
+        height, width = self.image_size
+        outer_left, outer_top, right, bottom = _middle(size)
+        middle = right - outer_left, bottom - outer_top
+        cover = self._cover(middle, self.crop)
+        left, top = round((cover[0] - width) / 2), round((cover[1] - height) / 2)
+        across, down = middle[0] / cover[0], middle[1] / cover[1]
+        return (
+            outer_left + left * across,
+            outer_top + top * down,
+            outer_left + (left + width) * across,
+            outer_top + (top + height) * down,
+        )
+
+    def _cover(self, size: tuple[int, int], crop: float) -> tuple[int, int]:
+        """(width, height) to which a picture of `size` is scaled so that it covers 1/`crop` of the input."""
+        height, width = self.image_size
+        scale = max(int(height / crop) / size[1], int(width / crop) / size[0])
         # floor, as torchvision does for the longer side; never less than what the crop needs
-        size = (max(width, int(image.width * scale + 1e-6)), max(height, int(image.height * scale + 1e-6)))
-        image = image.resize(size, Image.Resampling.BICUBIC)
-        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
-        return image.crop((left, top, left + width, top + height))
+        return max(width, int(size[0] * scale + 1e-6)), max(height, int(size[1] * scale + 1e-6))
 
     def normalise(self, pixels: NDArray[Any]) -> NDArray[np.float32]:
         """(..., H, W, C) uint8, or float32 in 0..1 -> (..., C, H, W) float32, (value − mean) / std of values in 0..1."""
@@ -234,13 +256,12 @@ class Preprocessing:
         )
 
 
-def _middle(image: Image.Image) -> Image.Image:
-    """The middle of a picture that is a hair: all that a central crop sees of it, and scaled whole it could fill the memory."""
-    reach = MAX_ASPECT * min(image.size)
-    if max(image.size) <= reach:
-        return image
-    left, top = (max(0, (side - reach) // 2) for side in image.size)
-    return image.crop((left, top, left + min(image.width, reach), top + min(image.height, reach)))
+def _middle(size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of the middle of a picture that is a hair, the whole of any other: all that a central crop sees
+    of it, and scaled whole it could fill the memory. size: (width, height)."""
+    reach = MAX_ASPECT * min(size)
+    left, top = (max(0, (side - reach) // 2) for side in size)
+    return left, top, left + min(size[0], reach), top + min(size[1], reach)
 
 
 def _orientation(image: Image.Image) -> int | None:

@@ -149,7 +149,8 @@ class CrossAttention(nn.Module):
         else:
             weights = self._weights((scale * probe @ x.transpose(1, 2)).softmax(dim=-1))  # (B, H, N)
             mixed = weights @ x  # (B, H, D)
-            if self._dropping:
+            # Σ p_j is one, but its gradient is not zero: what listens is given that of the paper's form
+            if self._dropping or self.listener is not None:
                 bias = (weights.sum(dim=-1, keepdim=True) * bias.unflatten(0, heads)).flatten(1)
         value = mixed.transpose(0, 1) @ self.value.weight.unflatten(0, heads).transpose(1, 2)  # (H, B, K)
         return value.transpose(0, 1).flatten(1) + bias  # type: ignore[no-any-return]
@@ -170,7 +171,9 @@ class CrossAttention(nn.Module):
     def _weights(self, weights: Tensor) -> Tensor:
         """(B, H, N) weights, shown to whoever records them, with attention dropout."""
         if self.listener is not None:
-            self.listener(weights.unsqueeze(2))
+            shown = weights.unsqueeze(2)
+            self.listener(shown)
+            weights = shown.squeeze(2)  # of what was shown, so that it is on the way to the logits and can be differentiated
         return self.attention_drop(weights)  # type: ignore[no-any-return]
 
 

@@ -123,14 +123,18 @@ class CrossViT(nn.Module):
     def branch_logits(self, images: Tensor) -> Tensor:
         """Each branch's own logits, (branches, B, num_classes): the paper's "L only" and "S only" (Table 6).
 
-        A head reads the class token, or the mean of the patches where there is none. The last LayerNorm is taken of what is
-        read alone: it treats every token by itself."""
+        The last LayerNorm is taken of what is read alone: it treats every token by itself."""
+        tokens = self.intermediate_tokens(images)[-1]
+        if self.config.branches[0].class_token:
+            tokens = [own[:, :1] for own in tokens]
+        return self.branch_logits_of([norm(own) for norm, own in zip(self.norms, tokens, strict=True)])
+
+    def branch_logits_of(self, tokens: Sequence[Tensor]) -> Tensor:
+        """The heads alone: `forward_features`'s tokens -> (branches, B, num_classes).
+
+        A head reads the class token, or the mean of the patches where there is none."""
         has_class_token = self.config.branches[0].class_token
-        logits = []
-        for norm, head, own in zip(self.norms, self.heads, self.intermediate_tokens(images)[-1], strict=True):
-            read = norm(own[:, :1]) if has_class_token else summary(norm(own), has_class_token)  # (B, 1, D)
-            logits.append(head(read[:, 0]))
-        return torch.stack(logits)
+        return torch.stack([head(summary(own, has_class_token)[:, 0]) for head, own in zip(self.heads, tokens, strict=True)])
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes): the mean of the branches' logits, as released."""
