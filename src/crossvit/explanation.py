@@ -18,9 +18,8 @@ from torch import Tensor
 from crossvit.data.preprocess import ImageSource, Preprocessing, read_image, source_name
 from crossvit.errors import DataError, unknown_name
 from crossvit.model.attention import AttentionMap
-from crossvit.model.config import branch_names
 from crossvit.model.crossvit import CrossViT
-from crossvit.results import BranchAnswer, Explanation, Label, TokenMap
+from crossvit.results import BranchAnswer, Explanation, Label, TokenMap, branch_names
 from crossvit.rollout import Reading, density, read, token_counts
 from crossvit.runtimes.torch import resolve_device
 from crossvit.trained import MULTI_LABEL, Trained, open_trained

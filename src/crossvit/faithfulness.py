@@ -31,9 +31,8 @@ from crossvit.data.sources import open_data
 from crossvit.errors import UsageError
 from crossvit.evaluation import choose_part
 from crossvit.explanation import at_once, finest, probabilities
-from crossvit.model.config import branch_names
 from crossvit.model.crossvit import CrossViT
-from crossvit.results import Curve, Faithfulness, Interval, MapScore
+from crossvit.results import Curve, Faithfulness, Interval, MapScore, branch_names
 from crossvit.rollout import Reading, density, read, summary_row
 from crossvit.runtimes.torch import resolve_device
 from crossvit.trained import Trained, open_trained

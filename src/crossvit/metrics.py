@@ -13,8 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossvit.model.config import branch_names
-from crossvit.results import SINGLE_LABEL, BranchScore, ClassScore, LabelScore, MultiLabel
+from crossvit.results import SINGLE_LABEL, BranchScore, ClassScore, LabelScore, MultiLabel, branch_names
 
 THRESHOLD = 0.5  # from which a multi-label model says a class, where no other was set
 

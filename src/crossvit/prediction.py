@@ -15,13 +15,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain, islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossvit.data.preprocess import SUFFIXES, ImageSource, source_name
+from crossvit.data.preprocess import SUFFIXES, ImageSource, Picture, source_name
 from crossvit.errors import DataError, UsageError, unknown_name
 from crossvit.results import Label, Prediction
 from crossvit.runtimes.choose import load_engine
@@ -31,8 +31,6 @@ BATCH_SIZE = 32
 READ_AHEAD = 2  # batches that are decoded while one is computed; memory grows with it, speed does not beyond two
 THRESHOLD = 0.5  # of a multi-label model that has none of its own: more likely there than not
 STANDARD_INPUT = "-"
-
-Picture = TypeVar("Picture", Image.Image, NDArray[np.float32])
 
 
 class View(NamedTuple):

@@ -31,6 +31,11 @@ def to_json(record: Any) -> Any:
     return record
 
 
+def branch_names(count: int) -> list[str]:
+    """S and L, the paper's names for its two branches; numbers otherwise."""
+    return ["S", "L"] if count == 2 else [str(index) for index in range(count)]
+
+
 @dataclasses.dataclass(frozen=True)
 class Label:
     """A class and its probability, 0 to 1."""

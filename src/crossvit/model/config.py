@@ -225,11 +225,6 @@ class CrossViTConfig:
         return _build(cls, fields)
 
 
-def branch_names(count: int) -> list[str]:
-    """S and L, the paper's names for its two branches; numbers otherwise."""
-    return ["S", "L"] if count == 2 else [str(index) for index in range(count)]
-
-
 T = TypeVar("T")
 
 
