@@ -54,6 +54,7 @@ def evaluate(
     sizes: Sequence[int] = (),
     robustness_images: int = ROBUSTNESS_IMAGES,
     workers: int = 0,
+    maps: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Evaluation:
     """Evaluate a trained model on labelled images.
@@ -66,6 +67,7 @@ def evaluate(
     returned are with it.
     corruptions: names of `robustness.CORRUPTIONS`, each at five severities; sizes: shorter sides in pixels. Both are measured on
     `robustness_images` of the images, their pictures spoilt in `workers` processes (0: in this one).
+    maps: show what each of the surest mistakes was read from (`Mistake.map`).
     progress: called with (images done, images in all).
 
     Raises UsageError where classes differ from the model's or what was asked cannot be, DataError for an image that cannot be
@@ -129,6 +131,10 @@ def evaluate(
             progress=lambda done, own: progress(total - own + done, total),
         )
         evaluation = dataclasses.replace(evaluation, robustness=measured)
+    if maps:
+        from crossvit.explanation import with_maps  # imports torch, which an engine may do without
+
+        evaluation = with_maps(evaluation, images, trained.build(), trained.preprocessing)
     return evaluation
 
 

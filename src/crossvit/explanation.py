@@ -5,9 +5,11 @@ The mathematics is in `rollout.py`; whether the maps mean anything is measured i
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,11 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from crossvit.data.images import ImageSet
 from crossvit.data.preprocess import ImageSource, Preprocessing, read_image, source_name
 from crossvit.errors import DataError, unknown_name
 from crossvit.model.attention import AttentionMap
 from crossvit.model.crossvit import CrossViT
-from crossvit.results import BranchAnswer, Explanation, Label, TokenMap, branch_names
+from crossvit.results import BranchAnswer, Evaluation, Explanation, Label, TokenMap, branch_names
 from crossvit.rollout import Reading, density, read, token_counts
 from crossvit.runtimes.torch import resolve_device
 from crossvit.trained import MULTI_LABEL, Trained, open_trained
@@ -66,21 +69,37 @@ def explain(run: str | Path, image: ImageSource, *, class_name: str | None = Non
     return explanation
 
 
+def with_maps(evaluation: Evaluation, images: ImageSet, model: CrossViT, preprocessing: Preprocessing) -> Evaluation:
+    """`evaluation`, made on `images`, with what `model` read its answer from laid over each of the surest mistakes."""
+    places = {images.path(index): index for index in range(len(images))}
+    shown = [places[mistake.image] for mistake in evaluation.mistakes]
+    fitted = [preprocessing.fit(images.picture(index, preprocessing)) for index in shown]
+    maps = mistake_maps(model, preprocessing, [images.read(index) for index in shown], fitted=fitted)
+    mistakes = (dataclasses.replace(mistake, map=own) for mistake, own in zip(evaluation.mistakes, maps, strict=True))
+    return dataclasses.replace(evaluation, mistakes=tuple(mistakes))
+
+
 def mistake_maps(
-    model: CrossViT, preprocessing: Preprocessing, pictures: Sequence[Image.Image], *, side: int = 128
+    model: CrossViT,
+    preprocessing: Preprocessing,
+    pictures: Sequence[Image.Image],
+    *,
+    fitted: Sequence[NDArray[Any]] | None = None,
+    side: int = 128,
 ) -> list[bytes]:
     """For each picture (RGB, upright) what the model's answer was read from, laid over it: PNG bytes, `side` pixels at most.
 
     The map is the gradient-weighted one of the model's own answer; see `rollout.py`. A few dozen pictures take one or a few
-    batches.
+    batches. fitted: the pictures as the model takes them, where those are not RGB.
     """
     from crossvit.report.overlay import overlay_png
 
     device = next(model.parameters()).device
+    inputs = [preprocessing.fit(preprocessing.read(picture)) for picture in pictures] if fitted is None else fitted
     maps: list[NDArray[np.float32]] = []
     size = at_once(model, preprocessing.image_size)
     for start in range(0, len(pictures), size):
-        pixels = np.stack([preprocessing.fit(preprocessing.read(picture)) for picture in pictures[start : start + size]])
+        pixels = np.stack(inputs[start : start + size])
         reading = read(model, torch.from_numpy(preprocessing.normalise(pixels)).to(device))
         maps += list(_on_finest(reading, reading.gradient.mean(dim=0)).cpu().numpy())
     return [

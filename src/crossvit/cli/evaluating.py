@@ -108,6 +108,7 @@ def evaluate(
             sizes=sizes,
             robustness_images=robustness_images,
             workers=min(os.cpu_count() or 1, WORKERS_AT_MOST) if workers is None else workers,
+            maps=report is not None,
             progress=progress,
         )
     if report is not None:

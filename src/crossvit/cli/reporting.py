@@ -90,7 +90,7 @@ def report(
     else:
         record = Run(run).finished_record()
         with counting("evaluating") as progress:
-            evaluation = evaluate(run, data or record["recipe"]["data"], progress=progress, **how)
+            evaluation = evaluate(run, data or record["recipe"]["data"], maps=True, progress=progress, **how)
         text = run_page(finished_result(Run(run), record, Watch()), evaluation)
     write_atomically(page, text.encode("utf-8", "surrogateescape"))
     if json:

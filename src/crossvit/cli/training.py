@@ -79,7 +79,7 @@ def train(
             print_rehearsal(rehearsal)
         return 0
     if result.evaluation is not None:
-        write_atomically(Run(out).report_path, run_page(result, result.evaluation).encode())
+        write_atomically(Run(out).report_path, run_page(result, result.evaluation).encode("utf-8", "surrogateescape"))
     if json:
         print(dumps(to_json(result), ensure_ascii=False, allow_nan=False))
     else:

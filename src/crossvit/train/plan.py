@@ -52,6 +52,7 @@ class Plan:
     why_model: str
     config: CrossViTConfig
     preprocessing: Preprocessing
+    warnings: tuple[str, ...] = ()
 
     def training_loader(self, *, bounds: Bounds = whole) -> TrainingLoader:
         """`bounds`: the share of each batch that is loaded here."""
@@ -90,6 +91,7 @@ class Plan:
             "held_out_n": len(self.held_out),
             "held_out": dict(zip(self.held_out.names, self.held_out.file_sizes, strict=True)) if split_here else {},
             "notes": list(self.data.notes),
+            "warnings": list(self.warnings),
         }
 
 
@@ -134,7 +136,8 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
         )
     )
     plan = Plan(recipe, data, train, held_out, part, name, why, config, preprocessing)
-    for line in (*_found(plan, sizes), *_warnings(plan, looked)):
+    plan = dataclasses.replace(plan, warnings=tuple(_warnings(plan, looked)))
+    for line in (*_found(plan, sizes), *(f"warn   {warning}" for warning in plan.warnings)):
         watch.say(line)
     return plan
 
@@ -244,7 +247,7 @@ def _warnings(plan: Plan, looked: Mapping[str, Findings]) -> list[str]:
         lines.append(
             f"{most} has {counts[most]} images and {least} {counts[least]}: --class-weights balanced{sampling} makes up for it"
         )
-    return [f"warn   {line}" for line in lines]
+    return lines
 
 
 def _found(plan: Plan, image_sizes: Sequence[tuple[int, int]]) -> list[str]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import crossvit
 from crossvit.data.images import ImageSet
 from crossvit.errors import TrainingError, UsageError
+from crossvit.explanation import with_maps
 from crossvit.factory import create_model
 from crossvit.model.crossvit import CrossViT
 from crossvit.results import MULTI_LABEL, Epoch, Evaluation, TrainingResult, to_json
@@ -359,7 +360,9 @@ class Training:
             seconds=seconds,
             record=self.team.tell(self.run.record() if self.team.leads else record),
             epochs=tuple(self.epochs),
-            evaluation=evaluation,
+            evaluation=with_maps(evaluation, plan.held_out, self.evaluated, plan.preprocessing)
+            if self.team.leads
+            else evaluation,
         )
 
     def evaluate(self, *, thorough: bool = False) -> tuple[Evaluation, tuple[float, ...]]:
