@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from crossvit.model.presets import list_models
     from crossvit.prediction import Predictor
     from crossvit.results import Evaluation, Prediction, TrainingResult
+    from crossvit.runtimes.optimized import optimize
     from crossvit.train.loop import fit
     from crossvit.train.recipe import Recipe, load_recipe
     from crossvit.weights.load import load_weights
@@ -44,6 +45,7 @@ _HOMES = {
     "list_models": "crossvit.model.presets",
     "load_recipe": "crossvit.train.recipe",
     "load_weights": "crossvit.weights.load",
+    "optimize": "crossvit.runtimes.optimized",
     "record_attention": "crossvit.model.attention",
 }
 
@@ -64,6 +66,7 @@ __all__ = [
     "list_models",
     "load_recipe",
     "load_weights",
+    "optimize",
     "record_attention",
 ]
 

@@ -34,6 +34,7 @@ def evaluate(
     *,
     split: str | None = None,
     batch_size: int = BATCH_SIZE,
+    engine: str = "torch",
     device: str = "auto",
     precision: str = "auto",
     skip_bad: bool = False,
@@ -51,8 +52,8 @@ def evaluate(
     trained = open_trained(run)
     found = open_data(data)
     images, part = choose_part(found, trained, split)
-    engine = load_engine(trained, device=device, precision=precision)
-    logits, images = measure(engine, images, trained.preprocessing, batch_size=batch_size, skip_bad=skip_bad, progress=progress)
+    forward = load_engine(trained, engine=engine, device=device, precision=precision)
+    logits, images = measure(forward, images, trained.preprocessing, batch_size=batch_size, skip_bad=skip_bad, progress=progress)
     patches = [branch.patch for branch in trained.config.branches]
     return summarise(logits, images, patches=patches, run=trained.source, data=str(data), split=part)
 

@@ -29,13 +29,15 @@ class Predictor:
     with `error` set; the others are classified all the same. `top_k` classes are returned, the surest first.
     """
 
-    def __init__(self, run: str | Path, *, top_k: int = 5, device: str = "auto", precision: str = "auto") -> None:
+    def __init__(
+        self, run: str | Path, *, top_k: int = 5, engine: str = "torch", device: str = "auto", precision: str = "auto"
+    ) -> None:
         if top_k < 1:
             raise UsageError(f"top_k = {top_k}: should be 1 or more")
         self.trained = open_trained(run)
         self.classes = self.trained.classes
         self.preprocessing = self.trained.preprocessing
-        self.engine = load_engine(self.trained, device=device, precision=precision)
+        self.engine = load_engine(self.trained, engine=engine, device=device, precision=precision)
         self.top_k = min(top_k, len(self.classes))
 
     def __call__(self, images: Iterable[ImageSource] | ImageSource) -> list[Prediction]:

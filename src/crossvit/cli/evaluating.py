@@ -14,6 +14,7 @@ def evaluate(
     *,
     split: str | None = None,
     batch_size: int = 64,
+    engine: str = "torch",
     precision: str = "auto",
     device: str = "auto",
     skip_bad: Switch = False,
@@ -32,6 +33,8 @@ def evaluate(
         Take this part instead: train, val or test where the data has them, all where it has none, or held-out.
     batch_size
         Images a step.
+    engine
+        What computes: torch, onnxruntime, openvino, or auto, the fastest here by trial.
     precision
         auto (fp32), fp32 or bf16.
     device
@@ -51,6 +54,7 @@ def evaluate(
             data,
             split=split,
             batch_size=batch_size,
+            engine=engine,
             device=device,
             precision=precision,
             skip_bad=skip_bad,

@@ -12,6 +12,7 @@ def predict(
     /,
     *paths: str,
     top_k: int = 5,
+    engine: str = "torch",
     precision: str = "auto",
     device: str = "auto",
     json: Switch = False,
@@ -26,6 +27,8 @@ def predict(
         Image files, folders (searched through) or globs.
     top_k
         Classes to name for each image, the surest first.
+    engine
+        What computes: torch, onnxruntime, openvino, or auto, the fastest here by trial.
     precision
         auto (fp32), fp32 or bf16.
     device
@@ -41,7 +44,7 @@ def predict(
     if not paths:
         raise UsageError("no image given: `crossvit predict RUN photo.jpg`, a folder, or a glob")
     images = find_images(paths)
-    predictor = Predictor(run, top_k=top_k, device=device, precision=precision)
+    predictor = Predictor(run, top_k=top_k, engine=engine, device=device, precision=precision)
     failed = 0
     found = []
     for prediction in predictor.stream(images):
