@@ -22,6 +22,7 @@ from crossvit.model.crossvit import CrossViT
 from crossvit.results import TrainingResult
 from crossvit.runtimes import choose
 from crossvit.runtimes.choose import installed_engines, load_engine
+from crossvit.runtimes.kernel import attention_kernel
 from crossvit.runtimes.products import PackedLinear, Resize, attention_of, scaled_qkv
 from crossvit.runtimes.torch import TorchEngine
 from crossvit.trained import Trained, open_trained
@@ -181,7 +182,31 @@ def test_attention_in_the_form_is_attention(dtype: torch.dtype, tokens: int, hea
     exact = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     qkv = F.linear(x, *scaled_qkv(weight, bias, heads)).to(dtype)
     bound = 1e-5 if dtype == torch.float32 else 3e-2
-    assert float((attention_of(qkv, heads).double() - exact).abs().max() / exact.abs().max()) < bound
+    for kernel in (None, attention_kernel()):
+        found = attention_of(qkv, heads, kernel)
+        assert float((found.double() - exact).abs().max() / exact.abs().max()) < bound
+
+
+def test_without_a_compiler_or_with_one_that_fails_torch_computes_attention(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path))
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        attention_kernel.cache_clear()
+        assert attention_kernel() is None
+    form = crossvit.optimize(lively(SMALL))
+    assert form(torch.zeros(1, 3, *SMALL.image_size)).isfinite().all()
+    attention_kernel.cache_clear()
+
+
+def test_a_kernel_that_was_compiled_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    if attention_kernel() is None:
+        pytest.skip("no kernel on this machine")
+    attention_kernel.cache_clear()
+    monkeypatch.setattr("crossvit.runtimes.kernel.Kernel.__call__", lambda self, qkv, heads: qkv[..., : qkv.shape[-1] // 3])
+    assert attention_kernel() is None
+    attention_kernel.cache_clear()
 
 
 # ---------------------------------------------------------------- choosing

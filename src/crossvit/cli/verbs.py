@@ -24,6 +24,7 @@ TRAIN_HELP = "Train a classifier on a folder of images and evaluate it."
 app.command("crossvit.cli.training:train", name="train", help=TRAIN_HELP)  # loaded when it is called: it has many options
 app.command("crossvit.cli.evaluating:evaluate", name="evaluate", help="Measure a run on labelled images.")
 app.command("crossvit.cli.predicting:predict", name="predict", help="Classify images.")
+app.command("crossvit.cli.benching:bench", name="bench", help="Time our models against timm's through every engine installed.")
 app.command(data_app)
 app.command(weights_app)
 

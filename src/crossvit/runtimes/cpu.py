@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from crossvit.model.crossvit import CrossViT, EncoderBlock, MultiScaleEncoder, check_images
 from crossvit.model.fusion import NORM_EPS, CrossAttentionFusion, CrossRead, Grid, summary
 from crossvit.model.tokens import Tokens, resample_positions, resize
+from crossvit.runtimes.kernel import attention_kernel
 from crossvit.runtimes.products import PackedLinear, Resize, attention_of, scaled_qkv
 
 CACHE_TOKENS = 2400  # tokens a pass takes at most, so that what a block makes stays in the caches (docs/performance.md)
@@ -109,6 +110,7 @@ class _FastBlock(nn.Module):
         super().__init__()
         attention = block.attention
         self.num_heads = attention.num_heads
+        self.kernel = attention_kernel()
         self.attention_norm, self.mlp_norm = _FastNorm(block.attention_norm), _FastNorm(block.mlp_norm)
         weight, bias = scaled_qkv(attention.qkv.weight.detach(), attention.qkv.bias.detach(), self.num_heads)
         self.qkv = PackedLinear(weight.to(dtype), bias.to(dtype), rows=rows)
@@ -116,7 +118,7 @@ class _FastBlock(nn.Module):
         self.hidden, self.down = (_packed(block.mlp[index], rows, dtype) for index in (0, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = attention_of(self.qkv(self.attention_norm(x)), self.num_heads)
+        mixed = attention_of(self.qkv(self.attention_norm(x)), self.num_heads, self.kernel)
         x = self.out.add(mixed, x)
         return self.down.add(self.hidden.gelu(self.mlp_norm(x)), x)
 
@@ -143,7 +145,7 @@ class _FastEncoder(nn.Module):
         others = [*encoded[1:], *encoded[:1]]
         reads = self.fusion.reads
         # A read takes its own class token and the other's patches, so all are made before any is written.
-        read = [read.read(own, other) for read, own, other in zip(reads, encoded, others, strict=True)]
+        read = [read.read(own, other) for read, own, other in zip(reads, encoded, others, strict=True)]  # type: ignore[arg-type]
         for own, new in zip(encoded, read, strict=True):
             own[:, :1] = new
         return encoded

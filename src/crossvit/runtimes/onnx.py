@@ -7,6 +7,7 @@ import json
 import logging
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from crossvit.run import Run, write_atomically
 from crossvit.runtimes.machine import physical_cores, version_of
 from crossvit.trained import Trained
 from crossvit.weights.hub import cache_folder
+
+if TYPE_CHECKING:
+    from torch import nn
 
 EXPORT_FORM = 1  # raised when the graph that is exported changes
 
@@ -66,20 +70,26 @@ def fingerprint(trained: Trained) -> str:
 
 def export(trained: Trained, path: Path) -> None:
     """Write `trained` to `path`, whole or not at all. EngineError where torch or ONNX cannot."""
-    missing = [package for package in ("onnx", "onnxscript") if not version_of(package)]
-    if missing:
-        raise EngineError(f"exporting to ONNX needs {' and '.join(missing)} (pip install 'crossvit[onnx]')")
-    import torch
+    _require_packages()
+    from torch import Tensor, nn
 
-    class BranchLogits(torch.nn.Module):
+    class BranchLogits(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.model = trained.build()
 
-        def forward(self, images: torch.Tensor) -> torch.Tensor:
+        def forward(self, images: Tensor) -> Tensor:
             return self.model.branch_logits(images)
 
-    example = torch.zeros(2, trained.config.in_channels, *trained.config.image_size)  # a batch of 1 would be made a constant
+    export_module(BranchLogits().eval(), path, in_channels=trained.config.in_channels, image_size=trained.config.image_size)
+
+
+def export_module(module: nn.Module, path: Path, *, in_channels: int, image_size: tuple[int, int]) -> None:
+    """Write any module of images (batch, C, H, W) as an ONNX file with that input, any batch, and one output `logits`."""
+    _require_packages()
+    import torch
+
+    example = torch.zeros(2, in_channels, *image_size)  # a batch of 1 would be made a constant
     quiet = logging.getLogger("torch.onnx")
     before = quiet.level
     quiet.setLevel(logging.ERROR)
@@ -88,13 +98,13 @@ def export(trained: Trained, path: Path) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                BranchLogits().eval(),
+                module,
                 (example,),
                 dynamo=True,
                 verbose=False,
                 input_names=["images"],
-                output_names=["branch_logits"],
-                dynamic_shapes={"images": {0: torch.export.Dim("batch", min=1, max=1 << 16)}},
+                output_names=["logits"],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
             )
         assert program is not None
         write_atomically(path, program.model_proto.SerializeToString())
@@ -102,6 +112,12 @@ def export(trained: Trained, path: Path) -> None:
         raise EngineError(f"the model cannot be exported to ONNX ({_first_line(error)})") from error
     finally:
         quiet.setLevel(before)
+
+
+def _require_packages() -> None:
+    missing = [package for package in ("onnx", "onnxscript") if not version_of(package)]
+    if missing:
+        raise EngineError(f"exporting to ONNX needs {' and '.join(missing)} (pip install 'crossvit[onnx]')")
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossvit.runtimes.kernel import Kernel
+
 RESIZE_BLOCK = 32  # outputs a product of the resize makes at once; their taps lie in about as many inputs and four more
 
 
@@ -68,12 +70,14 @@ def scaled_qkv(weight: Tensor, bias: Tensor, num_heads: int) -> tuple[Tensor, Te
     return weight * scale[:, None], bias * scale
 
 
-def attention_of(qkv: Tensor, num_heads: int) -> Tensor:
-    """softmax(q kᵀ) v with the scale in q: (B, N, 3 D) -> (B, N, D).
+def attention_of(qkv: Tensor, num_heads: int, kernel: Kernel | None = None) -> Tensor:
+    """softmax(q kᵀ) v with the scale in q: (B, N, 3 D) -> (B, N, D), by our own kernel where it is there and takes them.
 
-    In fp32 the fused kernel; in bf16 two products and a softmax, which beat it two- to threefold for few enough images
-    that the scores stay in the cache, with the heads copied together first since oneDNN's products want them dense.
+    Otherwise in fp32 torch's fused kernel; in bf16 two products and a softmax, which beat it two- to threefold for few enough
+    images that the scores stay in the cache, with the heads copied together first since oneDNN's products want them dense.
     """
+    if kernel is not None and kernel.takes(qkv, num_heads):
+        return kernel(qkv, num_heads)
     heads = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, N, K)
     if qkv.dtype == torch.float32:
         query, key, value = heads.unbind(0)
