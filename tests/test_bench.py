@@ -18,14 +18,14 @@ from crossvit.results import Bench, to_json
 
 @pytest.fixture(scope="module")
 def found() -> Bench:
-    """Both models in torch, on the smallest released model, as short as it goes, at 96 pixels."""
+    """Both models in torch, on the smallest released model, as short as it goes, at 120 pixels."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "FEWEST_ROUNDS", 2)
         patch.setattr(measure, "GROWTH_BATCHES", (1, 2))
-        patch.setattr(measure, "GROWTH_SIZES", (48, 96))
+        patch.setattr(measure, "GROWTH_SIZES", (120, 240))
         patch.setattr(measure, "LIMIT_SHAPE", (256, 256, 256))
         return measure.bench(
-            ["crossvit_tiny_240"], engines=["ours-torch"], batches=[2], precisions=["fp32", "bf16"], image_size=96,
+            ["crossvit_tiny_240"], engines=["ours-torch"], batches=[2], precisions=["fp32", "bf16"], image_size=120,
             device="cpu", train=True, seconds=0.01,
         )  # fmt: skip
 
@@ -51,8 +51,8 @@ def test_ours_agrees_with_timm_and_ratios_are_of_the_times(found: Bench) -> None
 
 def test_how_cost_grows_counts_tokens(found: Bench) -> None:
     sizes = [point for point in found.growth if point.by == "image size" and point.contestant == "ours-torch"]
-    # 48 px: S sees 48 px as 4x4, L round(48*224/240/16) = 3x3; 96 px: 8x8 and 6x6; a class token each.
-    assert [point.tokens for point in sizes] == [16 + 1 + 9 + 1, 64 + 1 + 36 + 1]
+    # 120 px: S has 10x10 patches, L sees 112 px, 7x7; 240 px: 20x20 and 14x14; a class token each.
+    assert [point.tokens for point in sizes] == [100 + 1 + 49 + 1, 400 + 1 + 196 + 1]
 
 
 def test_the_picture_and_the_record_are_written(found: Bench, tmp_path: Path) -> None:
@@ -69,13 +69,15 @@ def test_contestants_are_chosen_by_name_or_half_of_it() -> None:
     assert measure.choose(["openvino"]) == [REFERENCE, "timm-openvino", "ours-openvino"]
     with pytest.raises(UsageError, match="no contestant 'tvm'"):
         measure.choose(["tvm"])
+    with pytest.raises(UsageError, match="image size 100: timm's model sees it otherwise"):
+        measure.bench(["crossvit_tiny_240"], engines=["ours-torch"], image_size=100, device="cpu")
 
 
 def test_what_does_not_come_up_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("crossvit.bench.contestants.version_of", lambda package: None)
     said: list[str] = []
     found = measure.bench(
-        ["crossvit_tiny_240"], engines=["timm-openvino"], batches=[1], precisions=["fp32"], image_size=48,
+        ["crossvit_tiny_240"], engines=["timm-openvino"], batches=[1], precisions=["fp32"], image_size=120,
         device="cpu", growth=False, seconds=0.01, say=said.append,
     )  # fmt: skip
     assert found.skipped == {"timm-openvino fp32": "openvino is not installed"}

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crossvit.errors import EngineError
+from crossvit.errors import EngineError, UsageError
 from crossvit.model.crossvit import CrossViT
 from crossvit.runtimes.machine import version_of
 from crossvit.runtimes.optimized import optimize
@@ -52,7 +52,10 @@ class Pair:
 
 
 def make_pair(name: str, *, image_size: int | None, device: torch.device, folder: Path) -> Pair:
-    """timm's model `name` and ours with its weights, random and spread so that logits differ from image to image."""
+    """timm's model `name` and ours with its weights, random and spread so that logits differ from image to image.
+
+    UsageError for a size at which the two differ: timm cuts a branch's size off where ours rounds it.
+    """
     import timm
 
     from crossvit.factory import create_model
@@ -65,6 +68,8 @@ def make_pair(name: str, *, image_size: int | None, device: torch.device, folder
             if parameter.ndim > 1:
                 parameter.mul_(1.5)
     ours = create_model(name, image_size=image_size).eval()
+    if [branch.image_size(ours.config.image_size) for branch in ours.config.branches] != theirs.img_size_scaled:
+        raise UsageError(f"image size {image_size}: timm's model sees it otherwise; take 120, 240, 360 or 480")
     ours.load_state_dict(to_ours(theirs.state_dict(), ours.state_dict()))
     return Pair(theirs.to(device), ours.to(device), device, folder)
 

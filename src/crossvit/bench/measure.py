@@ -32,7 +32,7 @@ SECONDS = 30.0  # of timing for a model and a batch
 FEWEST_ROUNDS = 5
 LIMIT_SHAPE = (4096, 1024, 1024)  # rows, in, out of the product that is the limit: large, and in the last cache
 GROWTH_BATCHES = (1, 4, 16, 64)
-GROWTH_SIZES = (240, 336, 480)
+GROWTH_SIZES = (120, 240, 360, 480)
 GROWTH_BATCH = 4
 GROWTH_ROUNDS = 3
 PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "zentorch")
@@ -72,10 +72,10 @@ def bench(
         with tempfile.TemporaryDirectory(prefix="crossvit-bench-") as folder:
             pair = make_pair(name, image_size=image_size, device=place, folder=Path(folder))
             say(f"{name}: preparing")
-            calls, memory = _prepared(pair, chosen, precisions, max(batches), skipped, say)
+            calls, memory = _prepared(pair, chosen, precisions, batch=max(batches), skipped=skipped, say=say)
             for batch in batches:
                 say(f"{name}: batch {batch}, {len(calls)} contestants")
-                rows += _timed(name, pair, calls, memory, batch, limits, seconds)
+                rows += _timed(name, pair, calls, memory=memory, batch=batch, limits=limits, seconds=seconds)
             if train:
                 say(f"{name}: training steps")
                 rows += training_rows(name, pair, precisions, max(batches))
@@ -133,7 +133,7 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _prepared(
-    pair: Pair, chosen: Sequence[str], precisions: Sequence[str], batch: int, skipped: dict[str, str], say: Say
+    pair: Pair, chosen: Sequence[str], precisions: Sequence[str], *, batch: int, skipped: dict[str, str], say: Say
 ) -> tuple[dict[tuple[str, str], Call], dict[tuple[str, str], float]]:
     """(calls by (contestant, precision), megabytes that each took to come up and compute one batch)."""
     images = _images(pair, batch)
@@ -168,6 +168,7 @@ def _timed(
     name: str,
     pair: Pair,
     calls: dict[tuple[str, str], Call],
+    *,
     memory: dict[tuple[str, str], float],
     batch: int,
     limits: dict[str, float],

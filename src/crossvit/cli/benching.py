@@ -12,6 +12,7 @@ from crossvit.cli.switch import Switch
 if TYPE_CHECKING:
     from crossvit.results import Bench
 
+TABLE_WIDTH = 120  # columns that a row of the table takes
 Many = Parameter(consume_multiple=True, negative=())
 
 
@@ -25,6 +26,7 @@ def bench(
     seconds: float = 30.0,
     device: str = "auto",
     train: Switch = False,
+    skip_growth: Switch = False,
     out: str | None = None,
     json: Switch = False,
 ) -> int:
@@ -50,6 +52,8 @@ def bench(
         auto, cpu, cuda or mps.
     train
         Time a training step as well.
+    skip_growth
+        Leave out how the first model's time grows with batch and image size, about a minute.
     out
         A folder for bench.json and bench.svg.
     json
@@ -76,6 +80,7 @@ def bench(
         image_size=image_size,
         device=device,
         train=train,
+        growth=not skip_growth,
         seconds=seconds,
         say=lambda line: progress.print(line, markup=False),
     )
@@ -98,6 +103,7 @@ def print_bench(found: Bench) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    console.width = max(console.width, TABLE_WIDTH)
     versions = ", ".join(f"{package} {version}" for package, version in found.versions.items())
     limits = ", ".join(f"{precision} {limit:.0f}" for precision, limit in found.limits.items())
     console.print(f"{found.processor}, {found.threads} threads, {versions}", soft_wrap=True)
@@ -105,7 +111,7 @@ def print_bench(found: Bench) -> None:
     for model, batch in dict.fromkeys((row.model, row.batch) for row in found.rows):
         table = Table(title=f"{model}, batch {batch}", title_justify="left", box=None)
         for heading in ("", "", "ms (spread)", "img/s", "ratio (spread)", "difference", "top-1", "MB", "of limit"):
-            table.add_column(heading, justify="left" if not heading else "right")
+            table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
         for row in found.rows:
             if (row.model, row.batch) != (model, batch):
                 continue
