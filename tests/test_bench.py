@@ -22,6 +22,9 @@ def found() -> Bench:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measure, "FEWEST_ROUNDS", 2)
         patch.setattr(measure, "GROWTH_BATCHES", (1, 2))
+        patch.setattr(measure, "GROWTH_BATCH", 1)
+        patch.setattr(measure, "GROWTH_ROUNDS", 1)
+        patch.setattr("crossvit.bench.training.ROUNDS", 1)
         patch.setattr(measure, "GROWTH_SIZES", (120, 240))
         patch.setattr(measure, "LIMIT_SHAPE", (256, 256, 256))
         return measure.bench(

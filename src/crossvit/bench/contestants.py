@@ -62,7 +62,8 @@ def make_pair(name: str, *, image_size: int | None, device: torch.device, folder
     from crossvit.weights.keys import to_ours
 
     torch.manual_seed(0)
-    theirs = timm.create_model(name, **({} if image_size is None else {"img_size": image_size})).eval()
+    options: dict[str, Any] = {} if image_size is None else {"img_size": image_size}
+    theirs = timm.create_model(name, **options).eval()
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.ndim > 1:
@@ -131,7 +132,7 @@ def _exported(who: str, model: nn.Module, how: str, precision: str, folder: Path
         config = model.config if isinstance(model, CrossViT) else None
         channels, size = (config.in_channels, config.image_size) if config else (3, model.img_size)  # type: ignore[union-attr]
         with contextlib.redirect_stdout(sys.stderr):
-            export_module(model, path, in_channels=channels, image_size=size)  # type: ignore[arg-type]
+            export_module(model, path, in_channels=channels, image_size=size)
     if how == "openvino":
         try_compiling(path, precision)
     engine = OpenVINOEngine(path, precision=precision) if how == "openvino" else OnnxRuntimeEngine(path)

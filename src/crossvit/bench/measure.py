@@ -87,7 +87,7 @@ def bench(
         versions={package: found for package in PACKAGES if (found := version_of(package))},
         limits=limits,
         rows=tuple(rows),
-        growth=tuple(_growth(models[0], place, say)) if growth else (),
+        growth=tuple(_growth(models[0], place, image_size, say)) if growth else (),
         skipped=skipped,
     )
 
@@ -257,12 +257,13 @@ def _status(field: str) -> float:
 # ---------------------------------------------------------------- how cost grows
 
 
-def _growth(name: str, device: torch.device, say: Say) -> list[Growth]:
+def _growth(name: str, device: torch.device, image_size: int | None, say: Say) -> list[Growth]:
     """Milliseconds an image of timm eager and ours, fp32, by batch size and by image size (with its tokens)."""
     say(f"{name}: how cost grows")
-    points = [(batch, None) for batch in GROWTH_BATCHES] + [(GROWTH_BATCH, size) for size in GROWTH_SIZES]
+    points = [("batch", batch, image_size) for batch in GROWTH_BATCHES]
+    points += [("image size", GROWTH_BATCH, size) for size in GROWTH_SIZES]
     found = []
-    for batch, size in points:
+    for by, batch, size in points:
         with tempfile.TemporaryDirectory(prefix="crossvit-bench-") as folder:
             pair = make_pair(name, image_size=size, device=device, folder=Path(folder))
             images = _images(pair, batch)
@@ -275,7 +276,7 @@ def _growth(name: str, device: torch.device, say: Say) -> list[Growth]:
             found.append(
                 Growth(
                     contestant=who,
-                    by="batch" if size is None else "image size",
+                    by=by,
                     batch=batch,
                     image_size=config.image_size,
                     tokens=tokens_of(config),

@@ -106,8 +106,9 @@ class _FastNorm(nn.Module):
 class _FastBlock(nn.Module):
     """`EncoderBlock` on packed weights; both residuals are added by the product before them. (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, block: EncoderBlock, rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, block: nn.Module, rows: int, dtype: torch.dtype) -> None:
         super().__init__()
+        assert isinstance(block, EncoderBlock)
         attention = block.attention
         self.num_heads = attention.num_heads
         self.kernel = attention_kernel()
@@ -133,7 +134,10 @@ class _FastEncoder(nn.Module):
 
     def __init__(self, encoder: MultiScaleEncoder, rows: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(*(_FastBlock(block, rows, dtype) for block in own)) for own in encoder.blocks)
+        self.blocks = nn.ModuleList()
+        for own in encoder.blocks:
+            assert isinstance(own, nn.ModuleList)
+            self.blocks.append(nn.Sequential(*(_FastBlock(block, rows, dtype) for block in own)))
         self.fusion = copy.deepcopy(encoder.fusion).to(dtype)
         reads = list(self.fusion.reads) if isinstance(self.fusion, CrossAttentionFusion) else []
         self.in_place = bool(reads) and all(isinstance(read, CrossRead) and read.has_class_token for read in reads)
