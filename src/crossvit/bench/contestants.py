@@ -89,7 +89,7 @@ def prepare(contestant: str, precision: str, pair: Pair) -> Call:
         return _compiled(model, precision, pair.device, zentorch=how == "zentorch")
     if pair.device.type != "cpu":
         raise EngineError(f"{how} computes on the CPU here")
-    return _exported(who, model, how, precision, pair.folder)
+    return _exported(who, model, how, precision, pair)
 
 
 def _eager(model: nn.Module, precision: str, device: torch.device) -> Call:
@@ -123,16 +123,15 @@ def _compiled(model: nn.Module, precision: str, device: torch.device, *, zentorc
     return call
 
 
-def _exported(who: str, model: nn.Module, how: str, precision: str, folder: Path) -> Call:
+def _exported(who: str, model: nn.Module, how: str, precision: str, pair: Pair) -> Call:
     from crossvit.runtimes.onnx import OnnxRuntimeEngine, export_module
     from crossvit.runtimes.openvino import OpenVINOEngine, try_compiling
 
-    path = folder / f"{who}.onnx"
+    path = pair.folder / f"{who}.onnx"
     if not path.is_file():
-        config = model.config if isinstance(model, CrossViT) else None
-        channels, size = (config.in_channels, config.image_size) if config else (3, model.img_size)  # type: ignore[union-attr]
+        config = pair.ours.config
         with contextlib.redirect_stdout(sys.stderr):
-            export_module(model, path, in_channels=channels, image_size=size)
+            export_module(model, path, in_channels=config.in_channels, image_size=config.image_size)
     if how == "openvino":
         try_compiling(path, precision)
     engine = OpenVINOEngine(path, precision=precision) if how == "openvino" else OnnxRuntimeEngine(path)

@@ -72,7 +72,7 @@ def bench(
         with tempfile.TemporaryDirectory(prefix="crossvit-bench-") as folder:
             pair = make_pair(name, image_size=image_size, device=place, folder=Path(folder))
             say(f"{name}: preparing")
-            calls, memory = _prepared(pair, chosen, precisions, batch=max(batches), skipped=skipped, say=say)
+            calls, memory = _prepared(pair, chosen, precisions, batches=batches, skipped=skipped, say=say)
             for batch in batches:
                 say(f"{name}: batch {batch}, {len(calls)} contestants")
                 rows += _timed(name, pair, calls, memory=memory, batch=batch, limits=limits, seconds=seconds)
@@ -133,10 +133,10 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _prepared(
-    pair: Pair, chosen: Sequence[str], precisions: Sequence[str], *, batch: int, skipped: dict[str, str], say: Say
+    pair: Pair, chosen: Sequence[str], precisions: Sequence[str], *, batches: Sequence[int], skipped: dict[str, str], say: Say
 ) -> tuple[dict[tuple[str, str], Call], dict[tuple[str, str], float]]:
-    """(calls by (contestant, precision), megabytes that each took to come up and compute one batch)."""
-    images = _images(pair, batch)
+    """(calls by (contestant, precision), megabytes that each took to come up and compute a batch)."""
+    images = [_images(pair, batch) for batch in sorted(batches, reverse=True)]
     calls: dict[tuple[str, str], Call] = {}
     memory: dict[tuple[str, str], float] = {}
     for contestant in chosen:
@@ -148,7 +148,8 @@ def _prepared(
             before = _memory_before(pair.device)
             try:
                 call = prepare(contestant, precision, pair)
-                call(images)
+                for given in images:  # each size may be compiled by itself
+                    call(given)
             except (EngineError, UsageError, RuntimeError) as error:
                 skipped[f"{contestant} {precision}"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 say(f"  {contestant} {precision} left out: {skipped[f'{contestant} {precision}']}")
@@ -175,7 +176,7 @@ def _timed(
     seconds: float,
 ) -> list[BenchRow]:
     images = _images(pair, batch)
-    logits = {key: call(images).float().cpu() for key, call in calls.items()}  # the first of a batch size, which may compile
+    logits = {key: call(images).float().cpu() for key, call in calls.items()}
     times = _rounds({key: _bound(call, images) for key, call in calls.items()}, pair.device, seconds)
     exact = logits[REFERENCE, "fp32"]
     reference = times[REFERENCE, "fp32"]

@@ -129,6 +129,15 @@ def _packed(linear: nn.Module, rows: int, dtype: torch.dtype) -> PackedLinear:
     return PackedLinear(linear.weight.to(dtype), linear.bias.to(dtype), rows=rows)
 
 
+def _pack_inside(module: nn.Module, rows: int, dtype: torch.dtype) -> None:
+    """Every linear layer in `module` as a packed one, but keys and values, whose weights lazy cross-attention multiplies."""
+    for name, child in module.named_children():
+        if not isinstance(child, nn.Linear):
+            _pack_inside(child, rows, dtype)
+        elif name not in ("key", "value"):
+            setattr(module, name, _packed(child, rows, dtype))
+
+
 class _FastEncoder(nn.Module):
     """`MultiScaleEncoder`: every branch's blocks, then the fusion, which writes class tokens in place where it may."""
 
@@ -138,7 +147,9 @@ class _FastEncoder(nn.Module):
         for own in encoder.blocks:
             assert isinstance(own, nn.ModuleList)
             self.blocks.append(nn.Sequential(*(_FastBlock(block, rows, dtype) for block in own)))
-        self.fusion = copy.deepcopy(encoder.fusion).to(dtype)
+        self.fusion = copy.deepcopy(encoder.fusion)
+        _pack_inside(self.fusion, rows, dtype)
+        self.fusion.to(dtype)
         reads = list(self.fusion.reads) if isinstance(self.fusion, CrossAttentionFusion) else []
         self.in_place = bool(reads) and all(isinstance(read, CrossRead) and read.has_class_token for read in reads)
 
