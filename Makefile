@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: help quickstart test test-all check format bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints bench-loader bench-predict clean
+.PHONY: help quickstart test test-all check format bench bench-cold bench-levers bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints bench-loader bench-predict clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -31,6 +31,15 @@ check: $(VENV)/.installed-check  ## format, lint, types and the rooms' import co
 format: $(VENV)/.installed-check  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed  ## both models against timm through every engine installed: a table, bench/bench.json, bench/bench.svg
+	$(BIN)/crossvit bench --out bench
+
+bench-cold: $(VENV)/.installed  ## the first prediction of one PNG, from the shell, against timm in a script and ONNX Runtime
+	$(BIN)/python benchmarks/coldstart.py
+
+bench-levers: $(VENV)/.installed  ## what each change of the inference form on a CPU gives
+	$(BIN)/python benchmarks/levers.py
 
 bench-startup: $(VENV)/.installed  ## time of `crossvit --help` beyond a bare interpreter
 	$(BIN)/python benchmarks/startup.py

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from crossvit.model.presets import list_models
     from crossvit.prediction import Predictor
     from crossvit.results import Evaluation, Explanation, Faithfulness, Prediction, TrainingResult
+    from crossvit.runtimes.optimized import optimize
     from crossvit.train.loop import fit
     from crossvit.train.recipe import Recipe, load_recipe
     from crossvit.weights.load import load_weights
@@ -55,6 +56,7 @@ _HOMES = {
     "load_recipe": "crossvit.train.recipe",
     "load_weights": "crossvit.weights.load",
     "mistake_maps": "crossvit.explanation",
+    "optimize": "crossvit.runtimes.optimized",
     "predict_to_file": "crossvit.batch_prediction",
     "record_attention": "crossvit.model.attention",
 }
@@ -83,6 +85,7 @@ __all__ = [
     "load_recipe",
     "load_weights",
     "mistake_maps",
+    "optimize",
     "predict_to_file",
     "record_attention",
 ]

@@ -21,7 +21,7 @@ from crossvit.results import BatchPrediction
 from crossvit.run import Run, write_atomically
 
 MODEL = ("weights", "classes", "preprocessing", "task", "temperature", "thresholds")  # what a model's answers follow from
-OPTIONS = ("top_k", "batch_size", "tta", "abstain_below", "precision")
+OPTIONS = ("top_k", "batch_size", "tta", "abstain_below", "engine", "precision")
 
 
 def predict_to_file(
@@ -153,6 +153,7 @@ def _options(predictor: Predictor) -> dict[str, Any]:
         "batch_size": predictor.batch_size,
         "tta": predictor.tta,
         "abstain_below": predictor.abstain_below,
+        "engine": predictor.engine.name,
         "precision": predictor.engine.precision,
     }
 

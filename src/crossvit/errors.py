@@ -10,6 +10,7 @@ CrossViTError              base: one plain line that names the thing and the fix
     ├── WeightsError       a weight file that does not fit or cannot be read
     ├── TrainingError      training that cannot go on, such as a loss that is not finite
     ├── CheckpointError    a training checkpoint that cannot be used
+    ├── EngineError        an engine that is not installed, or fails to load or to agree
     └── RunError           a run folder that is locked, damaged or written by a newer version
 ```
 
@@ -60,6 +61,10 @@ class TrainingError(WorkError):
 
 class CheckpointError(WorkError):
     """A training checkpoint that cannot be used."""
+
+
+class EngineError(WorkError):
+    """An engine that is not installed here, or cannot compute this model."""
 
 
 class RunError(WorkError):

@@ -45,6 +45,7 @@ def evaluate(
     *,
     split: str | None = None,
     batch_size: int = BATCH_SIZE,
+    engine: str = "torch",
     device: str = "auto",
     precision: str = "auto",
     skip_bad: bool = False,
@@ -85,11 +86,11 @@ def evaluate(
     images, part = choose_part(found, trained, split)
     if calibrate:
         refuse_uncalibratable(trained, found, images, part)
-    engine = load_engine(trained, device=device, precision=precision)
+    forward = load_engine(trained, engine=engine, device=device, precision=precision)
     total = len(images) + (len(asked) + 1) * min(len(images), robustness_images) * bool(asked)
     started = time.perf_counter()
     logits, images = measure(
-        engine,
+        forward,
         images,
         trained.preprocessing,
         batch_size=batch_size,
@@ -112,7 +113,8 @@ def evaluate(
             target_risk=target_risk,
         ),
         seconds=time.perf_counter() - started,
-        precision=engine.precision,
+        precision=forward.precision,
+        engine=forward.name,
     )
     if calibrate:
         Run(run).amend(temperature=temperature)
@@ -121,7 +123,7 @@ def evaluate(
         evaluation = dataclasses.replace(evaluation, calibration=dataclasses.replace(evaluation.calibration, replaced=before))
     if asked:
         measured = measure_robustness(
-            engine,
+            forward,
             images,
             trained.preprocessing,
             asked,

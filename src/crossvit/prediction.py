@@ -77,6 +77,7 @@ class Predictor:
         tta: str = "none",
         abstain_below: float | None = None,
         workers: int | None = None,
+        engine: str = "torch",
         device: str = "auto",
         precision: str = "auto",
     ) -> None:
@@ -94,7 +95,7 @@ class Predictor:
         self.classes = self.trained.classes
         self.preprocessing = self.trained.preprocessing
         self.thresholds = np.asarray(self.trained.thresholds or (THRESHOLD,) * len(self.classes))  # (classes,)
-        self.engine = load_engine(self.trained, device=device, precision=precision)
+        self.engine = load_engine(self.trained, engine=engine, device=device, precision=precision)
         self.top_k = min(top_k, len(self.classes))
         self.batch_size = batch_size
         self.tta = tta

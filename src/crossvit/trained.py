@@ -6,6 +6,7 @@ Opening a run reads run.json alone and imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,14 +48,18 @@ class Trained:
     weights: Weights | None = None  # where they have been read already
 
     def build(self) -> CrossViT:
-        """The model with its weights, in evaluation mode."""
+        """The model with its weights, in evaluation mode. What the weights had to be adapted in is logged."""
+        import torch
+
         from crossvit.factory import create_model
+        from crossvit.weights.files import read_weights
         from crossvit.weights.load import load_weights
 
-        if self.weights is None:
-            return create_model(self.config, weights=self.source).eval()
-        model = create_model(self.config)
-        load_weights(model, self.weights)
+        weights = read_weights(self.source) if self.weights is None else self.weights
+        with torch.device("meta"):  # every parameter is read, so none is drawn first
+            model = create_model(self.config)
+        for note in load_weights(model.to_empty(device="cpu"), weights):
+            logging.getLogger("crossvit").warning("%s", note)
         return model.eval()
 
     def positions(self) -> dict[str, int]:

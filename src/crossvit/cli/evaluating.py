@@ -36,6 +36,7 @@ def evaluate(
     robustness_images: int = 1000,
     workers: int | None = None,
     batch_size: int = 64,
+    engine: str = "torch",
     precision: str = "auto",
     device: str = "auto",
     skip_bad: Switch = False,
@@ -71,6 +72,8 @@ def evaluate(
         Processes that spoil the pictures for --corruptions and --sizes; 0 does it in this one. By default one a processor.
     batch_size
         Images a step.
+    engine
+        What computes: torch, onnxruntime, openvino, or auto, the fastest here by trial.
     precision
         auto (fp32), fp32 or bf16.
     device
@@ -99,6 +102,7 @@ def evaluate(
             data,
             split=split,
             batch_size=batch_size,
+            engine=engine,
             device=device,
             precision=precision,
             skip_bad=skip_bad,

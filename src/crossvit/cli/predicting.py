@@ -38,6 +38,7 @@ def predict(
     tta: str = "none",
     batch_size: int = 32,
     workers: int | None = None,
+    engine: str = "torch",
     precision: str = "auto",
     device: str = "auto",
     json: Switch = False,
@@ -68,6 +69,8 @@ def predict(
         Images in one pass.
     workers
         Threads that decode images. Default: one a processor and four more.
+    engine
+        What computes: torch, onnxruntime, openvino, or auto, the fastest here by trial.
     precision
         auto (fp32), fp32 or bf16.
     device
@@ -100,6 +103,7 @@ def predict(
         tta=tta,
         abstain_below=abstain_below,
         workers=workers,
+        engine=engine,
         device=device,
         precision=precision,
     )

@@ -27,6 +27,7 @@ app.command("crossvit.cli.reporting:report", name="report", help="Write the page
 app.command("crossvit.cli.predicting:predict", name="predict", help="Classify images.")
 app.command("crossvit.cli.planning:plan", name="plan", help="What a long run comes to on so many GPUs. Starts nothing.")
 app.command("crossvit.cli.explaining:explain", name="explain", help="Show what a model read its answers from.")
+app.command("crossvit.cli.benching:bench", name="bench", help="Time our models against timm's through every engine installed.")
 app.command(data_app)
 app.command(weights_app)
 

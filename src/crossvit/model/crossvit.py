@@ -107,7 +107,7 @@ class CrossViT(nn.Module):
 
     def intermediate_tokens(self, images: Tensor) -> list[list[Tensor]]:
         """The tokens after each encoder, before any final LayerNorm: [stage][branch] of (B, 1 + n, D)."""
-        self._check(images)
+        check_images(images, self.config)
         grids = [branch.grid((images.shape[-2], images.shape[-1])) for branch in self.config.branches]
         tokens = [embed(images) for embed in self.tokens]
         stages = []
@@ -140,19 +140,21 @@ class CrossViT(nn.Module):
         """Logits (B, num_classes): the mean of the branches' logits, as released."""
         return self.branch_logits(images).mean(dim=0)
 
-    def _check(self, images: Tensor) -> None:
-        height, width = self.config.image_size
-        channels = self.config.in_channels
-        shape = tuple(images.shape)
-        if self.config.dynamic_size:
-            patch = max(branch.patch for branch in self.config.branches)
-            if len(shape) != 4 or shape[1] != channels or min(shape[2:]) < patch:
-                raise ValueError(f"images are {shape}: this model takes (B, {channels}, H, W) with sides of {patch} or more")
-        elif len(shape) != 4 or shape[1:] != (channels, height, width):
-            raise ValueError(
-                f"images are {shape}: this model takes (B, {channels}, {height}, {width}); "
-                f"resize them, or build the model with image_size=(height, width) or dynamic_size=True"
-            )
+
+def check_images(images: Tensor, config: CrossViTConfig) -> None:
+    """ValueError for images that a model of `config` does not take."""
+    height, width = config.image_size
+    channels = config.in_channels
+    shape = tuple(images.shape)
+    if config.dynamic_size:
+        patch = max(branch.patch for branch in config.branches)
+        if len(shape) != 4 or shape[1] != channels or min(shape[2:]) < patch:
+            raise ValueError(f"images are {shape}: this model takes (B, {channels}, H, W) with sides of {patch} or more")
+    elif len(shape) != 4 or shape[1:] != (channels, height, width):
+        raise ValueError(
+            f"images are {shape}: this model takes (B, {channels}, {height}, {width}); "
+            f"resize them, or build the model with image_size=(height, width) or dynamic_size=True"
+        )
 
 
 def initialise(model: nn.Module, scheme: str) -> None:

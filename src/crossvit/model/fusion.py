@@ -201,6 +201,10 @@ class CrossRead(nn.Module):
         self.restore = projection(other.dim, own.dim, config)
 
     def forward(self, own: Tensor, other: Tensor) -> Tensor:
+        return with_summary(own, self.read(own, other), self.has_class_token)
+
+    def read(self, own: Tensor, other: Tensor) -> Tensor:
+        """g(t), what the class token becomes: (B, 1, D_own)."""
         query = self.project(summary(own, self.has_class_token))  # (B, 1, D_other)
         if not self.has_class_token:
             other = torch.cat((query, other), dim=1)
@@ -208,7 +212,7 @@ class CrossRead(nn.Module):
             query = block(query, other)
             if self.as_released:
                 other = other[:, :1]
-        return with_summary(own, self.restore(query), self.has_class_token)
+        return self.restore(query)  # type: ignore[no-any-return]
 
 
 class CrossAttentionFusion(nn.Module):

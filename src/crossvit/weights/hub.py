@@ -23,11 +23,10 @@ import re
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
-
-from filelock import FileLock
 
 from crossvit.errors import UsageError, WeightsError
 from crossvit.model.presets import ALIASES, PRESETS, Preset
@@ -149,7 +148,7 @@ def _fetch(remote: Remote, *, optional: bool = False) -> Path:
         _check(remote, remote.kept)
         return remote.kept
     remote.kept.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(remote.kept.with_name(f".{remote.kept.name}.lock")):
+    with _lock(remote.kept.with_name(f".{remote.kept.name}.lock")):
         if remote.kept.is_file():
             _check(remote, remote.kept)
             return remote.kept
@@ -280,9 +279,16 @@ def _check(remote: Remote, file: Path, *, announced: str | None = None) -> None:
         if file.name != HUB_DESCRIPTION and not remote.name.endswith(HUB_DESCRIPTION):
             kind_of(file, name=remote.name)  # a login page is not recorded as the file of the first use
         record.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(record.with_name(".sha256.json.lock")):
+        with _lock(record.with_name(".sha256.json.lock")):
             recorded = _recorded(record) | {remote.name: digest}
             write_atomically(record, f"{json.dumps(recorded, indent=1, sort_keys=True)}\n".encode())
+
+
+def _lock(path: Path) -> AbstractContextManager[object]:
+    """One process at a time. The library is loaded here: it loads asyncio, which files that are here already do without."""
+    from filelock import FileLock
+
+    return FileLock(path)
 
 
 def _recorded(record: Path) -> dict[str, str]:

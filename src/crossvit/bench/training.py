@@ -1,0 +1,74 @@
+"""A training step of ours against timm's: forward, backward and AdamW, in turn."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from crossvit.bench.contestants import Pair
+from crossvit.results import BenchRow
+from crossvit.runtimes.torch import autocast
+
+ROUNDS = 5
+
+
+def training_rows(name: str, pair: Pair, precisions: Sequence[str], batch: int) -> list[BenchRow]:
+    """One row each for `timm-training` and `ours-training` in each precision; ratios are to timm in the same precision."""
+    config = pair.ours.config
+    images = torch.randn(batch, config.in_channels, *config.image_size, device=pair.device)
+    labels = torch.randint(0, config.num_classes, (batch,), device=pair.device)
+    rows = []
+    for precision in precisions:
+        steps = {who: stepper(copy.deepcopy(getattr(pair, who)), precision, images, labels) for who in ("timm", "ours")}
+        times: dict[str, list[float]] = {who: [] for who in steps}
+        for _ in range(ROUNDS + 1):
+            for who, step in steps.items():
+                started = time.perf_counter()
+                step()
+                times[who].append(time.perf_counter() - started)
+        kept = {who: found[1:] for who, found in times.items()}  # the first allocates
+        for who, found in kept.items():
+            ratios = [there / here for there, here in zip(kept["timm"], found, strict=True)]
+            median = statistics.median(found)
+            rows.append(
+                BenchRow(
+                    model=name,
+                    contestant=f"{who}-training",
+                    precision=precision,
+                    batch=batch,
+                    image_size=config.image_size,
+                    milliseconds=1000 * median,
+                    fastest=1000 * min(found),
+                    slowest=1000 * max(found),
+                    rounds=ROUNDS,
+                    images_per_second=batch / median,
+                    ratio=statistics.median(ratios),
+                    ratio_low=min(ratios),
+                    ratio_high=max(ratios),
+                )
+            )
+    return rows
+
+
+def stepper(model: nn.Module, precision: str, images: Tensor, labels: Tensor) -> Callable[[], None]:
+    """One step of AdamW as training takes it."""
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    model.train()
+
+    def step() -> None:
+        with autocast(images.device, precision):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        if images.device.type == "cuda":
+            torch.cuda.synchronize(images.device)
+
+    return step

@@ -1,0 +1,106 @@
+"""The bench: what it measures is of the contestants it names, and its table, file and picture hold the same figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from crossvit.bench import measure
+from crossvit.bench.contestants import CONTESTANTS, REFERENCE
+from crossvit.bench.plot import plot
+from crossvit.errors import UsageError
+from crossvit.results import Bench, to_json
+
+
+@pytest.fixture(scope="module")
+def found() -> Bench:
+    """Both models in torch, on the smallest released model, as short as it goes, at 120 pixels."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "FEWEST_ROUNDS", 2)
+        patch.setattr(measure, "GROWTH_BATCHES", (1, 2))
+        patch.setattr(measure, "GROWTH_BATCH", 1)
+        patch.setattr(measure, "GROWTH_ROUNDS", 1)
+        patch.setattr("crossvit.bench.training.ROUNDS", 1)
+        patch.setattr(measure, "GROWTH_SIZES", (120, 240))
+        patch.setattr(measure, "LIMIT_SHAPE", (256, 256, 256))
+        return measure.bench(
+            ["crossvit_tiny_240"], engines=["ours-torch"], batches=[2], precisions=["fp32", "bf16"], image_size=120,
+            device="cpu", train=True, seconds=0.01,
+        )  # fmt: skip
+
+
+def test_ours_agrees_with_timm_and_ratios_are_of_the_times(found: Bench) -> None:
+    rows = {(row.contestant, row.precision): row for row in found.rows}
+    assert [key for key in rows if "training" not in key[0]] == [
+        (REFERENCE, "fp32"), (REFERENCE, "bf16"), ("ours-torch", "fp32"), ("ours-torch", "bf16")
+    ]  # fmt: skip
+    assert rows[REFERENCE, "fp32"].ratio == 1.0
+    assert rows[REFERENCE, "fp32"].difference == 0.0
+    ours = rows["ours-torch", "fp32"]
+    assert ours.difference is not None
+    assert ours.difference < 1e-4
+    assert ours.same_top1 == 1.0
+    assert ours.images_per_second == pytest.approx(2000 / ours.milliseconds)
+    assert ours.fastest <= ours.milliseconds <= ours.slowest
+    assert ours.ratio_low <= ours.ratio <= ours.ratio_high
+    assert rows["ours-torch", "bf16"].difference < 0.1
+    assert rows["timm-training", "fp32"].ratio == 1.0
+    assert rows["ours-training", "bf16"].ratio > 0
+
+
+def test_how_cost_grows_counts_tokens(found: Bench) -> None:
+    sizes = [point for point in found.growth if point.by == "image size" and point.contestant == "ours-torch"]
+    # 120 px: S has 10x10 patches, L sees 112 px, 7x7; 240 px: 20x20 and 14x14; a class token each.
+    assert [point.tokens for point in sizes] == [100 + 1 + 49 + 1, 400 + 1 + 196 + 1]
+
+
+def test_the_picture_and_the_record_are_written(found: Bench, tmp_path: Path) -> None:
+    plot(found, tmp_path / "bench.svg")
+    assert "crossvit_tiny_240, batch 2" in (tmp_path / "bench.svg").read_text() or (tmp_path / "bench.svg").stat().st_size > 5000
+    record = json.loads(json.dumps(to_json(found), allow_nan=False))
+    assert record["rows"][0]["contestant"] == REFERENCE
+    assert set(record["limits"]) == {"fp32", "bf16"}
+
+
+def test_contestants_are_chosen_by_name_or_half_of_it() -> None:
+    assert measure.choose([]) == list(CONTESTANTS)
+    assert measure.choose(["ours-torch"]) == [REFERENCE, "ours-torch"]
+    assert measure.choose(["openvino"]) == [REFERENCE, "timm-openvino", "ours-openvino"]
+    with pytest.raises(UsageError, match="no contestant 'tvm'"):
+        measure.choose(["tvm"])
+    with pytest.raises(UsageError, match="image size 100: timm's model sees it otherwise"):
+        measure.bench(["crossvit_tiny_240"], engines=["ours-torch"], image_size=100, device="cpu")
+
+
+def test_what_does_not_come_up_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("crossvit.bench.contestants.version_of", lambda package: None)
+    said: list[str] = []
+    found = measure.bench(
+        ["crossvit_tiny_240"], engines=["timm-openvino"], batches=[1], precisions=["fp32"], image_size=120,
+        device="cpu", growth=False, seconds=0.01, say=said.append,
+    )  # fmt: skip
+    assert found.skipped == {"timm-openvino fp32": "openvino is not installed"}
+    assert "  timm-openvino fp32 left out: openvino is not installed" in said
+
+
+def test_the_verb_prints_the_table_of_its_record(
+    found: Bench, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(measure, "bench", lambda models, **options: found)
+    status, out, _ = command("bench", "--out", tmp_path)
+    assert status == 0
+    assert "crossvit_tiny_240, batch 2" in out
+    assert "ours-torch" in out
+    assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["ratio"] == 1.0
+    assert command("bench", "--json")[1].startswith("{")
+    assert command("bench", "--precision", "int3")[0] == 2
+    assert command("bench", "--batch", "0")[0] == 2
+
+
+def test_the_limit_is_what_this_machine_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "LIMIT_SHAPE", (512, 512, 512))
+    assert 1 < measure.matrix_limit("fp32", torch.device("cpu")) < 1e6
