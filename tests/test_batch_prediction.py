@@ -218,7 +218,8 @@ def test_finished_results_are_left_as_they_are(
         raise AssertionError("nothing is left to compute")
 
     before = content(whole / f"out.{kind}")
-    monkeypatch.setattr(predictor, "engine", type("Idle", (), {"precision": "fp32", "__call__": staticmethod(compute)})())
+    idle = {"name": "torch", "precision": "fp32", "__call__": staticmethod(compute)}
+    monkeypatch.setattr(predictor, "engine", type("Idle", (), idle)())
     result = predict_to_file(predictor, images, whole / f"out.{kind}", resume=True)
     assert (result.n, result.failed, result.skipped, result.images_per_second) == (44, 1, 44, 0.0)
     assert content(whole / f"out.{kind}") == before

@@ -250,6 +250,8 @@ def test_what_is_not_an_engine_or_its_precision_is_refused(trained: Trained) -> 
 class Fixed:
     """An engine that gives the same logits to everybody."""
 
+    name = "fixed"
+
     def __init__(self, logits: NDArray[np.float32], precision: str = "fp32") -> None:
         self.logits, self.precision, self.calls = logits, precision, 0
 
@@ -298,6 +300,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_said_once(trained: Trai
     sizes: list[int] = []
 
     class Narrow:
+        name = "torch"
         precision = "fp32"
 
         def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
