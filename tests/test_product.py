@@ -37,4 +37,11 @@ def test_a_wheel_has_recipes_and_page(tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=300)
     (wheel,) = tmp_path.glob("crossvit-*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
-    assert {"crossvit/report/page.html", "crossvit/recipes/small.toml", "crossvit/recipes/quickstart.toml"} <= inside
+    assert {
+        "crossvit/report/run.html",
+        "crossvit/report/page.js",
+        "crossvit/report/style.css",
+        "crossvit/runtimes/attention.cpp",
+        "crossvit/recipes/small.toml",
+        "crossvit/recipes/quickstart.toml",
+    } <= inside
