@@ -19,8 +19,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-import fsspec
-
 from crossvit.data.images import HELD_OUT_PARTS, Data, ImageSet, Label, Store
 from crossvit.data.preprocess import SUFFIXES
 from crossvit.errors import DataError, UsageError
@@ -98,6 +96,8 @@ def torn_shards(store: Store) -> Iterator[tuple[str, str]]:
 
 def filesystem(location: str) -> tuple[Any, str]:
     """(fsspec's file system, the place in it). UsageError for a protocol that is not known or not installed."""
+    import fsspec  # takes as long to import as a folder of photos to open
+
     try:
         files, root = fsspec.core.url_to_fs(location)
     except (ImportError, ValueError) as error:
@@ -110,7 +110,7 @@ def _read_range(url: str, offset: int, size: int) -> bytes:
         with Path(url).open("rb") as file:
             file.seek(offset)
             return file.read(size)
-    files, path = fsspec.core.url_to_fs(url)
+    files, path = filesystem(url)
     content: bytes = files.cat_file(path, start=offset, end=offset + size)
     return content
 
