@@ -185,6 +185,7 @@ def _preprocessing(record: Any) -> dict[str, Any]:
         "crop": None if record["crop"] is None else float(record["crop"]),
         "mean": [float(value) for value in record["mean"]],
         "std": [float(value) for value in record["std"]],
+        "channels": int(record.get("channels", 0)),
     }
 
 
