@@ -25,7 +25,7 @@ from crossvit.runtimes.torch import autocast, resolve_precision
 from crossvit.train.optim import learning_rate
 from crossvit.train.plan import Plan, make_plan
 from crossvit.train.recipe import load_recipe
-from crossvit.train.training import step_seed
+from crossvit.train.repeatable import step_seed
 from crossvit.train.watch import Watch
 
 matplotlib.use("svg")

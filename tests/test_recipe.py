@@ -19,7 +19,7 @@ from crossvit.train.durations import STEP_UNITS, parse_duration, spoken
 from crossvit.train.loop import fit
 from crossvit.train.optim import freeze, learning_rate, make_optimiser, parameter_groups, place_of
 from crossvit.train.recipe import OptimiserRecipe, Recipe, fields, load_recipe, recipe_text, shipped_recipes
-from crossvit.train.training import step_seed
+from crossvit.train.repeatable import step_seed
 
 
 @pytest.mark.parametrize("name", shipped_recipes())

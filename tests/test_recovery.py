@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import random
@@ -16,9 +17,11 @@ import pytest
 import torch
 
 from conftest import Heard
+from crossvit.cli.terminal import TerminalWatch
 from crossvit.errors import RunError, TrainingError
+from crossvit.report.plots import curves
 from crossvit.run import Run
-from crossvit.train.checkpoint import load_newest, save_checkpoint
+from crossvit.train.checkpoint import best_path, copied, load_newest, save_checkpoint
 from crossvit.train.loop import fit
 from crossvit.train.training import BAD_IN_A_ROW, Training
 from crossvit.train.watch import Watch
@@ -73,6 +76,113 @@ def test_if_that_fails_too_training_stops_with_a_clear_line(scans: Path, tmp_pat
     with pytest.raises(TrainingError, match=r"in epoch 5, at half the rate too: train anew with a lower --lr \(now 0\.001\)"):
         fit(recipe(scans, tmp_path / "run", epochs=8), watch=watch)
     assert load_newest(tmp_path / "run" / "checkpoints")[0] is not None
+
+
+def test_a_failure_that_comes_again_goes_one_checkpoint_further_back(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the newest checkpoint holds leads to it: nothing is mended until step 3 to 5 are gone through anew."""
+    gone_through: set[int] = set()
+
+    def poisoned(training: Training) -> bool:
+        if training.rate_factor < 1 and training.step < 6:
+            gone_through.add(training.step)
+        return training.step >= 6 and not gone_through
+
+    watch = Poison(monkeypatch, poisoned)
+    result = fit(recipe(scans, tmp_path / "run", epochs=8), watch=watch)
+    told = [line.partition(": ")[2] for line in watch.lines if "not finite" in line]
+    assert told == ["going back to step 6 of 24 with half the rate", "going back to step 3 of 24 with half the rate"]
+    assert gone_through == {3, 4, 5}
+    assert [entry.epoch for entry in result.epochs] == [*range(1, 9)]
+
+
+def test_weights_that_an_update_made_infinite_are_never_saved(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of that step is finite, and a checkpoint is due after each."""
+    step = Training.train_step
+
+    def exploding(training: Training, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+        done = step(training, images, labels)
+        if training.step == 4 and training.rate_factor == 1:
+            with torch.no_grad():
+                next(training.model.parameters()).mul_(float("inf"))
+        return done
+
+    monkeypatch.setattr(Training, "train_step", exploding)
+    watch = Heard()
+    result = fit(recipe(scans, tmp_path / "run", epochs=8, every="1 steps"), watch=watch)
+    assert [line.partition(": ")[2] for line in watch.lines if "not finite" in line] == [
+        "going back to step 4 of 24 with half the rate"
+    ]
+    assert [entry.skipped for entry in result.epochs] == [0] * 8
+    assert all(weight.isfinite().all() for weight in weights_of(result.run).values())
+
+
+def test_an_epoch_whose_steps_were_all_skipped_has_no_loss(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = Poison(monkeypatch, lambda training: 3 <= training.step < 6)
+    result = fit(recipe(scans, tmp_path / "run", epochs=3), watch=watch)
+    assert [(entry.loss is None, entry.train_top1 is None, entry.skipped) for entry in result.epochs] == [
+        (False, False, 0),
+        (True, True, 3),
+        (False, False, 0),
+    ]
+    assert [line["loss"] is None for line in Run(result.run).entries()] == [False, True, False]
+    terminal = TerminalWatch()
+    terminal.epochs = 3
+    terminal.epoch_done(result.epochs[1])
+    assert "epoch 2/3  loss -  train -  held out " in capsys.readouterr().err
+    assert len(curves(result.epochs)) == 2
+
+
+# ---- the best epoch
+
+
+class Scored:
+    """Gives the held-out score of each epoch; remembers the weights that had it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, score: Any) -> None:
+        self.weights: dict[int, dict[str, torch.Tensor]] = {}
+        evaluate = Training.evaluate
+
+        def scored(training: Training, **how: Any) -> Any:
+            evaluation, thresholds = evaluate(training, **how)
+            if training.rate_factor == 1:
+                self.weights.setdefault(training.step, copied(training.model.state_dict()))
+            return dataclasses.replace(evaluation, top1=score(training)), thresholds
+
+        monkeypatch.setattr(Training, "evaluate", scored)
+
+
+def test_the_best_of_a_way_that_was_left_is_not_taken(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Epoch 4 (step 12) is the best, and lost when the run goes back to the checkpoint after epoch 3: then it is epoch 2."""
+    Poison(monkeypatch, lambda training: training.step >= 12 and training.rate_factor == 1)
+    scored = Scored(monkeypatch, lambda training: {6: 0.5, 12: 1.0 if training.rate_factor == 1 else 0.1}.get(training.step, 0.1))
+    result = fit(recipe(scans, tmp_path / "run", epochs=9, every="3 epochs", select="best"))
+    assert result.record["result"]["selected_epoch"] == 2
+    assert same_bits(weights_of(result.run), scored.weights[6])
+
+
+def test_a_torn_file_of_the_best_weights_ends_at_the_same_bits(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every epoch but the last is better than the one before."""
+    Scored(monkeypatch, lambda training: training.step / 100 if training.step < 12 else 0.0)
+    settings: dict[str, Any] = {"epochs": 4, "select": "best"}
+    fit(recipe(scans, tmp_path / "whole", **settings))
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe(scans, tmp_path / "cut", **settings), watch=StopAfter(steps=10))
+    torn = best_path(tmp_path / "cut" / "checkpoints", 9)
+    torn.write_bytes(torn.read_bytes()[:-1000])
+    watch = Heard()
+    result = fit(recipe(scans, tmp_path / "cut", **settings), resume=True, watch=watch)
+    assert any("names best weights that are lost" in line for line in watch.lines)
+    assert "going on after epoch 2 of 4" in watch.lines
+    assert result.record["result"]["selected_epoch"] == 3
+    assert same_bits(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
 
 
 @pytest.fixture(scope="module")

@@ -339,12 +339,13 @@ class Comparison:
 @dataclasses.dataclass(frozen=True)
 class Epoch:
     """One line of a run's log. Accuracies are 0 to 1, `lr` is the last step's, `seconds` are of training alone, `skipped` counts
-    steps whose loss or gradient was not finite. val_map: mean average precision of several labels an image; None of one."""
+    steps whose loss or gradient was not finite; if all were, there is no `loss` and `train_top1`. val_map: mean average
+    precision of several labels an image; None of one."""
 
     epoch: int
     step: int
-    loss: float
-    train_top1: float
+    loss: float | None
+    train_top1: float | None
     val_top1: float
     val_loss: float
     lr: float

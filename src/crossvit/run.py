@@ -112,7 +112,15 @@ class Run:
         with _writing(self.path):
             for entry in (self.weights_path, self.log_path, self.report_path):
                 entry.unlink(missing_ok=True)
-            self.checkpoints.mkdir(parents=True)
+        self.make_ready()
+
+    def make_ready(self) -> None:
+        """A place for checkpoints, and nothing half-written that a killed process left. Only under the lock."""
+        with _writing(self.path):
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            for folder in (self.path, self.checkpoints):
+                for partial in folder.glob(".*.partial"):
+                    partial.unlink(missing_ok=True)
 
     @staticmethod
     def _is_blank(entry: Path) -> bool:

@@ -79,11 +79,11 @@ class TerminalWatch(Watch):
     def epoch_done(self, entry: Epoch) -> None:
         epoch = f"epoch {entry.epoch:>{len(str(self.epochs))}}/{self.epochs}"
         held_out = f"{100 * entry.val_top1:5.1f} %" if entry.val_map is None else f"mAP {100 * entry.val_map:5.1f} %"
-        accuracy = f"train {100 * entry.train_top1:5.1f} %  held out {held_out}"
+        train = "-" if entry.train_top1 is None else f"{100 * entry.train_top1:5.1f} %"
+        loss = "-" if entry.loss is None else f"{entry.loss:.3f}"
         skipped = f"  {entry.skipped} steps skipped (not finite)" if entry.skipped else ""
-        self.say(
-            f"{epoch}  loss {entry.loss:.3f}  {accuracy}  {entry.images_per_second:,.0f} img/s  {entry.seconds:.1f} s{skipped}"
-        )
+        pace = f"{entry.images_per_second:,.0f} img/s  {entry.seconds:.1f} s"
+        self.say(f"{epoch}  loss {loss}  train {train}  held out {held_out}  {pace}{skipped}")
 
     def _show(self, description: str, total: int, *, completed: int = 0) -> None:
         if self.task is not None:

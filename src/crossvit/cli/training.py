@@ -5,13 +5,16 @@ from __future__ import annotations
 import shlex
 import sys
 from json import dumps
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from crossvit.cli.options import TrainingOptions
 from crossvit.cli.switch import Switch
 from crossvit.run import Run
+
+if TYPE_CHECKING:
+    from crossvit.results import Evaluation, TrainingResult
 
 
 def train(
@@ -78,10 +81,27 @@ def train(
         else:
             print_rehearsal(rehearsal)
         return 0
-    if result.evaluation is not None:
-        write_atomically(Run(out).report_path, run_page(result, result.evaluation).encode("utf-8", "surrogateescape"))
+    evaluation = result.evaluation or _evaluated_anew(result)
+    if evaluation is not None:
+        write_atomically(Run(out).report_path, run_page(result, evaluation).encode("utf-8", "surrogateescape"))
     if json:
         print(dumps(to_json(result), ensure_ascii=False, allow_nan=False))
     else:
         print_training(result)
     return 0
+
+
+def _evaluated_anew(result: TrainingResult) -> Evaluation | None:
+    """The evaluation of a run that had ended before, where it was killed before it had a report; None where it has one, or the
+    images are not there any more, which is said."""
+    from crossvit.errors import CrossViTError
+    from crossvit.evaluation import evaluate
+
+    if Run(result.run).report_path.is_file():
+        return None
+    recipe = result.record["recipe"]
+    try:
+        return evaluate(result.run, recipe["data"], device=recipe["device"], skip_bad=recipe["skip_bad"], maps=True)
+    except CrossViTError as error:
+        print(f"crossvit: no report.html: {error}", file=sys.stderr)
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Sequence
 from html import escape
@@ -57,8 +58,8 @@ def curves(epochs: Sequence[Epoch]) -> list[str]:
         numbers = [entry.epoch for entry in epochs]
         marker = "o" if len(epochs) == 1 else None
         for axes, train, held_out in (
-            (loss, [e.loss for e in epochs], [e.val_loss for e in epochs]),
-            (accuracy, [e.train_top1 for e in epochs], [e.val_top1 for e in epochs]),
+            (loss, [_gap(e.loss) for e in epochs], [e.val_loss for e in epochs]),
+            (accuracy, [_gap(e.train_top1) for e in epochs], [e.val_top1 for e in epochs]),
         ):
             axes.plot(numbers, train, color=TRAIN, marker=marker, linewidth=1.6, linestyle="--", label="training (augmented)")
             axes.plot(numbers, held_out, color=HELD_OUT, marker=marker, linewidth=2.0, label="held out")
@@ -69,6 +70,11 @@ def curves(epochs: Sequence[Epoch]) -> list[str]:
             _svg(loss_figure, f"Loss over {len(epochs)} epochs; held out {last.val_loss:.2f} at the end"),
             _svg(accuracy_figure, f"Accuracy over {len(epochs)} epochs; held out {100 * last.val_top1:.1f} % at the end"),
         ]
+
+
+def _gap(value: float | None) -> float:
+    """What is drawn of a mean: a gap for an epoch whose steps were all skipped."""
+    return math.nan if value is None else value
 
 
 def overlaid(runs: Sequence[tuple[str, Sequence[Epoch]]]) -> list[str]:

@@ -9,7 +9,6 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,14 @@ from crossvit.train.losses import Teacher
 from crossvit.train.parallel import ALONE, Team, assembled
 from crossvit.train.plan import make_plan, suitable_parts
 from crossvit.train.recipe import Recipe
+from crossvit.train.repeatable import deterministic, threads
 from crossvit.train.teachers import A_CALLABLE, load_teacher
 from crossvit.train.training import Training
 from crossvit.train.watch import Watch
 
-FREE_TO_CHANGE = frozenset({"out", "workers", "skip_bad", "every", "keep"})  # change nothing in a run's result
+# What a resumed run may be given anew: no step hangs on it, and on `every` and `keep` only how far a run goes back.
+FREE_TO_CHANGE = ("out", "workers", "skip_bad", "every", "keep")
+CHOSEN = ("epochs", "batch_size", "accumulate")  # at 0 by the images, when the run began
 
 
 def fit(
@@ -48,7 +50,9 @@ def fit(
         recipe = recipe.changed(teacher=A_CALLABLE)
     run = Run(recipe.out)
     with contextlib.ExitStack() as held:
-        team = held.enter_context(assembled(resolve_device(recipe.device)))
+        device = resolve_device(recipe.device)
+        team = held.enter_context(assembled(device))
+        held.enter_context(deterministic(device))
         watch = watch if team.leads else Watch()
         if team.restarts:  # torchrun has started the run anew after one of its processes died
             resume, overwrite = True, False
@@ -79,8 +83,13 @@ def recorded_run(recipe: Recipe, run: Run, *, resume: bool, overwrite: bool) -> 
         run.refuse_occupied(overwrite=overwrite)
         return None
     recorded = run.record()
-    refuse_changes(recipe, Recipe.from_dict(recorded["recipe"]))
+    refuse_changes(recipe, Recipe.from_dict(recorded["recipe"]), as_given(recorded))
     return recorded
+
+
+def as_given(recorded: dict[str, Any]) -> Recipe:
+    """The recipe that a run was begun with, before the images decided what it leaves open. Older runs have the latter alone."""
+    return Recipe.from_dict(recorded.get("given", recorded["recipe"]))
 
 
 def rehearse(recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | None = None) -> Rehearsal:
@@ -136,6 +145,11 @@ def prepare(
     """The training of `recipe` in its starting state: the newest checkpoint's, or that of the starting weights. Writes
     nothing."""
     device = resolve_device(recipe.device)  # a wrong call is said before the images are read
+    given = recipe
+    if recorded is not None:
+        given, recipe = as_given(recorded), gone_on_with(recipe, Recipe.from_dict(recorded["recipe"]))
+        if recorded["device"] != device.type:
+            watch.say(f"note   the run was on {recorded['device']} and goes on on {device.type}: its last bits become others")
     plan = make_plan(recipe, watch, recorded=recorded, team=team)
     if plan.recipe.accumulate == 0:
         share = math.ceil(plan.recipe.batch_size / team.size)
@@ -147,7 +161,7 @@ def prepare(
     if teacher is None and recipe.distillation.teacher:
         teacher = load_teacher(recipe.distillation.teacher, plan, device=team.device(device))
     precision = recorded["precision"] if recorded else recipe.precision
-    training = Training(plan, run, watch, precision=precision, teacher=teacher, team=team)
+    training = Training(plan, run, watch, precision=precision, given=given.to_dict(), teacher=teacher, team=team)
     if recorded is None or not training.restore_newest():
         training.load_starting_weights()
     elif training.step:
@@ -164,34 +178,29 @@ def finished_result(run: Run, record: dict[str, Any], watch: Watch) -> TrainingR
     return TrainingResult(str(run.path), result["top1"], result["n"], result["seconds"], record, epochs, None)
 
 
-def refuse_changes(recipe: Recipe, recorded: Recipe) -> None:
-    """UsageError that names every option in which a resumed run's recipe differs from the recorded one."""
-    given, before = _flat(recipe.to_dict()), _flat(recorded.to_dict())
+def refuse_changes(recipe: Recipe, recorded: Recipe, given: Recipe) -> None:
+    """UsageError that names every option of `recipe` that is neither as the run has it recorded nor as it was given then."""
+    now, before, first = (_flat(one.to_dict()) for one in (recipe, recorded, given))
     changed = [
-        f"{'DATA' if name == 'data' else '--' + name.replace('_', '-')} {given[name]} (the run has {before[name]})"
-        for name in given
-        if name not in FREE_TO_CHANGE and _same(name, given[name]) != _same(name, before[name])
-        if not (name in ("epochs", "batch_size", "accumulate") and given[name] == 0)  # chosen when the run began
+        f"{'DATA' if name == 'data' else '--' + name.replace('_', '-')} {now[name]} (the run has {before[name]})"
+        for name in now
+        if name not in FREE_TO_CHANGE and _same(name, now[name]) not in (_same(name, before[name]), _same(name, first[name]))
+        if not (name in CHOSEN and now[name] == 0)
     ]
     if changed:
         fix = "leave it out, train anew with --overwrite, or start another run from this one's weights with --weights"
         raise UsageError(f"--resume cannot change {', '.join(changed)}: {fix}")
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Inside, torch computes with `count` threads: sums over another number of them have other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def gone_on_with(recipe: Recipe, recorded: Recipe) -> Recipe:
+    """The recorded recipe, with what may change as `recipe` has it."""
+    given = _flat(recipe.to_dict())
+    return recorded.changed(data=recipe.data, **{name: given[name] for name in FREE_TO_CHANGE})
 
 
 def _same(name: str, value: Any) -> Any:
     """A folder is the same however its path is written."""
-    return Path(value).expanduser().resolve() if name in ("data", "weights") and value else value
+    return Path(value).expanduser().resolve() if name in ("data", "weights", "teacher") and value else value
 
 
 def _flat(record: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from crossvit.results import MULTI_LABEL, SINGLE_LABEL
 from crossvit.train.recipe import DistillationRecipe, MixingRecipe
 
 Teacher = Callable[[Tensor], Tensor]  # images as the student sees them, (B, C, H, W) normalised -> logits (B, classes)
-MIXING_STREAM = 1  # keeps the draws of mixing apart from those of augmentation for the same seed
+MIXING_STREAM = (0, 0, 1)  # behind (seed, step): a fifth number, which no key of augmentation has (four at the most)
 
 
 class Mixing:
@@ -56,7 +56,7 @@ class Mixing:
             smooth = self.smoothing / self.classes + (1 - self.smoothing) * F.one_hot(labels, self.classes).float()
         if even == 0:
             return images, smooth
-        with seeded(self.seed, step, 0, MIXING_STREAM):
+        with seeded(self.seed, step, *MIXING_STREAM):
             mixed, targets = self.mixup(images[:even].clone(), labels[:even])
         return torch.cat((mixed, images[even:])), torch.cat((targets.float(), smooth[even:]))
 

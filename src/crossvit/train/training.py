@@ -29,13 +29,16 @@ from crossvit.model.crossvit import CrossViT
 from crossvit.results import MULTI_LABEL, Epoch, Evaluation, TrainingResult, to_json
 from crossvit.run import Run
 from crossvit.runtimes.torch import TorchEngine, autocast, resolve_device, resolve_precision
-from crossvit.train.checkpoint import Writer, copied, load_best, load_newest, save_best, save_checkpoint
+from crossvit.train.checkpoint import Writer
 from crossvit.train.durations import parse_duration
 from crossvit.train.held_out import HeldOut, mean_average_precision
 from crossvit.train.losses import Criterion, Mixing, Teacher, class_weights, positive_weights
 from crossvit.train.optim import freeze, learning_rate, make_optimiser
 from crossvit.train.parallel import ALONE, BranchLogits, Team
 from crossvit.train.plan import Plan
+from crossvit.train.recovery import Recovery
+from crossvit.train.repeatable import step_seed
+from crossvit.train.tally import Tally, surest_right
 from crossvit.train.watch import Watch
 from crossvit.weights.files import header, read_weights, write_weights
 from crossvit.weights.load import load_weights
@@ -45,17 +48,6 @@ BAD_IN_A_ROW = 10  # steps without a finite loss and gradient after which a run 
 
 class Diverged(Exception):  # noqa: N818  # a turn in a run, not an error until it happens twice
     """BAD_IN_A_ROW steps in a row were not finite."""
-
-
-@dataclasses.dataclass
-class Tally:
-    """Sums over the epoch so far."""
-
-    loss: float = 0.0
-    right: int = 0
-    seen: int = 0
-    skipped: int = 0
-    seconds: float = 0.0
 
 
 class Training:
@@ -68,10 +60,12 @@ class Training:
         watch: Watch,
         *,
         precision: str,
+        given: dict[str, Any],
         teacher: Teacher | None = None,
         team: Team = ALONE,
     ) -> None:
-        self.plan, self.run, self.watch, self.team = plan, run, watch, team
+        """given: the recipe as it was asked for, before the images decided what it leaves open."""
+        self.plan, self.run, self.watch, self.team, self.given = plan, run, watch, team, given
         self.recipe = recipe = plan.recipe
         self.device = team.device(resolve_device(recipe.device))
         if recipe.batch_size < team.size:
@@ -112,8 +106,12 @@ class Training:
         self.best: tuple[float, float, int] | None = None  # top-1 or mAP, minus the loss, and the epoch that had them
         self.rate_factor = 1.0  # halved when a run goes back
         self.bad_in_a_row = 0
-        self.checkpointed_at = time.monotonic()
-        self.writer = Writer()
+        self.recovery = Recovery(run.checkpoints, recipe.checkpoints)
+
+    @property
+    def writer(self) -> Writer:
+        """Writes the checkpoints: enter it for as long as there may be any."""
+        return self.recovery.writer
 
     @property
     def per_epoch(self) -> int:
@@ -150,10 +148,10 @@ class Training:
         if self.average is not None:
             self.average.set(self.model)
 
-    def restore_newest(self) -> bool:
-        """Take up the newest whole checkpoint; False if there is none yet. The first process reads it for all."""
-        self.writer.flush()
-        state, passed_over = self.team.tell(load_newest(self.run.checkpoints) if self.team.leads else (None, []))
+    def restore_newest(self, *, before: int | None = None) -> bool:
+        """Take up the newest whole checkpoint, of those before step `before`; False if there is none. The first process reads it
+        for all."""
+        state, passed_over = self.team.tell(self.recovery.newest(before=before) if self.team.leads else (None, []))
         for line in passed_over:
             self.watch.say(f"{line}; using the one before it")
         if state is not None:
@@ -163,6 +161,8 @@ class Training:
     def start(self, lines: Sequence[str]) -> None:
         """Say `lines`, which are about the run, and have a checkpoint to go back to."""
         if self.team.leads:
+            self.run.make_ready()
+            self.recovery.begin_at(self.step)
             self.run.rewrite_log([to_json(epoch) for epoch in self.epochs])
         self.watch.started(lines, epochs=self.recipe.epochs, done=self.step / self.per_epoch, steps=self.per_epoch)
         if self.step == 0:
@@ -179,22 +179,22 @@ class Training:
             self._go_back(f"the loss or its gradient was not finite for {BAD_IN_A_ROW} steps in a row in epoch {epoch + 1}")
             return
         evaluation, _ = self.evaluate()
-        if not math.isfinite(evaluation.loss):
-            self._go_back(f"the held-out loss was not finite after epoch {epoch + 1}")
+        if not (math.isfinite(evaluation.loss) and self._finite()):
+            self._go_back(f"the held-out loss or a weight was not finite after epoch {epoch + 1}")
             return
         tally = self.tally
+        loss, top1 = tally.means() or (None, None)
         entry = Epoch(
-            epoch + 1, self.step, tally.loss / max(tally.seen, 1), tally.right / max(tally.seen, 1), evaluation.top1,
-            evaluation.loss, self.rate(self.step - 1), tally.seconds, tally.seen / max(tally.seconds, 1e-9), tally.skipped,
-            mean_average_precision(evaluation),
+            epoch + 1, self.step, loss, top1, evaluation.top1, evaluation.loss, self.rate(self.step - 1), tally.seconds,
+            tally.seen / max(tally.seconds, 1e-9), tally.skipped, mean_average_precision(evaluation),
         )  # fmt: skip
         self.epochs.append(entry)
         self.tally = Tally()
         score = (evaluation.top1 if entry.val_map is None else entry.val_map, -evaluation.loss, epoch + 1)
         if self.best is None or score[:2] > self.best[:2]:
             self.best = score
-            if self.recipe.checkpoints.select == "best" and self.team.leads:
-                self.writer.submit(save_best, self.run.checkpoints, copied(self.evaluated.state_dict()))
+            if self._keeps_best and self.team.leads:
+                self.recovery.keep_best(self.evaluated.state_dict(), step=self.step)
         if self.ended or self._due():
             self.save()
         if self.team.leads:
@@ -213,8 +213,8 @@ class Training:
             if math.isfinite(loss):
                 tally.loss, tally.right, tally.seen = tally.loss + loss * size, tally.right + right, tally.seen + size
             tally.seconds = time.perf_counter() - started
-            seen = max(tally.seen, 1)
-            self.watch.stepped(epoch, tally.loss / seen, tally.right / seen, tally.seen / tally.seconds)
+            loss, top1 = tally.means() or (math.nan, math.nan)
+            self.watch.stepped(epoch, loss, top1, tally.seen / tally.seconds)
             if self.step < (epoch + 1) * self.per_epoch and self._due():
                 self.save()
                 started += time.perf_counter() - started - tally.seconds  # writing is not training
@@ -273,15 +273,20 @@ class Training:
             raise Diverged
 
     def _go_back(self, problem: str) -> None:
-        """To the newest checkpoint with half the rate, once; the second time training ends."""
-        rate = self.recipe.optimiser.lr
-        if self.rate_factor < 1:
-            raise TrainingError(f"{problem}, at half the rate too: train anew with a lower --lr (now {rate:g})")
-        self.restore_newest()
+        """To the newest checkpoint with half the rate, and if that fails before another is written, to the one before it. A
+        failure after that ends training."""
+        again = self.team.tell(self.recovery.returned_to)
+        rate = f"train anew with a lower --lr (now {self.recipe.optimiser.lr:g})"
+        if self.rate_factor < 1 and (again is None or not self.restore_newest(before=again)):
+            raise TrainingError(f"{problem}, at half the rate too: {rate}")
+        if again is None and not self.restore_newest():
+            raise TrainingError(f"{problem}, and there is no checkpoint to go back to: {rate}")
         if self.team.leads:
+            self.recovery.go_back_to(self.step)
             self.run.rewrite_log([to_json(entry) for entry in self.epochs])
         self.rate_factor = 0.5
-        self.watch.say(f"{problem}: going back to step {self.step} of {self.steps} with half the rate")
+        further = "" if again is None else " again"
+        self.watch.say(f"{problem}{further}: going back to step {self.step} of {self.steps} with half the rate")
 
     def rate(self, step: int) -> float:
         return self.rate_factor * learning_rate(
@@ -290,22 +295,29 @@ class Training:
 
     # ---- keeping
 
+    @property
+    def _keeps_best(self) -> bool:
+        return self.recipe.checkpoints.select == "best"
+
+    @property
+    def _best_step(self) -> int | None:
+        """The step after which the weights were the best, where those are kept."""
+        return self.epochs[self.best[2] - 1].step if self._keeps_best and self.best is not None else None
+
+    def _finite(self) -> bool:
+        """Whether the weights are all numbers. An update can end that before any loss shows it."""
+        kept = [self.model] if self.average is None else [self.model, self.average.module]
+        tensors = [tensor for model in kept for tensor in model.state_dict().values()]
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
     def _due(self) -> bool:
         """Whether a checkpoint is, at this step: never in the middle of steps that fail, so that the newest is a good one."""
-        if self.bad_in_a_row:
-            return False
-        every = parse_duration(self.recipe.checkpoints.every, name="every")
-        if every.seconds is not None:
-            return time.monotonic() - self.checkpointed_at >= every.seconds
-        return self.step % max(1, every.steps(per_epoch=self.per_epoch, total=self.steps)) == 0
+        return not self.bad_in_a_row and self.recovery.due(self.step, per_epoch=self.per_epoch, steps=self.steps)
 
     def save(self) -> None:
-        """A checkpoint of this step, written beside the training by the first process."""
-        if not self.team.leads:
-            return
-        keep = self.recipe.checkpoints.keep
-        self.writer.submit(save_checkpoint, self.run.checkpoints, copied(self.state()), step=self.step, keep=keep)
-        self.checkpointed_at = time.monotonic()
+        """A checkpoint of this step, written beside the training by the first process; none of weights that are not numbers."""
+        if self.team.leads and self._finite():
+            self.recovery.save(self.state(), step=self.step)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -317,6 +329,7 @@ class Training:
             "tally": dataclasses.astuple(self.tally),
             "epochs": [dataclasses.astuple(entry) for entry in self.epochs],
             "best": self.best,
+            "best_step": self._best_step,
             "rate_factor": self.rate_factor,
             "bad_in_a_row": self.bad_in_a_row,
         }
@@ -330,13 +343,16 @@ class Training:
         self.tally = Tally(*state["tally"])
         self.epochs = [Epoch(*entry) for entry in state["epochs"]]
         self.best = None if state["best"] is None else tuple(state["best"])
+        if self._keeps_best and self.best is not None and state.get("best_step") is None:
+            self.watch.say("note   the best weights so far cannot be read: the best is chosen from what follows")
+            self.best = None
         self.step, self.rate_factor, self.bad_in_a_row = state["step"], state["rate_factor"], state["bad_in_a_row"]
 
     def finish(self) -> TrainingResult:
         """Write the weights, then the record with the result: a run with a result has its weights."""
         self.writer.flush()
-        if self.recipe.checkpoints.select == "best" and self.best is not None:
-            self.evaluated.load_state_dict(self.team.tell(load_best(self.run.checkpoints) if self.team.leads else {}))
+        if self._best_step is not None:
+            self.evaluated.load_state_dict(self.team.tell(self.recovery.best(self._best_step) if self.team.leads else {}))
         evaluation, thresholds = self.evaluate(thorough=True)
         plan = self.plan
         described = header(
@@ -348,7 +364,7 @@ class Training:
         result = {"top1": evaluation.top1, "n": evaluation.n, "loss": evaluation.loss, "seconds": seconds}
         if evaluation.multi_label is not None:
             result["map"] = evaluation.multi_label.map
-        if self.recipe.checkpoints.select == "best" and self.best is not None:
+        if self._keeps_best and self.best is not None:
             result["selected_epoch"] = self.best[2]
         record = self.record(result=result) | ({"thresholds": list(thresholds)} if thresholds else {})
         if self.team.leads:
@@ -384,6 +400,7 @@ class Training:
             "processes": self.team.size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "recipe": self.recipe.to_dict(),
+            "given": self.given,
             "config": self.plan.config.to_dict(),
             "data": self.plan.data_record(),
         }
@@ -408,18 +425,3 @@ def balancing(images: ImageSet) -> Tensor:
     """The weight of each class in the loss that makes up for how few images it has."""
     counts = list(images.counts().values())
     return positive_weights(counts, len(images)) if images.task == MULTI_LABEL else class_weights(counts)
-
-
-def surest_right(logits: Tensor, targets: Tensor) -> int:
-    """Images (B, C) whose surest class is theirs: of labels (B,), or one of those in (B, C)."""
-    surest = logits.argmax(dim=1, keepdim=True)
-    if targets.ndim == 1:
-        return int((surest[:, 0] == targets).sum())
-    return int((targets.gather(1, surest) > 0).sum())
-
-
-def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """The seed of the generators in step `step` of process `rank`: follows from the numbers alone, so a resumed run draws the
-    same."""
-    key = (seed, step, rank) if rank else (seed, step)
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
