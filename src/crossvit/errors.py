@@ -66,10 +66,17 @@ class RunError(WorkError):
     """A run folder that is locked, damaged or made by a newer version."""
 
 
+def nearest_names(name: str, known: Iterable[str]) -> list[str]:
+    """The one of `known` that is most like `name`, and up to two more that are very like it; none where nothing is."""
+    first, *others = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5) or [""]
+    close = difflib.get_close_matches(name.lower(), others, n=2, cutoff=0.75)
+    return [first, *close] if first else []
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], *, listing: str = "") -> UnknownNameError:
     """The error for `name` not being one of `known`: it suggests the nearest names, or points to `listing`."""
     known = list(known)
-    nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    nearest = nearest_names(name, known)
     if nearest:
         fix = f"did you mean {' or '.join(nearest)}?"
     elif listing:

@@ -126,7 +126,7 @@ class Training:
     @property
     def ended(self) -> bool:
         """Whether every epoch is done and evaluated, or the score has stopped rising."""
-        patience = parse_duration(self.recipe.checkpoints.patience, name="patience").steps(per_epoch=1, total=self.recipe.epochs)
+        patience = self.recipe.checkpoints.waits(epochs=self.recipe.epochs)
         waited = len(self.epochs) - self.best[2] if self.best else 0
         return len(self.epochs) == self.recipe.epochs or bool(patience and waited >= patience)
 
@@ -193,7 +193,7 @@ class Training:
         score = (evaluation.top1 if entry.val_map is None else entry.val_map, -evaluation.loss, epoch + 1)
         if self.best is None or score[:2] > self.best[:2]:
             self.best = score
-            if self.recipe.checkpoints.select == "best" and self.team.leads:
+            if self.recipe.checkpoints.takes_best and self.team.leads:
                 self.writer.submit(save_best, self.run.checkpoints, copied(self.evaluated.state_dict()))
         if self.ended or self._due():
             self.save()
@@ -335,7 +335,7 @@ class Training:
     def finish(self) -> TrainingResult:
         """Write the weights, then the record with the result: a run with a result has its weights."""
         self.writer.flush()
-        if self.recipe.checkpoints.select == "best" and self.best is not None:
+        if self.recipe.checkpoints.takes_best and self.best is not None:
             self.evaluated.load_state_dict(self.team.tell(load_best(self.run.checkpoints) if self.team.leads else {}))
         evaluation, thresholds = self.evaluate(thorough=True)
         plan = self.plan
@@ -348,7 +348,7 @@ class Training:
         result = {"top1": evaluation.top1, "n": evaluation.n, "loss": evaluation.loss, "seconds": seconds}
         if evaluation.multi_label is not None:
             result["map"] = evaluation.multi_label.map
-        if self.recipe.checkpoints.select == "best" and self.best is not None:
+        if self.recipe.checkpoints.takes_best and self.best is not None:
             result["selected_epoch"] = self.best[2]
         record = self.record(result=result) | ({"thresholds": list(thresholds)} if thresholds else {})
         if self.team.leads:
