@@ -21,6 +21,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+VERY_LIKE = 0.75  # difflib's ratio of two names, from which the one is likely meant by the other: a letter or two apart
+
 
 class CrossViTError(Exception):
     """Base of every error meant for people. `exit_status` is what the command ends with."""
@@ -66,10 +68,11 @@ class RunError(WorkError):
     """A run folder that is locked, damaged or made by a newer version."""
 
 
-def nearest_names(name: str, known: Iterable[str]) -> list[str]:
-    """The one of `known` that is most like `name`, and up to two more that are very like it; none where nothing is."""
-    first, *others = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5) or [""]
-    close = difflib.get_close_matches(name.lower(), others, n=2, cutoff=0.75)
+def nearest_names(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> list[str]:
+    """The one of `known` that is most like `name`, and up to two more that are very like it; none where none is, by difflib's
+    ratio of at least `cutoff`."""
+    first, *others = difflib.get_close_matches(name.lower(), known, n=3, cutoff=cutoff) or [""]
+    close = difflib.get_close_matches(name.lower(), others, n=2, cutoff=VERY_LIKE)
     return [first, *close] if first else []
 
 

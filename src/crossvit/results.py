@@ -313,8 +313,9 @@ class TrainingResult:
 
 @dataclasses.dataclass(frozen=True)
 class Rehearsal:
-    """What one step of everything shows of a run: its time in seconds and its memory in bytes (the process's peak on a CPU,
-    torch's on a GPU). `loss` is of the step."""
+    """What one step of everything shows of a run: its time in seconds and its memory in bytes (on a CPU the peaks of all its
+    processes, those that load images too, added up; on a GPU torch's, of the process with the most). `loss` is of the step;
+    evaluation_seconds is of all held-out images, from a batch of them; checkpoints is how many the run writes."""
 
     model: str
     steps: int
@@ -325,6 +326,8 @@ class Rehearsal:
     checkpoint_bytes: int
     total_seconds: float
     peak_bytes: int
+    checkpoints: int = 0
+    processes: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from crossvit.errors import ConfigError, UnknownNameError, UsageError, nearest_names, unknown_name
+from crossvit.errors import VERY_LIKE, ConfigError, UnknownNameError, UsageError, nearest_names, unknown_name
 from crossvit.run import Run
 from crossvit.train.durations import STEP_UNITS, UNITS, Duration, parse_duration
 
@@ -318,18 +318,19 @@ def _build(kind: type[Any], record: Mapping[str, Any]) -> Any:
 
 
 def _misplaced(key: str) -> UsageError:
-    """The error for a key that its table has not: the table it belongs to, or the nearest fields of all tables; where none is
-    like it, those whose explanation has its words."""
+    """The error for a key that its table has not: the table it belongs to; else the nearest fields of all tables, or where none
+    is a letter or two apart the one whose explanation has its words (`learning_rate`)."""
     places = {name: f"under [{table}]" if table else "at the top, before the tables" for table, name, _ in fields()}
     if key in places:
         return ConfigError(f"recipe key {key}: belongs {places[key]}")
     words = key.replace("_", " ").lower()
-    nearest = nearest_names(key, places)
     explained = [name for _, name, field in fields() if words in field.metadata["help"].lower()]
-    meant = [*explained[:1], *(name for name in nearest if name not in explained[:1])] if len(words) > 3 else nearest
+    meant = nearest_names(key, places, cutoff=VERY_LIKE) or explained[:1] or nearest_names(key, places)
     if not meant:
         return UnknownNameError(f"unknown recipe key {key!r}: see `crossvit train --help`")
-    return UnknownNameError(f"unknown recipe key {key!r}: did you mean {' or '.join(f'{name} {places[name]}' for name in meant)}?")
+    return UnknownNameError(
+        f"unknown recipe key {key!r}: did you mean {' or '.join(f'{name} {places[name]}' for name in meant)}?"
+    )
 
 
 def _typed(key: str, value: Any, wanted: Any) -> Any:

@@ -67,7 +67,9 @@ def _timm_teacher(name: str) -> tuple[torch.nn.Module, Preprocessing, int]:
         if kind == "local-dir" and not Path(place).is_dir():
             raise UsageError(f"teacher {TIMM}{name}: no folder {place}")
     elif not timm.is_model(name):
-        raise unknown_name("teacher", f"{TIMM}{name}", [f"{TIMM}{one}" for one in timm.list_models()], listing="timm.list_models()")
+        raise unknown_name(
+            "teacher", f"{TIMM}{name}", [f"{TIMM}{one}" for one in timm.list_models()], listing="timm.list_models()"
+        )
     try:
         with _errors_alone():
             model = timm.create_model(name, pretrained=True)
