@@ -189,6 +189,7 @@ def test_what_cannot_be_trained_so_is_said() -> None:
     ):
         with pytest.raises(ConfigError, match=says):
             freeze(model, model.config, parts)
+    model.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"branch_lr = \(1\.0,\): should have one factor for each of 2 branches"):
         parameter_groups(model, model.config, OptimiserRecipe(branch_lr=(1.0,)))
     with pytest.raises(ConfigError, match="timm has none of that name; did you mean adamw"):

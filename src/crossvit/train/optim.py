@@ -91,7 +91,7 @@ def parameter_groups(model: nn.Module, config: CrossViTConfig, recipe: Optimiser
         embedding = name.rsplit(".", 1)[-1] in UNDECAYED
         plain = parameter.ndim <= 1 or (embedding and not recipe.decay_like_authors)
         groups.setdefault((0.0 if plain else recipe.weight_decay, scale), []).append(parameter)
-    if not any(scale for _, scale in groups):
+    if groups and not any(scale for _, scale in groups):
         raise ConfigError(
             f"branch_lr = {recipe.branch_lr}, fusion_lr = {recipe.fusion_lr:g}: nothing would be left to train with a rate of 0"
         )
