@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +27,8 @@ from crossvit.train.loop import fit, prepare, rehearse
 from crossvit.train.plan import make_plan, suitable_batch, suitable_epochs
 from crossvit.train.recipe import load_recipe
 from crossvit.train.watch import Watch
-from test_training import recipe, same_bits, weights_of
+from test_parallel import words
+from test_training import ONE_THREAD, recipe, same_bits, weights_of
 
 Command = Callable[..., tuple[int, str, str]]
 PLAIN = {"epochs": 2, "optimiser": "sgd", "lr": 0.01}  # AdamW turns rounding into steps: its first ones go by the sign alone
@@ -200,6 +203,17 @@ def test_a_rehearsal_measures_one_batch_and_counts_checkpoints(
     assert (found.steps, found.checkpoints, found.processes) == (30, 1 + 5, 1)  # at 0, 7, 14, 21, 28 and 30
     paid = found.steps * found.seconds_a_step + 10 * found.evaluation_seconds + 6 * found.checkpoint_seconds
     assert found.total_seconds == pytest.approx(paid)
+
+
+def test_a_rehearsal_under_torchrun_is_of_all_its_processes(scans: Path, tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, *words(scans, tmp_path / "run", {"epochs": 2}), "--dry-run", "--json"]
+    done = subprocess.run(command, env=ONE_THREAD, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)  # one process speaks
+    assert (found["processes"], found["steps"]) == (2, 6)
+    assert found["checkpoint_bytes"] > 1_000_000
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("every", "count"), [("1 epochs", 11), ("3 epochs", 5), ("10 s", 11), ("1 h", 2)])
