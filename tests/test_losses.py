@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossvit
-from crossvit.errors import UsageError
+from crossvit.errors import UsageError, WeightsError
 from crossvit.results import TrainingResult
 from crossvit.run import Run
 from crossvit.train.loop import fit
@@ -184,12 +185,37 @@ def test_a_callable_teaches_and_must_be_given_again(scans: Path, tmp_path: Path)
     ("teacher", "says"),
     [
         ("resnet18", "give timm:NAME, timm:local-dir:FOLDER or a run folder"),
-        ("timm:no_such_model", "timm has no teacher 'no_such_model' here"),
+        ("timm:no_such_model", "unknown teacher 'timm:no_such_model'"),
+        ("timm:resnet81", "unknown teacher 'timm:resnet81': did you mean timm:resnet18"),
+        ("timm:local-dir:no/such", "teacher timm:local-dir:no/such: no folder no/such"),
     ],
 )
 def test_a_teacher_that_is_not_there_is_a_wrong_call(teacher: str, says: str, scans: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=says):
         fit(recipe(scans, tmp_path / "run", teacher=teacher))
+
+
+def test_a_teacher_that_cannot_be_fetched_is_work_that_failed_in_one_line(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The hub's own tries are stood in for: each of them warns, and the last raises."""
+
+    def fetch(name: str, *, pretrained: bool) -> nn.Module:
+        assert pretrained
+        for logger in ("huggingface_hub.utils._http", "urllib3.connectionpool", "timm.models._hub"):
+            logging.getLogger(logger).warning("Retrying in 1s [Retry 1/5].")
+        raise OSError("no such host\nand more")
+
+    monkeypatch.setattr("timm.create_model", fetch)
+    says = r"^the weights of the teacher timm:resnet18 cannot be had \(no such host\): timm:local-dir:FOLDER takes some that"
+    hub = logging.getLogger("huggingface_hub")
+    before = hub.level
+    with pytest.raises(WeightsError, match=says) as caught:
+        fit(recipe(scans, tmp_path / "run", teacher="timm:resnet18"))
+    assert caught.value.exit_status == 1
+    assert "Retrying" not in capfd.readouterr().err
+    assert hub.level == before
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_timm_model_teaches_and_must_know_the_classes(scans: Path, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ def test_shipped_recipes_load_and_come_back_equal(name: str) -> None:
 def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     for text, error, says in (
-        ("epoch = 3", UnknownNameError, "unknown recipe key 'epoch': did you mean epochs"),
+        ("epoch = 3", UnknownNameError, r"unknown recipe key 'epoch': did you mean epochs at the top, before the tables\?$"),
         ("[optimiser]\nlearning = 1", UnknownNameError, "unknown recipe key 'learning'"),
         ("epochs = 'ten'", ConfigError, "recipe key epochs = 'ten': should be a whole number"),
         ("epochs = 2.5", ConfigError, "recipe key epochs = 2.5: should be a whole number"),
@@ -44,6 +44,10 @@ def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
         ("[optimiser]\nweight_decay = -1", ConfigError, "weight_decay = -1.0: should be a number of 0 or more"),
         ("epochs = -1", ConfigError, "epochs = -1: should be a whole number, 0 to have it chosen"),
         ("epochs = ", ConfigError, "is not TOML"),
+        ("[optimiser]\nwarmup = 30.0", ConfigError, r"warmup = '30\.0': should be a number with a unit \(steps, epochs, %\)"),
+        ("[optimiser]\nwarmup = 10", ConfigError, r"warmup = '10': should be a number with a unit \(steps, epochs, %\)"),
+        ("[optimiser]\nwarmup = '500 %'", ConfigError, "warmup = '500 %': should be at most 100 % of the run"),
+        ("[checkpoints]\nevery = 10", ConfigError, "every = '10': should be a number with a unit"),
     ):
         path.write_text(text)
         with pytest.raises(error, match=says):
@@ -185,14 +189,29 @@ def test_what_cannot_be_trained_so_is_said() -> None:
     ):
         with pytest.raises(ConfigError, match=says):
             freeze(model, model.config, parts)
+    model.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"branch_lr = \(1\.0,\): should have one factor for each of 2 branches"):
         parameter_groups(model, model.config, OptimiserRecipe(branch_lr=(1.0,)))
     with pytest.raises(ConfigError, match="timm has none of that name; did you mean adamw"):
-        make_optimiser(
-            crossvit.create_model("crossvit_pico_32"),
-            crossvit.create_model("crossvit_pico_32").config,
-            OptimiserRecipe(optimiser="adamww"),
-        )
+        make_optimiser(model, model.config, OptimiserRecipe(optimiser="adamww"))
+    with pytest.raises(ConfigError, match=r"branch_lr = \(0\.0, 0\.0\), fusion_lr = 0: nothing would be left to train"):
+        parameter_groups(model, model.config, OptimiserRecipe(branch_lr=(0.0, 0.0), fusion_lr=0.0))
+    assert parameter_groups(model, model.config, OptimiserRecipe(branch_lr=(0.0, 0.0)))  # the fusion is trained
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("adahessian", "optimiser = 'adahessian': needs second derivatives, which are not computed: take adamw"),
+        ("bnbadam", r"optimiser = 'bnbadam': cannot be used here \(.+\): take adamw"),
+        ("FusedSGD", r"optimiser = 'FusedSGD': cannot be used here \(.+\): take adamw"),
+    ],
+)
+def test_an_optimiser_that_cannot_work_is_a_wrong_call(name: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # what these two need
+    model = crossvit.create_model("crossvit_pico_32", num_classes=3)
+    with pytest.raises(ConfigError, match=says):
+        make_optimiser(model, model.config, OptimiserRecipe(optimiser=name))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lamb", "lion"])
@@ -215,11 +234,16 @@ def test_optimisers_by_name_step_every_parameter(name: str) -> None:
         ("7 steps", "7 steps", 7),
         ("2.5 %", "2.5 %", 25),
         ("0", "0 steps", 0),
+        ("1000000 steps", "1000000 steps", 1_000_000),
+        ("1234567.25 steps", "1234567.25 steps", 1_234_567),
+        ("0.00001 %", "0.00001 %", 0),
+        ("100 %", "100 %", 1000),
     ],
 )
 def test_durations_have_units(text: str, canonical: str, steps: int) -> None:
     found = parse_duration(text, name="warmup", units=STEP_UNITS)
     assert (str(found), found.steps(per_epoch=5, total=1000)) == (canonical, steps)
+    assert parse_duration(str(found), name="warmup", units=STEP_UNITS) == found
 
 
 def test_durations_in_time_and_wrong_ones() -> None:
@@ -229,39 +253,100 @@ def test_durations_in_time_and_wrong_ones() -> None:
             parse_duration(text, name="every")
 
 
-def test_every_field_is_an_option_and_changes_it(command: Callable[..., tuple[int, str, str]]) -> None:
-    """`--name value` on the command line arrives in the recipe, for each field of each table."""
+OTHER_TEXTS = {
+    "model": "crossvit_pico_32", "weights": "w.safetensors", "class_weights": "balanced", "sampling": "balanced",
+    "precision": "fp16", "device": "cpu", "optimiser": "lamb", "warmup": "3 epochs", "randaugment": "rand-m9-mstd0.5-inc1",
+    "teacher": "timm:x", "distil": "hard", "every": "15 min", "patience": "3 epochs", "select": "best",
+}  # fmt: skip
+OTHER_LISTS = {"freeze": ("heads", "fusion"), "branch_lr": (0.5, 2.0)}
+
+
+def other_value(name: str, value: Any) -> Any:
+    """Another value for the field than it has in the recipe `small`, as it is in the recipe."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int) or name == "image_size":
+        return (value or 0) + 3
+    if isinstance(value, float):
+        return value / 2 or 0.25
+    return OTHER_LISTS[name] if isinstance(value, tuple) else OTHER_TEXTS[name]
+
+
+@pytest.mark.parametrize(("table", "name"), [(table, name) for table, name, _ in fields() if name not in ("data", "out")])
+def test_every_field_is_an_option_and_changes_it_alone(
+    table: str, name: str, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--name value` on the command line arrives in the recipe that is trained, and nothing else does."""
+    trained: list[Recipe] = []
+
+    def note(recipe: Recipe, **_: object) -> TrainingResult:
+        trained.append(recipe)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr("crossvit.train.loop.fit", note)
+    before = load_recipe("small", data="photos", out="run").to_dict()
+    owner = load_recipe("small") if not table else getattr(load_recipe("small"), table)
+    value = other_value(name, getattr(owner, name))
+    words = () if value is True else value if isinstance(value, tuple) else (value,)
+    assert command("train", "photos", "--out", "run", f"--{name.replace('_', '-')}", *words) == (2, "", "crossvit: seen\n")
+    (before[table] if table else before)[name] = list(value) if isinstance(value, tuple) else value
+    assert [recipe.to_dict() for recipe in trained] == [before]
+
+
+def test_no_two_fields_have_one_name() -> None:
     names = [name for _, name, _ in fields()]
     assert len(names) == len(set(names))
-    help_text = command("train", "--help")[1]
-    for name in set(names) - {"data", "out"}:
-        assert f"--{name.replace('_', '-')}" in help_text.replace("\n", ""), name
-    values = {
-        "model": "crossvit_pico_32",
-        "lr": 0.5,
-        "warmup": "3 epochs",
-        "mixup": 0.3,
-        "keep": 4,
-        "freeze": ("heads",),
-        "teacher": "timm:x",
-    }
-    changed = load_recipe("small", **values)
-    assert (changed.model, changed.optimiser.lr, changed.optimiser.warmup) == ("crossvit_pico_32", 0.5, "3 epochs")
-    assert (changed.mixing.mixup, changed.checkpoints.keep, changed.freeze) == (0.3, 4, ("heads",))
-    assert changed.distillation.teacher == "timm:x"
-    assert Recipe.from_dict(changed.to_dict()) == changed
 
 
 def test_a_key_in_the_wrong_table_is_pointed_to_the_right_one() -> None:
     with pytest.raises(ConfigError, match=r"recipe key lr: belongs under \[optimiser\]"):
         Recipe.from_dict({"lr": 0.1})
+    with pytest.raises(ConfigError, match=r"recipe key lr: belongs under \[optimiser\]"):
+        Recipe.from_dict({"mixing": {"lr": 0.1}})
+    with pytest.raises(ConfigError, match="recipe key epochs: belongs at the top, before the tables"):
+        Recipe.from_dict({"mixing": {"epochs": 3}})
     with pytest.raises(UnknownNameError, match="unknown recipe key 'mixupp': did you mean mixup"):
         Recipe.from_dict({"mixing": {"mixupp": 0.1}})
 
 
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("lrr", "lr under [optimiser]"),
+        ("learning_rate", "lr under [optimiser]"),
+        ("warm_up", "warmup under [optimiser] or warmup_lr under [optimiser]"),
+        ("optimizer", "optimiser under [optimiser]"),
+        ("batchsize", "batch_size at the top, before the tables"),
+    ],
+)
+def test_the_nearest_names_are_those_of_every_table_and_near(key: str, meant: str) -> None:
+    with pytest.raises(UnknownNameError) as caught:
+        load_recipe("small", **{key: 1})
+    assert str(caught.value) == f"unknown recipe key {key!r}: did you mean {meant}?"
+
+
+def test_a_key_that_is_like_none_is_sent_to_the_list() -> None:
+    with pytest.raises(UnknownNameError, match=r"unknown recipe key 'xyzzy': see `crossvit train --help`$"):
+        load_recipe("small", xyzzy=1)
+
+
 def test_a_run_of_the_first_version_is_still_a_recipe() -> None:
     """Its warm-up was a share of the run."""
-    assert Recipe.from_dict({"optimiser": {"warmup": 0.1}}).optimiser.warmup == "10 %"
+    for share, warmup in ((0.1, "10 %"), (0.07, "7 %"), (0.0, "0 %"), (1.0, "100 %")):
+        assert Recipe.from_dict({"optimiser": {"warmup": share}}).optimiser.warmup == warmup
+
+
+def test_patience_takes_the_best_and_without_it_what_is_selected() -> None:
+    """`--patience 0` over a recipe that has some leaves nothing of it behind."""
+    assert load_recipe("finetune").checkpoints.takes_best
+    assert not load_recipe("finetune", patience="0").checkpoints.takes_best
+    assert load_recipe("finetune", patience="0", select="best").checkpoints.takes_best
+    assert not load_recipe("small").checkpoints.takes_best
+
+
+def test_any_patience_is_an_epoch_at_least() -> None:
+    waits = {text: load_recipe("small", patience=text).checkpoints.waits(epochs=40) for text in ("0", "1 %", "20 %", "3 epochs")}
+    assert waits == {"0": 0, "1 %": 1, "20 %": 8, "3 epochs": 3}
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -296,3 +381,5 @@ def test_the_papers_recipes_are_the_papers() -> None:
     assert (optimiser.lr, optimiser.warmup, optimiser.momentum) == (0.01, "5 epochs", 0.9)
     assert (own.augmentation.erasing, own.drop_path, own.mixing.mixup) == (0.0, 0.0, 0.8)
     assert load_recipe("imagenet-384").epochs == 30
+    for name in ("imagenet", "imagenet-384", "transfer"):  # PAPER, section 7: their exceptions match no parameter
+        assert load_recipe(name).optimiser.decay_like_authors

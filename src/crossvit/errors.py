@@ -22,6 +22,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+VERY_LIKE = 0.75  # difflib's ratio of two names, from which the one is likely meant by the other: a letter or two apart
+
 
 class CrossViTError(Exception):
     """Base of every error meant for people. `exit_status` is what the command ends with."""
@@ -71,10 +73,18 @@ class RunError(WorkError):
     """A run folder that is locked, damaged or made by a newer version."""
 
 
+def nearest_names(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> list[str]:
+    """The one of `known` that is most like `name`, and up to two more that are very like it; none where none is, by difflib's
+    ratio of at least `cutoff`."""
+    first, *others = difflib.get_close_matches(name.lower(), known, n=3, cutoff=cutoff) or [""]
+    close = difflib.get_close_matches(name.lower(), others, n=2, cutoff=VERY_LIKE)
+    return [first, *close] if first else []
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], *, listing: str = "") -> UnknownNameError:
     """The error for `name` not being one of `known`: it suggests the nearest names, or points to `listing`."""
     known = list(known)
-    nearest = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    nearest = nearest_names(name, known)
     if nearest:
         fix = f"did you mean {' or '.join(nearest)}?"
     elif listing:

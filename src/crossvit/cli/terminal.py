@@ -113,12 +113,12 @@ def print_training(result: TrainingResult) -> None:
 
 
 def print_rehearsal(result: Rehearsal) -> None:
-    total = spoken(result.total_seconds)
-    print(f"time    about {total}: {result.steps:,} steps of {1000 * result.seconds_a_step:,.0f} ms, and after each epoch")
-    print(
-        f"        {result.evaluation_seconds:.1f} s of evaluation and {1000 * result.checkpoint_seconds:,.0f} ms for a checkpoint"
-    )
-    print(f"memory  {result.peak_bytes / 1e6:,.0f} MB at the most")
+    steps = f"{result.steps:,} steps of {1000 * result.seconds_a_step:,.0f} ms"
+    evaluation = f"{result.evaluation_seconds:.1f} s of evaluation"
+    print(f"time    about {spoken(result.total_seconds)}: {steps}, after each epoch {evaluation},")
+    print(f"        and {result.checkpoints:,} checkpoints of {1000 * result.checkpoint_seconds:,.0f} ms")
+    processes = f", {result.processes} processes" if result.processes > 1 else ""
+    print(f"memory  {result.peak_bytes / 1e6:,.0f} MB at the most{processes}")
     print(f"disk    {result.checkpoint_bytes / 1e6:,.1f} MB a checkpoint")
 
 

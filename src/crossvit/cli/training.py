@@ -11,6 +11,7 @@ from cyclopts import Parameter
 
 from crossvit.cli.options import TrainingOptions
 from crossvit.cli.switch import Switch
+from crossvit.errors import UsageError
 from crossvit.run import Run
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ def train(
     """
     from crossvit.train.recipe import load_recipe
 
+    if dry_run and (resume or overwrite):
+        raise UsageError("--dry-run starts no run and writes nothing to --out: leave out --resume and --overwrite")
     given = {} if options is None else vars(options)
     going_on = resume and Run(out).exists()
     plan = load_recipe(recipe or (out if going_on else "small"), data=data, out=out, **given)

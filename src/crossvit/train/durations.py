@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import NamedTuple
 
 from crossvit.errors import ConfigError
@@ -20,7 +21,7 @@ class Duration(NamedTuple):
     unit: str
 
     def __str__(self) -> str:
-        return f"{self.amount:g} {self.unit}"
+        return f"{Decimal(repr(self.amount)).normalize():f} {self.unit}"  # never 1e+06, which `parse_duration` does not read
 
     def steps(self, *, per_epoch: int, total: int) -> int:
         """Whole steps, where an epoch has `per_epoch` and the run `total`. Only for a unit of STEP_UNITS."""
@@ -33,8 +34,9 @@ class Duration(NamedTuple):
 
 
 def parse_duration(text: str, *, name: str, units: tuple[str, ...] = UNITS) -> Duration:
-    """`30 epochs`, `30epochs`, `1 epoch`. ConfigError with the field's name for anything else; `0` needs no unit."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z%]*)\s*", text)
+    """`30 epochs`, `30epochs`, `1 epoch`. ConfigError with the field's name for anything else, as for more than 100 %; `0` needs
+    no unit."""
+    match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([a-z%]*)\s*", text)
     unit = _SPELLINGS.get(match[2], match[2]) if match else ""
     if match and not unit and float(match[1]) == 0:
         return Duration(0.0, units[0])
@@ -42,6 +44,8 @@ def parse_duration(text: str, *, name: str, units: tuple[str, ...] = UNITS) -> D
         raise ConfigError(
             f"{name} = {text!r}: should be a number with a unit ({', '.join(units)}), such as '{_EXAMPLES[units[0]]}'"
         )
+    if unit == "%" and float(match[1]) > 100:
+        raise ConfigError(f"{name} = {text!r}: should be at most 100 % of the run")
     return Duration(float(match[1]), unit)
 
 

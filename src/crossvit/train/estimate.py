@@ -1,15 +1,23 @@
-"""How long a run will take: a few of its steps, timed and thrown away."""
+"""How long a run will take, and how much memory: a few of its steps, timed and thrown away."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
+import multiprocessing
+import resource
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 
+from crossvit.evaluation import BATCH_SIZE
 from crossvit.runtimes.torch import autocast
-from crossvit.train.durations import spoken
+from crossvit.train.durations import parse_duration, spoken
+from crossvit.train.held_out import HeldOut
 from crossvit.train.training import Training
 
 TIMED_STEPS, WARM_UP_STEPS = 8, 3  # the first ones are slower
@@ -55,3 +63,38 @@ def time_step(training: Training) -> float:
             break
     training.optimiser.zero_grad()
     return statistics.median(times[WARM_UP_STEPS:] or times[-1:])
+
+
+def evaluate_few(training: Training) -> None:
+    """Have `training` measured on a batch of held-out images for each process, from all over them, in place of all."""
+    images, team = training.plan.held_out, training.team
+    few = images.take(range(0, len(images), math.ceil(len(images) / (team.size * BATCH_SIZE))))
+    training.plan = dataclasses.replace(training.plan, held_out=few)
+    training.held_out = HeldOut(training.plan, run=str(training.run.path), team=team)
+
+
+def checkpoints_of(training: Training, *, seconds: float) -> int:
+    """How many checkpoints a whole run of `seconds` writes, with those of its beginning and its end."""
+    every = parse_duration(training.recipe.checkpoints.every, name="every")
+    if every.seconds is not None:
+        return 1 + math.ceil(max(seconds, 1e-9) / every.seconds)
+    return 1 + math.ceil(training.steps / max(1, every.steps(per_epoch=training.per_epoch, total=training.steps)))
+
+
+def peak_bytes(training: Training) -> int:
+    """The most memory that was taken so far: on a GPU torch's, of the process with the most; else that of all processes
+    together, those that load images too where /proc tells of them."""
+    if training.device.type == "cuda":
+        return max(training.team.gather(torch.cuda.max_memory_allocated(training.device)))
+    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    workers = sum(_peak_of(child.pid) for child in multiprocessing.active_children())
+    return sum(training.team.gather(own + workers))
+
+
+def _peak_of(process: int | None) -> int:
+    """Bytes, 0 where the system does not tell."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{process}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 0

@@ -5,20 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import resource
-import shutil
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from crossvit.errors import UsageError
 from crossvit.results import Epoch, Rehearsal, TrainingResult
 from crossvit.run import Run
 from crossvit.runtimes.torch import resolve_device
-from crossvit.train.estimate import described, time_step
+from crossvit.train.estimate import checkpoints_of, described, evaluate_few, peak_bytes, time_step
 from crossvit.train.losses import Teacher
 from crossvit.train.parallel import ALONE, Team, assembled
 from crossvit.train.plan import make_plan, suitable_parts
@@ -93,31 +89,35 @@ def as_given(recorded: dict[str, Any]) -> Recipe:
 
 
 def rehearse(recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | None = None) -> Rehearsal:
-    """One step of everything in a folder that is thrown away: training, evaluation, checkpoint and weights. Returns the
-    time and memory that the run would take."""
+    """One step of everything in a folder that is thrown away: training, evaluation of a batch, checkpoint and weights. Returns
+    the time and memory that the run would take; of several processes, each takes its share of the step as in the run."""
     watch = watch or Watch()
-    folder = Path(tempfile.mkdtemp(prefix="crossvit-"))
-    try:
-        run = Run(folder / "run")
-        training = prepare(recipe, run, watch, teacher=teacher)
-        run.path.mkdir()
-        run.prepare(training.record(result=None), overwrite=False)
+    with contextlib.ExitStack() as held:
+        team = held.enter_context(assembled(resolve_device(recipe.device)))
+        watch = watch if team.leads else Watch()
+        folder = held.enter_context(tempfile.TemporaryDirectory(prefix="crossvit-", ignore_cleanup_errors=True))
+        run = Run(Path(folder) / "run")
+        training = prepare(recipe, run, watch, teacher=teacher, team=team)
+        all_held_out = len(training.plan.held_out)
+        evaluate_few(training)
+        if team.leads:
+            run.path.mkdir()
+            run.prepare(training.record(result=None), overwrite=False)
         images, labels = next(iter(training.loader.epoch(0)))
         training.model.train()
         loss, _ = training.train_step(images.to(training.device), labels.to(training.device))
         seconds = time_step(training)
         started = time.perf_counter()
         training.evaluate()
-        evaluation = time.perf_counter() - started
+        evaluation = (time.perf_counter() - started) * all_held_out / len(training.plan.held_out)
         started = time.perf_counter()
         with training.writer:
             training.save()
         checkpoint = time.perf_counter() - started
         training.restore_newest()
         training.finish()
-        cuda = training.device.type == "cuda"
-        peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        epochs = training.recipe.epochs
+        without_checkpoints = training.steps * seconds + training.recipe.epochs * evaluation
+        checkpoints = checkpoints_of(training, seconds=without_checkpoints)
         return Rehearsal(
             model=training.plan.model_name,
             steps=training.steps,
@@ -125,12 +125,12 @@ def rehearse(recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | N
             seconds_a_step=seconds,
             evaluation_seconds=evaluation,
             checkpoint_seconds=checkpoint,
-            checkpoint_bytes=max(path.stat().st_size for path in run.checkpoints.iterdir()),
-            total_seconds=training.steps * seconds + epochs * (evaluation + checkpoint),
-            peak_bytes=peak,
+            checkpoint_bytes=max((path.stat().st_size for path in run.checkpoints.glob("*")), default=0),
+            total_seconds=without_checkpoints + checkpoints * checkpoint,
+            peak_bytes=peak_bytes(training),
+            checkpoints=checkpoints,
+            processes=team.size,
         )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def prepare(
@@ -158,8 +158,10 @@ def prepare(
     if recorded is not None and recorded["data"]["fingerprint"] != plan.data.fingerprint:
         fix = "put them back, or train anew with --overwrite"
         raise UsageError(f"the files in {recipe.data} are not those {run.path} was trained on: {fix}")
-    if teacher is None and recipe.distillation.teacher:
-        teacher = load_teacher(recipe.distillation.teacher, plan, device=team.device(device))
+    if plan.recipe.overfit_one_batch:
+        teacher = None
+    elif teacher is None and plan.recipe.distillation.teacher:
+        teacher = load_teacher(plan.recipe.distillation.teacher, plan, device=team.device(device))
     precision = recorded["precision"] if recorded else recipe.precision
     training = Training(plan, run, watch, precision=precision, given=given.to_dict(), teacher=teacher, team=team)
     if recorded is None or not training.restore_newest():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import re
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from crossvit.errors import ConfigError
+from crossvit.errors import ConfigError, nearest_names
 from crossvit.model.config import CrossViTConfig
 from crossvit.train.durations import STEP_UNITS, parse_duration
 from crossvit.train.recipe import OptimiserRecipe
@@ -92,26 +91,41 @@ def parameter_groups(model: nn.Module, config: CrossViTConfig, recipe: Optimiser
         embedding = name.rsplit(".", 1)[-1] in UNDECAYED
         plain = parameter.ndim <= 1 or (embedding and not recipe.decay_like_authors)
         groups.setdefault((0.0 if plain else recipe.weight_decay, scale), []).append(parameter)
+    if groups and not any(scale for _, scale in groups):
+        raise ConfigError(
+            f"branch_lr = {recipe.branch_lr}, fusion_lr = {recipe.fusion_lr:g}: nothing would be left to train with a rate of 0"
+        )
     return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (decay, scale), params in groups.items()]
 
 
 def make_optimiser(model: nn.Module, config: CrossViTConfig, recipe: OptimiserRecipe) -> torch.optim.Optimizer:
-    """The recipe's optimiser over `parameter_groups`: torch's fused AdamW and SGD, any other from timm."""
+    """The recipe's optimiser over `parameter_groups`: torch's fused AdamW and SGD, any other from timm.
+
+    ConfigError for a name that timm has not, one that needs second derivatives, which a step here does not take, and one whose
+    GPU or package is not here.
+    """
     groups = parameter_groups(model, config, recipe)
     match recipe.optimiser.lower():
         case "adamw":
             return torch.optim.AdamW(groups, lr=recipe.lr, fused=True)
         case "sgd":
             return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum, fused=True)
-    from timm.optim import create_optimizer_v2, list_optimizers  # type: ignore[attr-defined]
+    from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers  # type: ignore[attr-defined]
 
-    known = [str(name) for name in list_optimizers()]
-    if recipe.optimiser.lower() not in known:
-        nearest = difflib.get_close_matches(recipe.optimiser.lower(), known, n=3) or ["adamw", "sgd", "lamb", "lion", "muon"]
+    name = recipe.optimiser.lower()
+    known = [str(one) for one in list_optimizers()]
+    if name not in known:
+        nearest = nearest_names(name, known) or ["adamw", "sgd", "lamb", "lion", "muon"]
         raise ConfigError(f"optimiser = {recipe.optimiser!r}: timm has none of that name; did you mean {' or '.join(nearest)}?")
-    optimiser: torch.optim.Optimizer = create_optimizer_v2(
-        groups, opt=recipe.optimiser, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
-    )
+    if get_optimizer_info(name).second_order:
+        raise ConfigError(f"optimiser = {recipe.optimiser!r}: needs second derivatives, which are not computed: take adamw")
+    try:
+        optimiser: torch.optim.Optimizer = create_optimizer_v2(
+            groups, opt=name, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
+        )
+    except (AssertionError, ImportError, RuntimeError) as error:  # timm asserts what an optimiser needs
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"optimiser = {recipe.optimiser!r}: cannot be used here ({reason}): take adamw") from error
     return optimiser
 
 

@@ -22,8 +22,9 @@ from crossvit.factory import model_config
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.presets import preset
 from crossvit.results import MULTI_LABEL, SINGLE_LABEL
+from crossvit.train.durations import STEP_UNITS, parse_duration
 from crossvit.train.parallel import ALONE, Team
-from crossvit.train.recipe import AugmentationRecipe, MixingRecipe, Recipe
+from crossvit.train.recipe import AugmentationRecipe, DistillationRecipe, MixingRecipe, Recipe
 from crossvit.train.watch import Watch
 from crossvit.weights.files import read_weights, weight_file
 from crossvit.weights.identify import identify
@@ -113,13 +114,6 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
     train, held_out = data.split(held_out=recipe.held_out, seed=recipe.seed)
     sizes = [size for findings in looked.values() for size in findings.sizes]
     name, base, why = chosen or _suitable_model(statistics.median(min(size) for size in sizes), len(train))
-    config = model_config(
-        base,
-        num_classes=len(data.classes),
-        in_channels=recipe.channels or 3,
-        image_size=(recipe.image_size, recipe.image_size) if recipe.image_size else None,
-        drop_path=recipe.drop_path,
-    )
     part = next((part for part in HELD_OUT_PARTS if part in data.parts), "held-out")
     if recipe.batch_size == 0:
         recipe = dataclasses.replace(recipe, batch_size=suitable_batch(len(train)))
@@ -128,6 +122,13 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
         held_out, part = train, "train"
     if recipe.epochs == 0:
         recipe = dataclasses.replace(recipe, epochs=suitable_epochs(len(train)))
+    config = model_config(
+        base,
+        num_classes=len(data.classes),
+        in_channels=recipe.channels or 3,
+        image_size=(recipe.image_size, recipe.image_size) if recipe.image_size else None,
+        drop_path=recipe.drop_path,
+    )
     preprocessing = (
         Preprocessing.from_dict(recorded["preprocessing"])
         if recorded is not None
@@ -137,7 +138,7 @@ def make_plan(recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None =
     )
     plan = Plan(recipe, data, train, held_out, part, name, why, config, preprocessing)
     plan = dataclasses.replace(plan, warnings=tuple(_warnings(plan, looked)))
-    for line in (*_found(plan, sizes), *(f"warn   {warning}" for warning in plan.warnings)):
+    for line in (*_found(plan, sizes), *(f"warn   {warning}" for warning in (*plan.warnings, *_less_than_asked(plan)))):
         watch.say(line)
     return plan
 
@@ -187,10 +188,19 @@ def suitable_parts(config: CrossViTConfig, *, images: int, device: str) -> int:
 
 
 def _one_batch(recipe: Recipe, train: ImageSet) -> tuple[Recipe, ImageSet]:
-    """(recipe, images) of the first batch alone, with nothing that varies it or softens its targets."""
+    """(recipe, images) of the first batch alone, with nothing that varies it, softens its targets, gives others than its labels
+    or ends the run early."""
     first = Order(train.labels, recipe.seed).epoch(0)[: recipe.batch_size]
-    plain = AugmentationRecipe(rotate=0.0, shift=0.0, zoom=0.0, colour=0.0)
-    recipe = dataclasses.replace(recipe, augmentation=plain, mixing=MixingRecipe(), label_smoothing=0.0, drop_path=0.0)
+    recipe = dataclasses.replace(
+        recipe,
+        augmentation=AugmentationRecipe(rotate=0.0, shift=0.0, zoom=0.0, colour=0.0),
+        mixing=MixingRecipe(),
+        distillation=DistillationRecipe(),
+        checkpoints=dataclasses.replace(recipe.checkpoints, patience="0"),
+        label_smoothing=0.0,
+        drop_path=0.0,
+        sampling="all",
+    )
     return recipe, train.take([key.image for key in first])
 
 
@@ -247,6 +257,27 @@ def _warnings(plan: Plan, looked: Mapping[str, Findings]) -> list[str]:
         lines.append(
             f"{most} has {counts[most]} images and {least} {counts[least]}: --class-weights balanced{sampling} makes up for it"
         )
+    return lines
+
+
+def _less_than_asked(plan: Plan) -> list[str]:
+    """Fields of the recipe that another one, or the length of the run, takes the effect from."""
+    recipe, optimiser = plan.recipe, plan.recipe.optimiser
+    lines: list[str] = []
+    steps_an_epoch = math.ceil(len(plan.train) / recipe.batch_size)
+    steps = recipe.epochs * steps_an_epoch
+    warmup = parse_duration(optimiser.warmup, name="warmup", units=STEP_UNITS).steps(per_epoch=steps_an_epoch, total=steps)
+    if warmup >= steps:
+        lines.append(
+            f"the warm-up of {optimiser.warmup} takes the whole run of {recipe.epochs} epochs, so that the rate never comes to "
+            f"{optimiser.lr:g}: --warmup '10 %'"
+        )
+    if warmup and optimiser.warmup_lr > optimiser.lr:
+        lines.append(f"the warm-up starts from {optimiser.warmup_lr:g}, above the highest rate of {optimiser.lr:g}: it falls")
+    if recipe.sampling == "balanced" and recipe.augmentation.repeats > 1:
+        lines.append("--sampling balanced draws each image by itself, so that --repeats does nothing")
+    if recipe.sampling == recipe.class_weights == "balanced":
+        lines.append("--sampling balanced and --class-weights balanced make up for rare classes twice: one of them is enough")
     return lines
 
 

@@ -15,13 +15,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from crossvit.errors import ConfigError, UsageError, unknown_name
+from crossvit.errors import VERY_LIKE, ConfigError, UnknownNameError, UsageError, nearest_names, unknown_name
 from crossvit.run import Run
-from crossvit.train.durations import STEP_UNITS, UNITS, parse_duration
+from crossvit.train.durations import STEP_UNITS, UNITS, Duration, parse_duration
 
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PARTS = ("tokens", "branch0", "branch1", "branch2", "branch3", "fusion", "heads", "backbone")
+DURATIONS = ("warmup", "every", "patience")
 PLAIN_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -53,7 +54,7 @@ def _tidy_duration(record: object, name: str, units: tuple[str, ...]) -> None:
 class OptimiserRecipe:
     """[optimiser] A linear warm-up, then half a cosine from `lr` to `final_lr` at the last step."""
 
-    optimiser: str = option("adamw", "adamw, sgd, or any optimiser of timm by name")
+    optimiser: str = option("adamw", "adamw, sgd, or any first-order optimiser of timm by name")
     lr: float = option(1e-3, "the highest learning rate")
     weight_decay: float = option(0.05, "on matrices and kernels; not on norms, biases, class tokens and positions")
     momentum: float = option(0.9, "of sgd and its like")
@@ -139,10 +140,10 @@ class CheckpointRecipe:
     keep: int = option(2, "how many of the newest are kept")
     patience: str = option(
         "0",
-        "stop when the held-out score (top-1, or mAP of several labels) has not risen for so many epochs, or % of the run, and "
-        "take the best; 0 never",
+        "stop when the held-out score (top-1, or mAP of several labels) has not risen for so many epochs, or % of the run (one "
+        "epoch at least), and take the best; 0 never",
     )
-    select: str = option("last", "whose weights become the run's: last or best (on the held-out images)")
+    select: str = option("last", "whose weights become the run's: last or best (on the held-out images); with patience the best")
 
     def __post_init__(self) -> None:
         _tidy_duration(self, "every", tuple(unit for unit in UNITS if unit != "%"))
@@ -150,8 +151,16 @@ class CheckpointRecipe:
         _require(self.keep >= 1, "keep", self.keep, "a whole number of 1 or more")
         _tidy_duration(self, "patience", ("epochs", "%"))
         _require(self.select in ("last", "best"), "select", self.select, "last or best")
-        if parse_duration(self.patience, name="patience", units=("epochs", "%")).amount:
-            object.__setattr__(self, "select", "best")
+
+    @property
+    def takes_best(self) -> bool:
+        """Whether the weights of the best epoch become the run's: by `select`, or because of `patience`."""
+        return self.select == "best" or self.waits(epochs=1) > 0
+
+    def waits(self, *, epochs: int) -> int:
+        """Epochs without a better score after which a run of `epochs` stops, 0 for never."""
+        patience = parse_duration(self.patience, name="patience", units=("epochs", "%"))
+        return max(patience.steps(per_epoch=1, total=epochs), 1) if patience.amount else 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -298,10 +307,7 @@ def _build(kind: type[Any], record: Mapping[str, Any]) -> Any:
     values = {}
     for key, value in record.items():
         if key not in hints:
-            tables = {name: table for table, name, _ in fields()}
-            if kind is Recipe and tables.get(key):
-                raise ConfigError(f"recipe key {key}: belongs under [{tables[key]}]")
-            raise unknown_name("recipe key", key, hints)
+            raise _misplaced(key)
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, Mapping):
                 raise ConfigError(f"recipe key {key} = {value!r}: should be a table [{key}]")
@@ -311,15 +317,33 @@ def _build(kind: type[Any], record: Mapping[str, Any]) -> Any:
     return kind(**values)
 
 
+def _misplaced(key: str) -> UsageError:
+    """The error for a key that its table has not: the table it belongs to; else the nearest fields of all tables, or where none
+    is a letter or two apart the one whose explanation has its words (`learning_rate`)."""
+    places = {name: f"under [{table}]" if table else "at the top, before the tables" for table, name, _ in fields()}
+    if key in places:
+        return ConfigError(f"recipe key {key}: belongs {places[key]}")
+    words = key.replace("_", " ").lower()
+    explained = [name for _, name, field in fields() if words in field.metadata["help"].lower()]
+    meant = nearest_names(key, places, cutoff=VERY_LIKE) or explained[:1] or nearest_names(key, places)
+    if not meant:
+        return UnknownNameError(f"unknown recipe key {key!r}: see `crossvit train --help`")
+    return UnknownNameError(
+        f"unknown recipe key {key!r}: did you mean {' or '.join(f'{name} {places[name]}' for name in meant)}?"
+    )
+
+
 def _typed(key: str, value: Any, wanted: Any) -> Any:
-    """`value` as the field wants it. Runs of version 0.1.0 have a share of the run for `warmup`."""
+    """`value` as the field wants it. Runs of version 0.1.0 have a share of the run for `warmup`, as a number up to 1."""
     if typing.get_origin(wanted) is tuple:
         item = typing.get_args(wanted)[0]
         if not isinstance(value, list | tuple):
             raise ConfigError(f"recipe key {key} = {value!r}: should be a list")
         return tuple(_typed(key, one, item) for one in value)
-    if key == "warmup" and type(value) is float:
-        return f"{100 * value:g} %"
+    if key == "warmup" and type(value) is float and 0 <= value <= 1:
+        return str(Duration(round(100 * value, 6), "%"))
+    if key in DURATIONS and type(value) in (int, float):
+        return str(value)  # a number alone: what is read as a duration says which units there are
     allowed = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     value = float(value) if float in allowed and type(value) is int else value
     if type(value) not in allowed:

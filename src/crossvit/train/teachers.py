@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 
 from crossvit.data.preprocess import Preprocessing
-from crossvit.errors import UsageError
+from crossvit.errors import UsageError, WeightsError, unknown_name
 from crossvit.factory import create_model
 from crossvit.model.config import CrossViTConfig
 from crossvit.results import SINGLE_LABEL
@@ -21,7 +26,8 @@ def load_teacher(name: str, plan: Plan, *, device: torch.device) -> Teacher:
     """`timm:NAME` (pretrained; `timm:local-dir:FOLDER` too) or a run folder, behind its own normalisation and input size. A timm
     model is taken to answer as the data asks: with one class, or with a sigmoid a class.
 
-    UsageError for a name that is neither, or a teacher of other classes, channels or another task than the plan's.
+    UsageError for a name that is neither, or a teacher of other classes, channels or another task than the plan's; WeightsError
+    for weights that cannot be fetched.
     """
     student = plan.preprocessing
     if name.startswith(TIMM):
@@ -52,14 +58,41 @@ def load_teacher(name: str, plan: Plan, *, device: torch.device) -> Teacher:
 
 
 def _timm_teacher(name: str) -> tuple[torch.nn.Module, Preprocessing, int]:
+    """(pretrained model, its preprocessing, its classes). UsageError for a name that timm has not, before anything is fetched;
+    WeightsError, in one line, where its weights cannot be fetched or read."""
     import timm
 
+    if ":" in name:  # local-dir:FOLDER, hf-hub:OWNER/NAME
+        kind, _, place = name.partition(":")
+        if kind == "local-dir" and not Path(place).is_dir():
+            raise UsageError(f"teacher {TIMM}{name}: no folder {place}")
+    elif not timm.is_model(name):
+        raise unknown_name(
+            "teacher", f"{TIMM}{name}", [f"{TIMM}{one}" for one in timm.list_models()], listing="timm.list_models()"
+        )
     try:
-        model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # an unknown name, no network, a damaged folder
+        with _errors_alone():
+            model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # no network, no pretrained weights, a damaged folder: whatever hub, safetensors or timm raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"timm has no teacher {name!r} here ({reason})") from error
+        raise WeightsError(
+            f"the weights of the teacher {TIMM}{name} cannot be had ({reason}): timm:local-dir:FOLDER takes some that are here"
+        ) from error
     config = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     height, width = config["input_size"][-2:]
     own = Preprocessing(image_size=(height, width), mean=tuple(config["mean"]), std=tuple(config["std"]))
     return model, own, int(model.num_classes)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def _errors_alone() -> Iterator[None]:
+    """Inside, those who fetch say nothing of each try: what comes of them is in the error."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm", "urllib3")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

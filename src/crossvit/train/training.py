@@ -30,7 +30,6 @@ from crossvit.results import MULTI_LABEL, Epoch, Evaluation, TrainingResult, to_
 from crossvit.run import Run
 from crossvit.runtimes.torch import TorchEngine, autocast, resolve_device, resolve_precision
 from crossvit.train.checkpoint import Writer
-from crossvit.train.durations import parse_duration
 from crossvit.train.held_out import HeldOut, mean_average_precision
 from crossvit.train.losses import Criterion, Mixing, Teacher, class_weights, positive_weights
 from crossvit.train.optim import freeze, learning_rate, make_optimiser
@@ -124,7 +123,7 @@ class Training:
     @property
     def ended(self) -> bool:
         """Whether every epoch is done and evaluated, or the score has stopped rising."""
-        patience = parse_duration(self.recipe.checkpoints.patience, name="patience").steps(per_epoch=1, total=self.recipe.epochs)
+        patience = self.recipe.checkpoints.waits(epochs=self.recipe.epochs)
         waited = len(self.epochs) - self.best[2] if self.best else 0
         return len(self.epochs) == self.recipe.epochs or bool(patience and waited >= patience)
 
@@ -297,7 +296,7 @@ class Training:
 
     @property
     def _keeps_best(self) -> bool:
-        return self.recipe.checkpoints.select == "best"
+        return self.recipe.checkpoints.takes_best
 
     @property
     def _best_step(self) -> int | None:

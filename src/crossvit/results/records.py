@@ -1,0 +1,32 @@
+"""What all records have in common: how they become JSON, and the words that are in several."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+SINGLE_LABEL, MULTI_LABEL = "single-label", "multi-label"  # one class an image, or any number of them
+
+
+def to_json(record: Any) -> Any:
+    """A record, nested as it may be, as dicts, lists, numbers and strings in the order of its fields. Bytes are left out."""
+    if dataclasses.is_dataclass(record) and not isinstance(record, type):
+        shown = (field for field in dataclasses.fields(record) if field.metadata.get("json", True))
+        fields = ((field.name, getattr(record, field.name)) for field in shown)
+        return {name: to_json(value) for name, value in fields if not isinstance(value, bytes)}
+    if isinstance(record, np.ndarray):
+        return record.tolist()
+    if isinstance(record, np.generic):
+        return record.item()
+    if isinstance(record, dict):
+        return {str(key): to_json(value) for key, value in record.items()}
+    if isinstance(record, list | tuple):
+        return [to_json(value) for value in record]
+    return record
+
+
+def branch_names(count: int) -> list[str]:
+    """S and L, the paper's names for its two branches; numbers otherwise."""
+    return ["S", "L"] if count == 2 else [str(index) for index in range(count)]

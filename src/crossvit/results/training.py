@@ -1,0 +1,78 @@
+"""A training run: its epochs, its result, and what one would cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from crossvit.results.evaluation import Evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """One line of a run's log. Accuracies are 0 to 1, `lr` is the last step's, `seconds` are of training alone, `skipped` counts
+    steps whose loss or gradient was not finite; if all were, there is no `loss` and `train_top1`. val_map: mean average
+    precision of several labels an image; None of one."""
+
+    epoch: int
+    step: int
+    loss: float | None
+    train_top1: float | None
+    val_top1: float
+    val_loss: float
+    lr: float
+    seconds: float
+    images_per_second: float
+    skipped: int = 0
+    val_map: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingResult:
+    """A finished run: where it is, its record (`run.json`), its epochs and its evaluation on the held-out images, which is
+    None for a run that had finished before it was asked for."""
+
+    run: str
+    top1: float
+    n: int
+    seconds: float
+    record: dict[str, Any]
+    epochs: tuple[Epoch, ...]
+    evaluation: Evaluation | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Rehearsal:
+    """What one step of everything shows of a run: its time in seconds and its memory in bytes (on a CPU the peaks of all its
+    processes, those that load images too, added up; on a GPU torch's, of the process with the most). `loss` is of the step;
+    evaluation_seconds is of all held-out images, from a batch of them; checkpoints is how many the run writes."""
+
+    model: str
+    steps: int
+    loss: float
+    seconds_a_step: float
+    evaluation_seconds: float
+    checkpoint_seconds: float
+    checkpoint_bytes: int
+    total_seconds: float
+    peak_bytes: int
+    checkpoints: int = 0
+    processes: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScaledRun:
+    """A run on so many GPUs, as arithmetic has it. batch_on_each: images of a step on one GPU, taken in `accumulate` parts;
+    images_per_second: what has to be loaded, in all and by each process; hours: training and evaluation."""
+
+    gpus: int
+    batch_size: int
+    batch_on_each: int
+    accumulate: int
+    lr: float
+    steps_an_epoch: int
+    steps: int
+    warmup_steps: int
+    images_per_second: float
+    images_per_second_on_each: float
+    hours: float
