@@ -56,7 +56,7 @@ def test_every_source_gives_the_folders_accuracy(pack: Callable[[str], Path], tm
     }
     for kind, places in sources.items():
         runs: list[TrainingResult] = [
-            fit(recipe(place, tmp_path / f"{kind}-{number}", epochs=3, batch_size=64)) for number, place in enumerate(places)
+            fit(recipe(place, tmp_path / f"{kind}-{number}", epochs=4, batch_size=16)) for number, place in enumerate(places)
         ]
         for place, run in zip(places, runs, strict=True):
             print(f"{kind:7} {place.name:16} {100 * run.top1:.2f} % of {run.n}")
@@ -72,8 +72,9 @@ def test_everything_that_is_planted_among_photos_is_found(pack: Callable[[str], 
         for name in classes:
             shutil.copytree(photos / part / name, tmp_path / part / name)
     before = check(open_data(tmp_path))
+    photos_of = {name: sorted((tmp_path / "train" / name).iterdir()) for name in classes}  # before anything is planted
     for name, following in zip(classes, (*classes[1:], classes[0]), strict=True):
-        copied, resized, relabelled, torn, *_ = sorted((tmp_path / "train" / name).iterdir())
+        copied, resized, relabelled, torn, *_ = photos_of[name]
         shutil.copy(copied, tmp_path / "val" / name / "leak.jpg")
         with Image.open(resized) as image:
             half = (image.width // 2, image.height // 2)
