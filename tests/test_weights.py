@@ -224,7 +224,7 @@ def test_weights_of_another_size_channels_and_classes_are_known(name: str) -> No
         assert dataclasses.replace(one, image_scale=1.0) == dataclasses.replace(other, image_scale=1.0)
 
 
-LOOK = {"image_size": [32, 32], "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+LOOK = {"image_size": [32, 32], "crop": None, "mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5], "channels": 0}
 
 
 def test_what_a_header_says_comes_first_and_must_be_true(tmp_path: Path) -> None:
