@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, Protocol
 
 from crossvit.errors import RunError, UsageError
 from crossvit.results import Prediction, to_json
-from crossvit.run import write_atomically
+from crossvit.run import write_atomically, writing
 
 ROWS_A_PART = 8192  # of a Parquet file, about: 1 MB, large enough to read fast, small enough to hold in memory
 LABEL_SEPARATOR = "; "  # of the classes of a multi-label model, in a cell of CSV
@@ -78,7 +78,7 @@ def open_results(path: Path, *, top_k: int, multi_label: bool, batch_size: int) 
     if path.exists() and not (path.is_dir() if kind == ".parquet" else path.is_file()):
         fix = "Parquet is written as a folder of parts" if kind == ".parquet" else f"{kind} is written as a file"
         raise UsageError(f"--out {path} is something else already ({fix}): choose another name")
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if kind == ".csv":
             return Csv(path, top_k=top_k, multi_label=multi_label)
@@ -114,19 +114,19 @@ class _Appended:
         return self.path.stat().st_size == 0
 
     def cut(self, end: int) -> None:
-        with _writing(self.path):
+        with writing(self.path):
             self._file.truncate(end)
 
     def clear(self) -> None:
         self.cut(0)
 
     def _write(self, content: str) -> None:
-        with _writing(self.path):
+        with writing(self.path):
             self._file.write(content.encode("utf-8"))
             self._file.flush()
 
     def finish(self) -> None:
-        with _writing(self.path):
+        with writing(self.path):
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -347,11 +347,3 @@ def _locked(path: Path, flags: int) -> int:
         os.close(descriptor)
         raise RunError(f"{path} is being written by another process: wait for it or choose another --out") from None
     return descriptor
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error

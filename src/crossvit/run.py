@@ -105,18 +105,18 @@ class Run:
         is a run). An old run's checkpoints go first and its weights after the new record is on disk, so that whatever
         happens between, the folder is the old run or the new one and never a mixture."""
         self.refuse_occupied(overwrite=overwrite)
-        with _writing(self.path):
+        with writing(self.path):
             if self.checkpoints.is_dir():
                 shutil.rmtree(self.checkpoints)
         self.write_record(record)
-        with _writing(self.path):
+        with writing(self.path):
             for entry in (self.weights_path, self.log_path, self.report_path):
                 entry.unlink(missing_ok=True)
         self.make_ready()
 
     def make_ready(self) -> None:
         """A place for checkpoints, and nothing half-written that a killed process left. Only under the lock."""
-        with _writing(self.path):
+        with writing(self.path):
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             for folder in (self.path, self.checkpoints):
                 for partial in folder.glob(".*.partial"):
@@ -140,7 +140,7 @@ class Run:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""
-        with _writing(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:
+        with writing(self.log_path), open(self.log_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def entries(self) -> list[dict[str, Any]]:
@@ -159,7 +159,7 @@ class Run:
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for writing. RunError if another process does."""
-        with _writing(self.path):
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / ".lock", "w")  # noqa: SIM115  # held until the lock is let go
         with file:
@@ -171,7 +171,8 @@ class Run:
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
+    """Inside, what the system refuses (a full disk, no permission) is a RunError in one line that names `path`."""
     try:
         yield
     except OSError as error:
