@@ -14,6 +14,7 @@ from PIL import Image
 from crossvit import BranchConfig, CrossViTConfig
 from crossvit.cli import run as crossvit_command
 from crossvit.data.sources import open_data
+from crossvit.model.crossvit import CrossViT
 from crossvit.results import Epoch, TrainingResult
 from crossvit.train.loop import fit
 from crossvit.train.recipe import load_recipe
@@ -51,6 +52,16 @@ class Heard(Watch):
 
     def epoch_done(self, entry: Epoch) -> None:
         self.epochs.append(entry)
+
+
+def lively(config: CrossViTConfig, seed: int = 0) -> CrossViT:
+    """A model whose logits differ from image to image."""
+    torch.manual_seed(seed)
+    model = CrossViT(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -14,16 +14,15 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 import crossvit
-from conftest import SMALL
+from conftest import SMALL, lively
 from crossvit import CrossViTConfig
 from crossvit.data.sources import open_data
 from crossvit.errors import EngineError, UsageError
-from crossvit.model.crossvit import CrossViT
+from crossvit.kernels.native import native
 from crossvit.results import TrainingResult
 from crossvit.runtimes import choose
 from crossvit.runtimes.choose import installed_engines, load_engine
-from crossvit.runtimes.kernel import attention_kernel
-from crossvit.runtimes.products import PackedLinear, Resize, attention_of, scaled_qkv
+from crossvit.runtimes.products import PackedLinear, attention_of, scaled_qkv
 from crossvit.runtimes.torch import TorchEngine
 from crossvit.trained import Trained, open_trained
 
@@ -52,16 +51,6 @@ def pictures(trained: Trained, scans: Path) -> NDArray[np.float32]:
 def exact(trained: Trained, pictures: NDArray[np.float32]) -> NDArray[np.float32]:
     """The model as it is, in torch, fp32: (branches, n, classes)."""
     return TorchEngine(trained.build(), device=torch.device("cpu"))(pictures)
-
-
-def lively(config: CrossViTConfig, seed: int = 0) -> CrossViT:
-    """A model whose logits differ from image to image."""
-    torch.manual_seed(seed)
-    model = CrossViT(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def relative(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -149,14 +138,6 @@ def test_a_form_that_is_not_to_be_had_is_refused() -> None:
         crossvit.optimize(lively(SMALL))(torch.zeros(1, 3, 8, 8))
 
 
-@pytest.mark.parametrize("sizes", [((240, 240), (224, 224)), ((36, 50), (24, 70)), ((7, 300), (100, 9)), ((5, 5), (1, 1))])
-def test_the_resize_is_torchs_bicubic(sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
-    given, size = sizes
-    images = torch.randn(2, 3, *given)
-    exact = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
-    torch.testing.assert_close(Resize(given, size)(images), exact, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_products_are_linear_layers(dtype: torch.dtype) -> None:
     x, weight, bias, residual = (torch.randn(shape).to(dtype) for shape in ((3, 7, 24), (40, 24), (40,), (3, 7, 40)))
@@ -182,31 +163,9 @@ def test_attention_in_the_form_is_attention(dtype: torch.dtype, tokens: int, hea
     exact = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     qkv = F.linear(x, *scaled_qkv(weight, bias, heads)).to(dtype)
     bound = 1e-5 if dtype == torch.float32 else 3e-2
-    for kernel in (None, attention_kernel()):
-        found = attention_of(qkv, heads, kernel)
+    for kernels in (None, native()):
+        found = attention_of(qkv, heads, kernels)
         assert float((found.double() - exact).abs().max() / exact.abs().max()) < bound
-
-
-def test_without_a_compiler_or_with_one_that_fails_torch_computes_attention(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path))
-    for compiler in ("no-such-compiler", "false"):
-        monkeypatch.setenv("CXX", compiler)
-        attention_kernel.cache_clear()
-        assert attention_kernel() is None
-    form = crossvit.optimize(lively(SMALL))
-    assert form(torch.zeros(1, 3, *SMALL.image_size)).isfinite().all()
-    attention_kernel.cache_clear()
-
-
-def test_a_kernel_that_was_compiled_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    if attention_kernel() is None:
-        pytest.skip("no kernel on this machine")
-    attention_kernel.cache_clear()
-    monkeypatch.setattr("crossvit.runtimes.kernel.Kernel.__call__", lambda self, qkv, heads: qkv[..., : qkv.shape[-1] // 3])
-    assert attention_kernel() is None
-    attention_kernel.cache_clear()
 
 
 # ---------------------------------------------------------------- choosing

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from crossvit.errors import EngineError, UsageError
 from crossvit.model.crossvit import CrossViT
-from crossvit.runtimes.machine import version_of
+from crossvit.machine import version_of
 from crossvit.runtimes.optimized import optimize
 from crossvit.runtimes.torch import autocast
 

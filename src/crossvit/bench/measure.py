@@ -21,7 +21,7 @@ from crossvit.factory import model_config
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.cost import cost
 from crossvit.results import Bench, BenchRow, Growth
-from crossvit.runtimes.machine import physical_cores, processor, version_of
+from crossvit.machine import physical_cores, processor, version_of
 from crossvit.runtimes.products import PackedLinear
 from crossvit.runtimes.torch import resolve_device
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossvit.errors import ConfigError
+from crossvit.kernels import functions
 from crossvit.model.cache_sized import cache_sized_attention
 
 KERNELS = ("auto", "fused", "plain")
@@ -38,6 +39,11 @@ def attention_kernel(name: str) -> Iterator[None]:
         yield
     finally:
         _kernel = before
+
+
+def kernel_is_free() -> bool:
+    """Whether the kernel is chosen by device and precision, and not by `attention_kernel`."""
+    return _kernel == "auto"
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0) -> Tensor:
@@ -91,10 +97,13 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)  # (B, N, 3 D)
         dropout = self.attention_drop if self.training else 0.0
-        if self.listener is None and dropout == 0 and _kernel == "auto" and _beats_fused(qkv):
-            with _as_given(qkv):
-                mixed = cache_sized_attention(qkv, self.num_heads)
-            return self.drop(self.out(mixed))  # type: ignore[no-any-return]
+        if self.listener is None and dropout == 0 and kernel_is_free():
+            if functions.takes_attention(qkv, self.num_heads):
+                return self.drop(self.out(functions.attention(qkv, self.num_heads)))  # type: ignore[no-any-return]
+            if _beats_fused(qkv):
+                with _as_given(qkv):
+                    mixed = cache_sized_attention(qkv, self.num_heads)
+                return self.drop(self.out(mixed))  # type: ignore[no-any-return]
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, K) each
         if self.listener is None:
             mixed = attention(query, key, value, dropout=dropout)
@@ -138,13 +147,16 @@ class CrossAttention(nn.Module):
 
     def _lazy(self, x: Tensor) -> Tensor:
         heads = (self.num_heads, -1)
+        if torch.is_autocast_enabled(x.device.type):  # which would cast it at each of its uses
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         query = self.query(x[:, 0]).unflatten(-1, heads).transpose(0, 1)  # (H, B, K)
         probe = (query @ self.key.weight.unflatten(0, heads)).transpose(0, 1)  # (B, H, D): q W_kᵀ
         scale = 1 / math.sqrt(query.shape[-1])
         bias: Tensor = self.value.bias
         if torch.is_grad_enabled():
             bias = bias + 0 * self.key.bias  # so that b_k has its gradient, which distributed training insists on
-        if self.listener is None and not self._dropping and _kernel != "plain":
+        fused = _kernel == "fused" or (_kernel == "auto" and not _beats_fused(probe))
+        if fused and self.listener is None and not self._dropping:
             mixed = F.scaled_dot_product_attention(probe.unsqueeze(1), x.unsqueeze(1), x.unsqueeze(1), scale=scale).squeeze(1)
         else:
             weights = self._weights((scale * probe @ x.transpose(1, 2)).softmax(dim=-1))  # (B, H, N)

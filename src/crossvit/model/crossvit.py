@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from crossvit.model.attention import SelfAttention
+from crossvit.kernels.block import Half, attention_half, mlp_half, takes
+from crossvit.model.attention import SelfAttention, kernel_is_free
 from crossvit.model.config import BranchConfig, CrossViTConfig
 from crossvit.model.drop_path import DropPath, drop_path_rates
 from crossvit.model.fusion import FUSIONS, NORM_EPS, Grid, summary
@@ -39,8 +40,27 @@ class EncoderBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._by_kernels(x):  # the same, in bf16 on a CPU
+            x = attention_half(x, self._attention_half(), self.attention.num_heads, self.drop_path.factor(x))
+            return mlp_half(x, self._mlp_half(), self.drop_path.factor(x))
         x = x + self.drop_path(self.attention(self.attention_norm(x)))
         return x + self.drop_path(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
+
+    def _by_kernels(self, x: Tensor) -> bool:
+        attention, mlp = self.attention, self.mlp
+        dropping = self.training and max(attention.drop.p, attention.attention_drop, *(mlp[index].p for index in (2, 4))) > 0
+        if dropping or attention.listener is not None or not kernel_is_free():
+            return False
+        head_width = x.shape[-1] // attention.num_heads
+        return takes(x, self._attention_half(), head_width=head_width) and takes(x, self._mlp_half())
+
+    def _attention_half(self) -> Half:
+        norm, inward, outward = self.attention_norm, self.attention.qkv, self.attention.out
+        return Half(norm.weight, norm.bias, inward.weight, inward.bias, outward.weight, outward.bias, norm.eps)
+
+    def _mlp_half(self) -> Half:
+        norm, inward, outward = self.mlp_norm, self.mlp[0], self.mlp[3]
+        return Half(norm.weight, norm.bias, inward.weight, inward.bias, outward.weight, outward.bias, norm.eps)
 
 
 class MultiScaleEncoder(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 
@@ -13,10 +14,15 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
+        factor = self.factor(x)
+        return x if factor is None else (x * factor).to(x.dtype)
+
+    def factor(self, x: Tensor) -> Tensor | None:
+        """m / (1 − rate) of a new draw for `x`, (B, 1, ...) in fp32, or None for the identity."""
         if not self.training or self.rate == 0.0:
-            return x
-        keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1.0 - self.rate)
-        return x * keep / (1.0 - self.rate)
+            return None
+        shape = (x.shape[0], *[1] * (x.ndim - 1))
+        return torch.empty(shape, device=x.device).bernoulli_(1.0 - self.rate) / (1.0 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossvit.kernels.resize import bicubic, takes_resize
 from crossvit.model.config import BranchConfig
 from crossvit.model.t2t import TokensToToken
 
@@ -17,6 +18,8 @@ def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
     """Bicubic, without antialiasing, as the released models were trained. (B, C, H, W) -> (B, C, *size)."""
     if images.shape[-2:] == size:
         return images
+    if takes_resize(images):
+        return bicubic(images, size)
     return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
 
 

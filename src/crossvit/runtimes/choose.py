@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from crossvit.errors import EngineError, UsageError
 from crossvit.run import write_atomically
-from crossvit.runtimes.machine import processor, version_of
+from crossvit.machine import cache_folder, processor, version_of
 from crossvit.trained import Trained
-from crossvit.weights.hub import cache_folder
 
 Images = NDArray[np.float32]
 Logits = NDArray[np.float32]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossvit.kernels.native import native
 from crossvit.model.crossvit import CrossViT, EncoderBlock, MultiScaleEncoder, check_images
 from crossvit.model.fusion import NORM_EPS, CrossAttentionFusion, CrossRead, Grid, summary
 from crossvit.model.tokens import Tokens, resample_positions, resize
-from crossvit.runtimes.kernel import attention_kernel
-from crossvit.runtimes.products import PackedLinear, Resize, attention_of, scaled_qkv
+from crossvit.runtimes.products import PackedLinear, attention_of, scaled_qkv
 
 CACHE_TOKENS = 2400  # tokens a pass takes at most, so that what a block makes stays in the caches (docs/performance.md)
 
@@ -36,7 +36,7 @@ class CpuForm(nn.Module):
         tokens = max(rows * columns for rows, columns in grids)
         self.images_a_pass = max(1, CACHE_TOKENS // tokens)
         rows = self.images_a_pass * tokens
-        self.tokens = nn.ModuleList(_FastTokens(embed, self.config.image_size, dtype) for embed in model.tokens)  # type: ignore[arg-type]
+        self.tokens = nn.ModuleList(_FastTokens(embed, dtype) for embed in model.tokens)  # type: ignore[arg-type]
         self.encoders = nn.ModuleList(_FastEncoder(encoder, rows, dtype) for encoder in model.encoders)  # type: ignore[arg-type]
         self.norms = nn.ModuleList(_FastNorm(norm) for norm in model.norms)  # type: ignore[arg-type]
         self.heads = copy.deepcopy(model.heads).float()  # a head reads one token: precision costs nothing there
@@ -65,13 +65,11 @@ class CpuForm(nn.Module):
 
 
 class _FastTokens(nn.Module):
-    """`Tokens` with the branch's own resize as products and the stem in `dtype`, channels last."""
+    """`Tokens` with the stem in `dtype`, channels last."""
 
-    def __init__(self, embed: Tokens, image_size: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, embed: Tokens, dtype: torch.dtype) -> None:
         super().__init__()
         self.branch, self.grid, self.dtype = embed.branch, embed.grid, dtype
-        self.given, self.size = image_size, embed.branch.image_size(image_size)
-        self.resize = nn.Identity() if self.given == self.size else Resize(self.given, self.size)
         # The T2T tokeniser is attention over thousands of tokens, and not worth a form of its own.
         self.stem_dtype = dtype if embed.branch.tokeniser != "t2t" else torch.float32
         self.stem = copy.deepcopy(embed.patches).to(self.stem_dtype).to(memory_format=torch.channels_last)
@@ -80,8 +78,7 @@ class _FastTokens(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         given = (images.shape[-2], images.shape[-1])
-        own = self.resize(images) if given == self.given else resize(images, self.branch.image_size(given))
-        own = own.to(self.stem_dtype, memory_format=torch.channels_last)
+        own = resize(images, self.branch.image_size(given)).to(self.stem_dtype, memory_format=torch.channels_last)
         patches = self.stem(own).flatten(2).transpose(1, 2)  # (B, n, D)
         positions = resample_positions(self.positions, self.grid, self.branch.grid(given))
         tokens = torch.empty(patches.shape[0], positions.shape[1], patches.shape[2], dtype=self.dtype)
@@ -111,7 +108,7 @@ class _FastBlock(nn.Module):
         assert isinstance(block, EncoderBlock)
         attention = block.attention
         self.num_heads = attention.num_heads
-        self.kernel = attention_kernel()
+        self.kernels = native()
         self.attention_norm, self.mlp_norm = _FastNorm(block.attention_norm), _FastNorm(block.mlp_norm)
         weight, bias = scaled_qkv(attention.qkv.weight.detach(), attention.qkv.bias.detach(), self.num_heads)
         self.qkv = PackedLinear(weight.to(dtype), bias.to(dtype), rows=rows)
@@ -119,7 +116,7 @@ class _FastBlock(nn.Module):
         self.hidden, self.down = (_packed(block.mlp[index], rows, dtype) for index in (0, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = attention_of(self.qkv(self.attention_norm(x)), self.num_heads, self.kernel)
+        mixed = attention_of(self.qkv(self.attention_norm(x)), self.num_heads, self.kernels)
         x = self.out.add(mixed, x)
         return self.down.add(self.hidden.gelu(self.mlp_norm(x)), x)
 

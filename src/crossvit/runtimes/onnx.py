@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 
 from crossvit.errors import EngineError
 from crossvit.run import Run, write_atomically
-from crossvit.runtimes.machine import physical_cores, version_of
+from crossvit.machine import cache_folder, physical_cores, version_of
 from crossvit.trained import Trained
-from crossvit.weights.hub import cache_folder
 
 if TYPE_CHECKING:
     from torch import nn

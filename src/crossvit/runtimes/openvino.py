@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from crossvit.errors import EngineError, UsageError
 from crossvit.run import write_atomically
-from crossvit.runtimes.machine import physical_cores, version_of
+from crossvit.machine import physical_cores, version_of
 from crossvit.runtimes.onnx import onnx_file
 from crossvit.trained import Trained
 

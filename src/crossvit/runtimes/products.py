@@ -1,4 +1,4 @@
-"""Products and kernels that the inference form on a CPU is made of: oneDNN's linear layers, attention, the branch resize.
+"""Products and kernels that the inference form on a CPU is made of: oneDNN's linear layers and attention.
 
 Shapes: B batch, N tokens, D width, H heads, K = D / H width of a head; R rows, all tokens of a batch.
 """
@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossvit.runtimes.kernel import Kernel
-
-RESIZE_BLOCK = 32  # outputs a product of the resize makes at once; their taps lie in about as many inputs and four more
+from crossvit.kernels.native import Native
 
 
 class PackedLinear(nn.Module):
@@ -70,14 +68,14 @@ def scaled_qkv(weight: Tensor, bias: Tensor, num_heads: int) -> tuple[Tensor, Te
     return weight * scale[:, None], bias * scale
 
 
-def attention_of(qkv: Tensor, num_heads: int, kernel: Kernel | None = None) -> Tensor:
+def attention_of(qkv: Tensor, num_heads: int, kernels: Native | None = None) -> Tensor:
     """softmax(q kᵀ) v with the scale in q: (B, N, 3 D) -> (B, N, D), by our own kernel where it is there and takes them.
 
     Otherwise in fp32 torch's fused kernel; in bf16 two products and a softmax, which beat it two- to threefold for few enough
     images that the scores stay in the cache, with the heads copied together first since oneDNN's products want them dense.
     """
-    if kernel is not None and kernel.takes(qkv, num_heads):
-        return kernel(qkv, num_heads)
+    if kernels is not None and kernels.takes(qkv, num_heads):
+        return kernels.attention(qkv, num_heads)
     heads = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, N, K)
     if qkv.dtype == torch.float32:
         query, key, value = heads.unbind(0)
@@ -86,32 +84,3 @@ def attention_of(qkv: Tensor, num_heads: int, kernel: Kernel | None = None) -> T
         query, key, value = heads.contiguous().unbind(0)
         mixed = (query @ key.transpose(-2, -1)).softmax(dim=-1) @ value
     return mixed.transpose(1, 2).flatten(2)  # (B, N, D)
-
-
-class Resize(nn.Module):
-    """torch's bicubic resize without antialiasing as products along each side: (B, C, H, W) -> (B, C, *size), fp32.
-
-    out = R_h image R_wᵀ, and R is banded (four taps a row), so it is cut into blocks of rows with the inputs they read.
-    torch's own kernel on a CPU computes all sixteen taps of every pixel.
-    """
-
-    def __init__(self, given: tuple[int, int], size: tuple[int, int]) -> None:
-        super().__init__()
-        self.rows = _bands(given[0], size[0])
-        self.columns = _bands(given[1], size[1])
-
-    def forward(self, images: Tensor) -> Tensor:
-        images = torch.cat([band @ images[..., start:stop, :] for start, stop, band in self.rows], dim=-2)
-        return torch.cat([images[..., start:stop] @ band.T for start, stop, band in self.columns], dim=-1)
-
-
-def _bands(given: int, size: int) -> list[tuple[int, int, Tensor]]:
-    """(first input, end of inputs, (outputs, inputs) weights) of each block of outputs."""
-    eye = torch.eye(given)[None, None]
-    matrix = F.interpolate(eye, size=(size, given), mode="bicubic", align_corners=False)[0, 0]  # torch's own weights
-    bands = []
-    for block in matrix.split(RESIZE_BLOCK):
-        used = block.any(dim=0).nonzero().flatten()
-        start, stop = int(used[0]), int(used[-1]) + 1
-        bands.append((start, stop, block[:, start:stop].contiguous()))
-    return bands

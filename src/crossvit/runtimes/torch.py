@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from crossvit.errors import UsageError
 from crossvit.model.crossvit import CrossViT
 from crossvit.runtimes.cpu import CpuForm
-from crossvit.runtimes.machine import physical_cores
+from crossvit.machine import physical_cores
 from crossvit.runtimes.optimized import DTYPES, DeviceForm, optimize
 from crossvit.trained import Trained
 

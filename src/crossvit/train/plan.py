@@ -32,7 +32,7 @@ from crossvit.weights.identify import identify
 ENOUGH_FOR_9_DAGGER = 20_000  # training images from which a model of the paper is chosen for its size; see dev/LOG.md
 IMAGES_SEEN = 60_000  # by a run whose epochs are chosen; see dev/LOG.md
 SEEN_AT_LEAST = 12_000  # images, by such a run; see dev/LOG.md
-PART_IMAGES = 8  # the fastest of 4, 8 and 16 for crossvit_9_240 and crossvit_small_240 in bf16; see dev/LOG.md
+PART_IMAGES = 16  # the fastest of 8 and 16 for crossvit_9_240 and crossvit_small_240 in bf16; see dev/LOG.md
 MANY_TOKENS = 196  # of a branch, from which a model is large in that sense
 FEW = 400  # images, for which the batch is smaller; see dev/LOG.md
 MEASURED_AT_MOST = 2_000  # images, whose mean and deviation are taken for all where channels are not RGB

@@ -1,4 +1,5 @@
-"""What this machine is and has: its processor, its cores, the versions of packages. Standard library only."""
+"""What this machine is and has: its processor, its cores, the versions of packages, a folder for what is kept. Standard library
+only."""
 
 from __future__ import annotations
 
@@ -36,3 +37,9 @@ def version_of(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def cache_folder() -> Path:
+    """Where is kept what was fetched or made for this machine: weights, exported models, compiled kernels."""
+    named = os.environ.get("CROSSVIT_CACHE")
+    return Path(named).expanduser() if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crossvit"

@@ -1,0 +1,161 @@
+"""An encoder block in bf16 on a CPU, a few images at a time: each half is one function, so that what it makes stays in the cache.
+
+    attention half:  y = x + m · Out(Attention(QKV(LN x)))        MLP half:  y = x + m · Down(GELU(Up(LN x)))
+
+x, y and parameters are fp32; what goes into a product or comes out of one is bf16, as under torch's autocast. m is the factor of
+stochastic depth, one a sample. Kept for the backward pass: x, the LayerNorm's statistics, and qkv with what was mixed, or what GELU
+takes; the rest is computed again. Gradients of weights are summed in fp32. Differentiable once.
+
+Shapes: B batch, b images of a part, N tokens, D width, H heads, F hidden width of the MLP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from crossvit.kernels.functions import is_eager, kernels_here
+from crossvit.kernels.native import LANES, native
+
+PART_TOKENS = 3300  # that are worked on at once: the best of 800 to 6,500; see dev/LOG.md
+
+
+class Half(NamedTuple):
+    """The parameters of one half: a LayerNorm (weight and bias (D), eps), and the linear layers before and after what is between."""
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    in_weight: Tensor  # (3 D, D) or (F, D)
+    in_bias: Tensor
+    out_weight: Tensor  # (D, D) or (D, F)
+    out_bias: Tensor
+    eps: float
+
+
+def takes(x: Tensor, half: Half, *, head_width: int = LANES) -> bool:
+    """Whether a half is computed here: on a CPU with the kernels, under bf16 autocast, fp32 tokens and parameters, all widths
+    whole registers, and nothing that traces or transforms."""
+    if x.dtype != torch.float32 or not is_eager(x) or not torch.is_autocast_enabled("cpu"):
+        return False
+    if torch.get_autocast_dtype("cpu") != torch.bfloat16 or any(tensor.dtype != torch.float32 for tensor in half[:-1]):
+        return False
+    fits = all(width % LANES == 0 for width in (*half.in_weight.shape, head_width))
+    return fits and (kernels := native()) is not None and kernels.has_layers
+
+
+def attention_half(x: Tensor, half: Half, num_heads: int, factor: Tensor | None) -> Tensor:
+    """x + factor · Out(Attention(QKV(LN x))): (B, N, D) -> (B, N, D). factor: (B, 1, 1) or None."""
+    return _AttentionHalf.apply(x, factor, num_heads, half.eps, *half[:-1])  # type: ignore[no-any-return]
+
+
+def mlp_half(x: Tensor, half: Half, factor: Tensor | None) -> Tensor:
+    """x + factor · Down(GELU(Up(LN x))): (B, N, D) -> (B, N, D). factor: (B, 1, 1) or None."""
+    return _MLPHalf.apply(x, factor, half.eps, *half[:-1])  # type: ignore[no-any-return]
+
+
+def _parts(x: Tensor) -> Iterator[slice]:
+    batch, tokens = x.shape[:2]
+    size = max(1, PART_TOKENS // tokens)
+    return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """x W ᵀ + b in bf16 through oneDNN, the bias added in registers."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+def _narrow(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(torch.bfloat16) for tensor in tensors)
+
+
+class _AttentionHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor | None, num_heads: int, eps: float, *parameters: Tensor) -> Tensor:
+        kernels, x = kernels_here(), x.contiguous()
+        norm_weight, norm_bias = parameters[:2]
+        in_weight, in_bias, out_weight, out_bias = _narrow(*parameters[2:])
+        ctx.scale, ctx.eps = math.sqrt(num_heads / x.shape[-1]), eps
+        y, kept = torch.empty_like(x), []
+        for part in _parts(x):
+            own = x[part]
+            normalised, _ = kernels.layer_norm(own, norm_weight, norm_bias, eps)
+            qkv = _linear(normalised, in_weight, in_bias)  # (b, N, 3 D)
+            log_sums = own.new_empty(len(own), num_heads, own.shape[1])
+            mixed = kernels.attention(qkv, num_heads, scale=ctx.scale, log_sums=log_sums)
+            kernels.residual(own, _linear(mixed, out_weight, out_bias), None if factor is None else factor[part], y[part])
+            kept += [qkv, mixed, log_sums]
+        ctx.save_for_backward(x, factor, norm_weight, norm_bias, in_weight, out_weight, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, factor, norm_weight, norm_bias, in_weight, out_weight, *kept = ctx.saved_tensors
+        kernels, gradient = kernels_here(), gradient.contiguous()
+        found = _Gradients(x, norm_weight, in_weight, out_weight)
+        for number, part in enumerate(_parts(x)):
+            qkv, mixed, log_sums = kept[3 * number : 3 * number + 3]
+            normalised, statistics = kernels.layer_norm(x[part], norm_weight, norm_bias, ctx.eps)
+            update = _update_gradient(gradient[part], None if factor is None else factor[part])
+            kernels.linear_gradient(update, mixed, found.out_weight, found.out_bias)
+            of_qkv = kernels.attention_gradient(qkv, mixed, update @ out_weight, log_sums, scale=ctx.scale)
+            kernels.linear_gradient(of_qkv, normalised, found.in_weight, found.in_bias)
+            of_norm = (found.x[part], found.norm_weight, found.norm_bias)
+            kernels.layer_norm_gradient(of_qkv @ in_weight, gradient[part], x[part], norm_weight, statistics, of_norm)
+        return found.x, None, None, None, *found.of_parameters()
+
+
+class _MLPHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor | None, eps: float, *parameters: Tensor) -> Tensor:
+        kernels, x = kernels_here(), x.contiguous()
+        norm_weight, norm_bias = parameters[:2]
+        in_weight, in_bias, out_weight, out_bias = _narrow(*parameters[2:])
+        ctx.eps = eps
+        y, kept = torch.empty_like(x), []
+        for part in _parts(x):
+            normalised, _ = kernels.layer_norm(x[part], norm_weight, norm_bias, eps)
+            hidden = _linear(normalised, in_weight, in_bias)  # (b, N, F)
+            update = _linear(kernels.gelu(hidden), out_weight, out_bias)
+            kernels.residual(x[part], update, None if factor is None else factor[part], y[part])
+            kept.append(hidden)
+        ctx.save_for_backward(x, factor, norm_weight, norm_bias, in_weight, out_weight, *kept)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, factor, norm_weight, norm_bias, in_weight, out_weight, *kept = ctx.saved_tensors
+        kernels, gradient = kernels_here(), gradient.contiguous()
+        found = _Gradients(x, norm_weight, in_weight, out_weight)
+        for hidden, part in zip(kept, _parts(x), strict=True):
+            normalised, statistics = kernels.layer_norm(x[part], norm_weight, norm_bias, ctx.eps)
+            update = _update_gradient(gradient[part], None if factor is None else factor[part])
+            activated, of_hidden = kernels.gelu_gradient(hidden, update @ out_weight)
+            kernels.linear_gradient(update, activated, found.out_weight, found.out_bias)
+            kernels.linear_gradient(of_hidden, normalised, found.in_weight, found.in_bias)
+            of_norm = (found.x[part], found.norm_weight, found.norm_bias)
+            kernels.layer_norm_gradient(of_hidden @ in_weight, gradient[part], x[part], norm_weight, statistics, of_norm)
+        return found.x, None, None, *found.of_parameters()
+
+
+class _Gradients:
+    """Where the gradients of one half are summed, in fp32."""
+
+    def __init__(self, x: Tensor, norm_weight: Tensor, in_weight: Tensor, out_weight: Tensor) -> None:
+        self.x = torch.empty_like(x)
+        self.norm_weight, self.norm_bias = torch.zeros_like(norm_weight), torch.zeros_like(norm_weight)
+        self.in_weight, self.in_bias = x.new_zeros(in_weight.shape), x.new_zeros(in_weight.shape[0])
+        self.out_weight, self.out_bias = x.new_zeros(out_weight.shape), x.new_zeros(out_weight.shape[0])
+
+    def of_parameters(self) -> tuple[Tensor, ...]:
+        return self.norm_weight, self.norm_bias, self.in_weight, self.in_bias, self.out_weight, self.out_bias
+
+
+def _update_gradient(gradient: Tensor, factor: Tensor | None) -> Tensor:
+    return (gradient if factor is None else gradient * factor).to(torch.bfloat16)

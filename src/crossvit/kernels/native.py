@@ -1,0 +1,239 @@
+"""The compiled kernels: found or made, checked, and called with tensors. The C++ beside this file has the equations.
+
+Without a C++ compiler, on another processor or with another operating system there are none, and `native()` is None. Nothing here
+has a gradient; kernels/functions.py has.
+
+Shapes: B batch, N tokens, D width, H heads, K = D / H width of a head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from crossvit.machine import cache_folder, processor
+
+FOLDER = Path(__file__).parent
+SOURCES = ("attention.cpp", "attention_gradient.cpp", "linear.cpp", "layers.cpp", "resize.cpp")
+HEADERS = ("tiles.h",)
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+COMPILE_SECONDS = 120
+TAPS = 4  # of a bicubic resize
+LANES = 16  # a row's width is a multiple of it, as the C++ has it
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+log = logging.getLogger("crossvit")
+_wanted = True
+
+
+class Taps(NamedTuple):
+    """Which TAPS inputs an output of a resize along one side is the sum of, and their weights."""
+
+    starts: Tensor  # (outputs), int32: the first of them
+    weights: Tensor  # (outputs, TAPS)
+    by_tap: Tensor  # (TAPS, outputs)
+
+
+class Native:
+    """The kernels of one library. Tensors are on the CPU and dense; their sizes are the caller's to check (`takes`)."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        pointer, count, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
+        signatures = {
+            **{f"attention_{name}": [pointer] * 3 + [count] * 4 + [number] for name in NAMES.values()},
+            **{f"attention_gradient_{name}": [pointer] * 5 + [count] * 4 + [number] for name in NAMES.values()},
+            "linear_gradient": [pointer] * 4 + [count] * 3,
+            "gelu": [pointer] * 2 + [count],
+            "gelu_gradient": [pointer] * 4 + [count],
+            "residual": [pointer] * 4 + [count] * 2,
+            "resize": [pointer] * 2 + [count] * 5 + [pointer] * 4,
+            "layer_norm": [pointer] * 5 + [count] * 2 + [number],
+            "layer_norm_gradient": [pointer] * 8 + [count] * 2,
+        }
+        self.functions = {name: getattr(library, name) for name in signatures if hasattr(library, name)}
+        for name, function in self.functions.items():
+            function.argtypes = signatures[name]
+        self.has_layers = "gelu" in self.functions  # and with them bf16
+
+    def takes(self, qkv: Tensor, heads: int) -> bool:
+        """Whether `attention` computes it: dense fp32 or bf16 on the CPU, heads of a whole number of registers."""
+        width = qkv.shape[-1] // (3 * heads)
+        known = f"attention_{NAMES.get(qkv.dtype)}" in self.functions
+        return known and qkv.device.type == "cpu" and width % LANES == 0 and qkv.is_contiguous()
+
+    def attention(self, qkv: Tensor, heads: int, *, scale: float = 1.0, log_sums: Tensor | None = None) -> Tensor:
+        """softmax(scale q kᵀ) v: (B, N, 3 D) -> (B, N, D), in the dtype of qkv. log_sums: (B, H, N) fp32, filled if given."""
+        batch, tokens, triple = qkv.shape
+        mixed = qkv.new_empty(batch, tokens, triple // 3)
+        function = self.functions[f"attention_{NAMES[qkv.dtype]}"]
+        failed = function(*_places(qkv, mixed, log_sums), batch, tokens, heads, triple // (3 * heads), scale)
+        if failed:
+            raise MemoryError("not enough memory for attention")
+        return mixed
+
+    def attention_gradient(self, qkv: Tensor, mixed: Tensor, gradient: Tensor, log_sums: Tensor, *, scale: float) -> Tensor:
+        """Of `attention`: the gradient of `mixed` (B, N, D) -> that of qkv (B, N, 3 D)."""
+        batch, tokens, triple = qkv.shape
+        heads = log_sums.shape[1]
+        dense, found = gradient.contiguous(), torch.empty_like(qkv)
+        function = self.functions[f"attention_gradient_{NAMES[qkv.dtype]}"]
+        if function(*_places(qkv, mixed, dense, log_sums, found), batch, tokens, heads, triple // (3 * heads), scale):
+            raise MemoryError("not enough memory for the gradient of attention")
+        return found
+
+    def linear_gradient(self, gradient: Tensor, x: Tensor, weight_gradient: Tensor, bias_gradient: Tensor) -> None:
+        """Add dyᵀ x to weight_gradient (O, I) and Σ dy over rows to bias_gradient (O), both fp32; dy (..., O), x (..., I) bf16."""
+        outward, inward = weight_gradient.shape
+        function = self.functions["linear_gradient"]
+        if function(*_places(gradient, x, weight_gradient, bias_gradient), gradient.numel() // outward, outward, inward):
+            raise MemoryError("not enough memory for the gradient of a linear layer")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """x Φ(x), bf16."""
+        y = torch.empty_like(x)
+        self.functions["gelu"](*_places(x, y), x.numel())
+        return y
+
+    def gelu_gradient(self, x: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """(GELU of x again, the gradient of x), bf16."""
+        y, found = torch.empty_like(x), torch.empty_like(x)
+        self.functions["gelu_gradient"](*_places(x, gradient, y, found), x.numel())
+        return y, found
+
+    def residual(self, x: Tensor, update: Tensor, factor: Tensor | None, out: Tensor) -> None:
+        """out = x + factor · update: x (B, ...) fp32, update bf16, factor (B, 1, ...) fp32 or None for 1."""
+        self.functions["residual"](*_places(x, update, factor, out), len(x), x[0].numel())
+
+    def resize(self, planes: Tensor, size: tuple[int, int], rows: Taps, columns: Taps) -> Tensor:
+        """(..., H, W) fp32 -> (..., *size): each output the sum of TAPS inputs along each side."""
+        height, width = planes.shape[-2:]
+        out = planes.new_empty(*planes.shape[:-2], *size)
+        weights = (rows.starts, rows.weights, columns.starts, columns.by_tap)
+        self.functions["resize"](
+            *_places(planes, out), planes.numel() // (height * width), height, width, *size, *_places(*weights)
+        )
+        return out
+
+    def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        """(LayerNorm of x in bf16, its statistics): x (..., D), weight and bias (D) fp32."""
+        width = x.shape[-1]
+        normalised, statistics = torch.empty_like(x, dtype=torch.bfloat16), x.new_empty(x.numel() // width, 2)
+        self.functions["layer_norm"](*_places(x, weight, bias, normalised, statistics), len(statistics), width, eps)
+        return normalised, statistics
+
+    def layer_norm_gradient(
+        self, gradient: Tensor, past: Tensor, x: Tensor, weight: Tensor, statistics: Tensor, found: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        """With dy = gradient (..., D) bf16: write past + dx (..., D), add dweight and dbias (D), all fp32, to the three of `found`."""
+        given = (gradient, past, x, weight, statistics)
+        self.functions["layer_norm_gradient"](*_places(*given, *found), len(statistics), x.shape[-1])
+
+
+def _places(*tensors: Tensor | None) -> list[int | None]:
+    """Addresses. Whoever calls holds the tensors: a copy made in the call itself would be gone before it is read."""
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def native() -> Native | None:
+    """The kernels, compiled where they have not been; None where there can be none or `without_kernels` is in force."""
+    return _found() if _wanted else None
+
+
+@contextlib.contextmanager
+def without_kernels() -> Iterator[None]:
+    """Inside, torch computes everything."""
+    global _wanted  # noqa: PLW0603  # one setting for the process, like torch's own
+    before, _wanted = _wanted, False
+    try:
+        yield
+    finally:
+        _wanted = before
+
+
+@lru_cache
+def _found() -> Native | None:
+    """Why there are none is in the log (at level INFO)."""
+    if not sys.platform.startswith("linux") or not torch.cpu.get_capabilities().get("avx512_f"):
+        return None
+    try:
+        # torch is loaded, and its OpenMP goes by the system's name: both share one set of threads.
+        kernels = Native(ctypes.CDLL(str(_library())))
+        # Whatever mode the first caller is in.
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
+            _check(kernels)
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        log.info("our kernels are not used: %s", error)
+        return None
+    return kernels
+
+
+def _library() -> Path:
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    texts = b"".join((FOLDER / name).read_bytes() for name in (*HEADERS, *SOURCES))
+    machine = f"{processor()} {sorted(torch.cpu.get_capabilities().items())} {compiler} {FLAGS}"
+    path = cache_folder() / "kernels" / f"{hashlib.sha256(texts + machine.encode()).hexdigest()[:24]}.so"
+    if path.is_file():
+        return path
+    if compiler is None:
+        raise RuntimeError("no C++ compiler (g++, or $CXX)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / "kernels.so"
+        subprocess.run(  # noqa: S603  # the user's compiler on our own files
+            [compiler, *FLAGS, "-o", str(made), *(str(FOLDER / name) for name in SOURCES)],
+            check=True,
+            capture_output=True,
+            timeout=COMPILE_SECONDS,
+        )
+        made.replace(path)
+    return path
+
+
+def _check(kernels: Native) -> None:
+    """RuntimeError if what was compiled does not compute what it should."""
+    tokens, heads, width = 19, 2, 32
+    exact_qkv = torch.linspace(-1, 1, tokens * 3 * width).sin().reshape(1, tokens, 3 * width).requires_grad_()
+    given = torch.linspace(1, -1, tokens * width).cos().reshape(1, tokens, width)
+    query, key, value = exact_qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    exact = ((query @ key.transpose(-2, -1)).softmax(dim=-1) @ value).transpose(1, 2).flatten(2)
+    (exact_gradient,) = torch.autograd.grad(exact, exact_qkv, given)
+    for dtype, near in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+        qkv = exact_qkv.detach().to(dtype)
+        if not kernels.takes(qkv, heads):
+            continue
+        log_sums = torch.empty(1, heads, tokens)
+        mixed = kernels.attention(qkv, heads, log_sums=log_sums)
+        gradient = kernels.attention_gradient(qkv, mixed, given.to(dtype), log_sums, scale=1.0)
+        _near(f"attention in {dtype}", mixed, exact, near)
+        _near(f"the gradient of attention in {dtype}", gradient, exact_gradient, near)
+    if kernels.has_layers:
+        x, ones = given[0], torch.ones(width)
+        normalised, _ = kernels.layer_norm(x, ones, ones, 1e-6)
+        _near("LayerNorm", normalised, F.layer_norm(x, (width,), ones, ones, 1e-6), 2e-2)
+        _near("GELU", kernels.gelu(normalised), F.gelu(normalised.float()), 2e-2)
+        kernels.residual(x, normalised, None, total := torch.empty_like(x))
+        _near("the residual", total, x + normalised.float(), 1e-6)
+        weight_gradient, bias_gradient = torch.zeros(width, width), torch.zeros(width)
+        kernels.linear_gradient(normalised, normalised, weight_gradient, bias_gradient)
+        _near("the gradient of a weight", weight_gradient, normalised.float().t() @ normalised.float(), 1e-4)
+        _near("the gradient of a bias", bias_gradient, normalised.float().sum(dim=0), 1e-4)
+
+
+def _near(name: str, found: Tensor, exact: Tensor, near: float) -> None:
+    if not torch.allclose(found.float(), exact, rtol=near, atol=near):
+        raise RuntimeError(f"compiled wrongly: {name}")

@@ -1,0 +1,251 @@
+"""Our kernels against torch's own layers in double precision, and the model with them against the model without."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lively
+from torch import Tensor
+from torch.nn import functional as F
+
+import crossvit
+from crossvit.kernels import block, functions
+from crossvit.kernels import native as module
+from crossvit.kernels.block import Half, attention_half, mlp_half
+from crossvit.kernels.native import native, without_kernels
+from crossvit.kernels.resize import bicubic, takes_resize
+from crossvit.model.attention import SelfAttention, attention_kernel
+from crossvit.model.config import BranchConfig, CrossViTConfig
+from crossvit.model.tokens import resize
+
+NEAR = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the largest, in the norm: half a step of bf16 is 2e-3
+needs_kernels = pytest.mark.skipif(native() is None, reason="no AVX-512, or no C++ compiler: there are no kernels here")
+needs_layers = pytest.mark.skipif(not getattr(native(), "has_layers", False), reason="this processor has no AVX-512 bf16")
+
+CONFIG = CrossViTConfig(
+    branches=(
+        BranchConfig(patch=8, dim=32, depth=1, heads=2, mlp_ratio=2.0),
+        BranchConfig(patch=16, dim=64, depth=2, heads=2, mlp_ratio=2.0),
+    ),
+    stages=2,
+    num_classes=7,
+    image_size=(64, 64),
+)
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Kernels are looked for again, before and after."""
+    module._found.cache_clear()
+    yield
+    module._found.cache_clear()
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float(((found.double() - exact.double()).norm() / (exact.double().norm() + 1e-12)).detach())
+
+
+def exact_attention(qkv: Tensor, heads: int) -> Tensor:
+    query, key, value = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "width"),
+    [(1, 1, 1, 16), (2, 17, 2, 32), (3, 48, 1, 48), (1, 197, 4, 64), (2, 401, 1, 32), (1, 600, 1, 16), (1, 1157, 2, 64)],
+)
+def test_attention_and_its_gradient_are_torchs(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> None:
+    """Every remainder of registers, of blocks of rows, and more keys than a chunk."""
+    generator = torch.Generator().manual_seed(tokens)
+    qkv = 1.5 * torch.randn(batch, tokens, 3 * heads * width, generator=generator)
+    given = torch.randn(batch, tokens, heads * width, generator=generator).to(dtype)
+    qkv = qkv.to(dtype).requires_grad_()
+    if not functions.takes_attention(qkv, heads):
+        pytest.skip(f"no {dtype} in this processor")
+    wide = qkv.detach().double().requires_grad_()
+    ours, exact = functions.attention(qkv, heads), exact_attention(wide, heads)
+    (ours_gradient,) = torch.autograd.grad(ours, qkv, given)
+    (exact_gradient,) = torch.autograd.grad(exact, wide, given.double())
+    assert error(ours, exact) < NEAR[dtype]
+    assert error(ours_gradient, exact_gradient) < NEAR[dtype] if tokens > 1 else error(ours_gradient, exact_gradient) < 1e-6
+
+
+@needs_kernels
+def test_scores_far_from_zero_neither_overflow_nor_vanish() -> None:
+    qkv = 40 * torch.randn(1, 33, 96, generator=torch.Generator().manual_seed(0))
+    qkv.requires_grad_()
+    wide = qkv.detach().double().requires_grad_()
+    ours, exact = functions.attention(qkv, 2), exact_attention(wide, 2)
+    gradients = [torch.autograd.grad(mixed.square().sum(), given)[0] for mixed, given in ((ours, qkv), (exact, wide))]
+    assert error(ours, exact) < 1e-4
+    assert error(*gradients) < 1e-3
+
+
+@needs_kernels
+def test_the_number_of_threads_changes_no_bit() -> None:
+    qkv = torch.randn(3, 50, 3 * 64, requires_grad=True)
+    before = torch.get_num_threads()
+    found = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        mixed = functions.attention(qkv, 4)
+        found.append((mixed.detach(), *torch.autograd.grad(mixed.sum(), qkv)))
+    torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def halves(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@needs_layers
+def test_gelu_is_exact_to_the_last_bit_of_bf16_over_all_its_range() -> None:
+    kernels, x = native(), torch.linspace(-12, 12, 4096).bfloat16()
+    assert kernels is not None
+    wide = x.double().requires_grad_()
+    exact = F.gelu(wide)
+    (exact_gradient,) = torch.autograd.grad(exact.sum(), wide)
+    assert ((kernels.gelu(x) - exact).abs() <= exact.abs() / 256 + 1e-5).all()
+    again, gradient = kernels.gelu_gradient(x, torch.ones_like(x))
+    assert torch.equal(again, kernels.gelu(x))
+    assert ((gradient - exact_gradient).abs() <= exact_gradient.abs() / 256 + 1e-4).all()
+
+
+@needs_layers
+@pytest.mark.parametrize(("rows", "inward", "outward"), [(1, 32, 48), (9, 32, 48), (301, 80, 16), (520, 48, 112), (256, 64, 16)])
+def test_the_gradient_of_a_linear_layer_is_added(rows: int, inward: int, outward: int) -> None:
+    kernels, x, gradient = native(), halves(rows, inward), halves(rows, outward, seed=1)
+    assert kernels is not None
+    weight_gradient, bias_gradient = torch.ones(outward, inward), torch.ones(outward)
+    kernels.linear_gradient(gradient, x, weight_gradient, bias_gradient)
+    assert error(weight_gradient - 1, gradient.double().t() @ x.double()) < 1e-5
+    assert error(bias_gradient - 1, gradient.double().sum(dim=0)) < 1e-5
+
+
+@needs_layers
+@pytest.mark.parametrize("shape", [(1, 1, 32), (1, 77, 96), (5, 40, 64)])
+@pytest.mark.parametrize("has_factor", [False, True])
+@pytest.mark.parametrize("which", ["attention", "mlp"])
+def test_half_a_block_and_its_gradients_are_those_of_its_equation(
+    which: str, has_factor: bool, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In double precision from the same numbers; several parts, the last of them smaller."""
+    monkeypatch.setattr(block, "PART_TOKENS", 2 * shape[1])
+    generator = torch.Generator().manual_seed(shape[1])
+    width, between = shape[2], {"attention": 3 * shape[2], "mlp": 2 * shape[2]}[which]
+    inner = {"attention": width, "mlp": between}[which]
+    sizes = [shape, (width,), (width,), (between, width), (between,), (width, inner), (width,)]
+    leaves = [torch.randn(size, generator=generator) / (math.sqrt(size[-1]) if len(size) == 2 else 1) for size in sizes]
+    given = torch.randn(shape, generator=generator)
+    factor = torch.tensor([0.0, 1.25, 1.25, 0.0, 1.25])[: shape[0], None, None] if has_factor else None
+    half = Half(*(leaf.requires_grad_() for leaf in leaves[1:]), eps=1e-6)
+    x = leaves[0].requires_grad_()
+    ours = attention_half(x, half, 2, factor) if which == "attention" else mlp_half(x, half, factor)
+
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    hidden = F.linear(F.layer_norm(wide[0], (width,), wide[1], wide[2], 1e-6), wide[3], wide[4])
+    between_them = exact_attention(hidden, 2) if which == "attention" else F.gelu(hidden)
+    exact = wide[0] + F.linear(between_them, wide[5], wide[6]) * (1 if factor is None else factor.double())
+    assert ours.dtype == torch.float32
+    assert error(ours, exact) < 3 * NEAR[torch.bfloat16]
+    found = torch.autograd.grad(ours, leaves, given)
+    for one, other in zip(found, torch.autograd.grad(exact, wide, given.double()), strict=True):
+        assert one.dtype == torch.float32
+        assert float((one - other).norm()) < 4 * NEAR[torch.bfloat16] * float(other.norm()) + 1e-4
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [((240, 240), (224, 224)), ((36, 50), (24, 70)), ((4, 300), (100, 9)), ((17, 5), (1, 1)), ((8, 8), (90, 31))],
+)
+def test_the_resize_is_torchs_bicubic(given: tuple[int, int], size: tuple[int, int]) -> None:
+    """Smaller, larger, by factors that are no ratio of small numbers, and every edge."""
+    images = torch.randn(2, 3, *given, generator=torch.Generator().manual_seed(0))
+    assert takes_resize(images)
+    exact = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+    torch.testing.assert_close(bicubic(images, size), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(resize(images, size), exact, rtol=1e-5, atol=1e-5)
+    assert not takes_resize(images.requires_grad_())
+
+
+@needs_layers
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_learns_with_them_as_without(checkpointing: bool) -> None:
+    """Loss and every gradient under autocast, against fp32, are as near as torch's layers bring them."""
+    model = lively(CONFIG)
+    model.set_gradient_checkpointing(checkpointing)
+    images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4)
+
+    def gradients(*, autocast: bool) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            logits = model(images)
+        found = torch.autograd.grad(F.cross_entropy(logits.float(), labels), list(model.parameters()))
+        return torch.cat([gradient.flatten() for gradient in found])
+
+    with without_kernels():
+        exact, torchs = gradients(autocast=False), gradients(autocast=True)
+    ours = gradients(autocast=True)
+    assert not torch.equal(ours, torchs)  # they were used
+    assert error(ours, exact) < 1.2 * error(torchs, exact)
+
+
+@needs_kernels
+def test_they_step_aside_for_whoever_traces_or_listens() -> None:
+    attention = SelfAttention(32, 2)
+    x = torch.randn(2, 9, 32, requires_grad=True)
+    seen: list[str] = []
+    kernels = native()
+    assert kernels is not None
+    real = kernels.functions["attention_fp32"]
+    kernels.functions["attention_fp32"] = lambda *given: seen.append("called") or real(*given)
+    try:
+        attention(x)
+        assert seen == ["called"]
+        with attention_kernel("fused"):
+            attention(x)
+        with without_kernels():
+            attention(x)
+        torch.func.vjp(attention, x.detach())
+        torch.compile(attention, backend="eager", fullgraph=True)(x)
+        attention.listener = lambda weights: None
+        attention(x)
+        attention.listener = None
+        attention.attention_drop = 0.5
+        attention(x)
+        assert seen == ["called"]
+    finally:
+        kernels.functions["attention_fp32"] = real
+
+
+def test_without_a_compiler_or_with_one_that_fails_torch_computes(
+    forgotten: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path))
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CXX", compiler)
+        module._found.cache_clear()
+        assert native() is None
+    model = lively(CONFIG)
+    form = crossvit.optimize(model)
+    assert form(torch.zeros(1, 3, 64, 64)).isfinite().all()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.zeros(1, 3, 64, 64)).float().sum().backward()
+
+
+@needs_kernels
+@pytest.mark.parametrize("wrong", ["attention", "attention_gradient", "gelu"])
+def test_kernels_that_were_compiled_wrong_are_not_used(forgotten: None, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wrong == "gelu" and not native().has_layers:  # type: ignore[union-attr]
+        pytest.skip("this processor has no AVX-512 bf16")
+    module._found.cache_clear()
+    real = getattr(module.Native, wrong)
+    monkeypatch.setattr(module.Native, wrong, lambda self, *given, **named: real(self, *given, **named) * 1.1 + 0.1)
+    assert native() is None
