@@ -161,7 +161,7 @@ def prepare(
     if plan.recipe.overfit_one_batch:
         teacher = None
     elif teacher is None and plan.recipe.distillation.teacher:
-        teacher = load_teacher(plan.recipe.distillation.teacher, plan, device=team.device(device))
+        teacher = load_teacher(plan.recipe.distillation.teacher, plan, watch, device=team.device(device))
     precision = recorded["precision"] if recorded else recipe.precision
     training = Training(plan, run, watch, precision=precision, given=given.to_dict(), teacher=teacher, team=team)
     if recorded is None or not training.restore_newest():
