@@ -16,6 +16,7 @@ from PIL import Image
 
 import crossvit
 from conftest import Heard
+from crossvit.data import planes
 from crossvit.data.augment import Augment, generators_kept
 from crossvit.data.check import check
 from crossvit.data.planes import MAX_VALUES
@@ -133,6 +134,25 @@ def test_a_header_that_promises_too_much_is_not_believed() -> None:
     np.lib.format.write_array_header_1_0(buffer, {"descr": "|u1", "fortran_order": False, "shape": (10**6, 10**6)})  # type: ignore[no-untyped-call]
     with pytest.raises(DataError, match=f"more than {MAX_VALUES:,} numbers"):
         read_image(buffer.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["npy", "contig", "separate"])
+def test_arrays_in_files_have_the_limit_of_pictures(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planes, "MAX_PIXELS", 95)  # of 8 x 12
+    content = npy(BANDS)
+    if kind != "npy":
+        bands = np.moveaxis(BANDS, -1, 0) if kind == "separate" else BANDS
+        content = tiff(bands, photometric="minisblack", planarconfig=kind)
+    with pytest.raises(DataError, match="^<bytes>: more than 95 pixels; make it smaller first$"):
+        read_channels(content, 5)
+    monkeypatch.setattr(planes, "MAX_PIXELS", 96)
+    assert read_channels(content, 5).shape == (8, 12, 5)
+
+
+def test_separate_planes_may_be_wider_than_there_may_be_channels() -> None:
+    wide = np.random.default_rng(0).integers(0, 256, (5, 3, 300), dtype=np.uint8)
+    content = tiff(wide, photometric="minisblack", planarconfig="separate")
+    np.testing.assert_array_equal(read_channels(content, 5), np.moveaxis(wide, 0, -1) / np.float32(255))
 
 
 def test_as_rgb_other_channels_are_refused_where_a_model_would_learn_from_them() -> None:

@@ -170,6 +170,31 @@ def test_a_wrong_call_is_one_line_with_the_fix(
     assert not (tmp_path / "out").exists()
 
 
+def test_training_refuses_what_it_can_before_torch_is_loaded(tiny_run: TrainingResult, scans: Path, tmp_path: Path) -> None:
+    code = (
+        "import json, sys\n"
+        "from crossvit.cli import run\n"
+        "print([run(call) for call in json.loads(sys.argv[1])], 'torch' in sys.modules)"
+    )
+    new = ["train", str(scans), "--out", str(tmp_path / "out")]
+    calls = [
+        [*new, "--lr", "-1"],
+        [*new, "--model", "crossvit_9_420"],
+        [*new, "--resume", "--overwrite"],
+        ["train", str(tmp_path / "gone"), "--out", str(tmp_path / "out")],
+        ["train", str(scans), "--out", str(scans / "out")],
+        ["train", str(scans), "--out", tiny_run.run],
+        ["train", str(scans), "--out", tiny_run.run, "--resume", "--epochs", "7"],
+    ]
+    done = subprocess.run([sys.executable, "-c", code, json.dumps(calls)], capture_output=True, text=True, check=True)
+    assert done.stdout == f"{[2] * len(calls)} False\n"
+    says = ["lr = -1.0", "crossvit_9_240", "one of them", "no folder", "inside the images", "exists", "cannot change --epochs 7"]
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(calls)
+    assert all(said in line for said, line in zip(says, lines, strict=True))
+    assert not (tmp_path / "out").exists()
+
+
 def test_broken_images_are_failed_work(command: Command, own_scans: Path, tmp_path: Path) -> None:
     (own_scans / "0" / "zero.png").write_bytes(b"")
     status, _, err = command("train", own_scans, "--out", tmp_path / "out")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import random
 import struct
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,13 @@ from crossvit.data.augment import Augment, seeded
 from crossvit.data.check import look_at
 from crossvit.data.images import stratified_split
 from crossvit.data.loader import Order, TrainingLoader
-from crossvit.data.preprocess import MAX_PIXELS, Preprocessing, read_image
+from crossvit.data.planes import MAX_PIXELS
+from crossvit.data.preprocess import Preprocessing, read_image
 from crossvit.data.sources import open_data
 from crossvit.errors import DataError, UsageError
+from crossvit.results import TrainingResult
 
+Command = Callable[..., tuple[int, str, str]]
 STRENGTHS = {"min_crop": 1.0, "flip": 0.5, "rotate": 15.0, "shift": 0.1, "zoom": 0.1, "colour": 0.3}
 
 
@@ -229,10 +234,43 @@ def test_what_cannot_be_decoded_is_named_with_the_reason(tmp_path: Path) -> None
         read_image(tmp_path / "nowhere.png")
 
 
-def test_a_decompression_bomb_is_refused() -> None:
-    side = int(MAX_PIXELS**0.5) + 10
-    with pytest.raises(DataError, match="more than 89,478,485 pixels"):
-        read_image(encoded(Image.new("1", (side, side))))
+HUGE = b"P5 10000 9000 255\n"  # a header of 90 million pixels, and none of them: who decodes it says that it is truncated
+TOO_LARGE = "more than 89,478,485 pixels; make it smaller first"
+
+
+@pytest.mark.parametrize("what", ["ignore", "error"])  # no one's filter of warnings changes it
+@pytest.mark.parametrize("side", [9_500, 20_000])  # Pillow warns of the first and refuses the second
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(what: str, side: int) -> None:
+    content = b"P5 %d %d 255\n" % (side, side)
+    for read in (read_image, Preprocessing(image_size=(8, 8), channels=1).read, Preprocessing(image_size=(8, 8)).read):
+        with warnings.catch_warnings():
+            warnings.simplefilter(what)  # type: ignore[arg-type]
+            with pytest.raises(DataError, match=f"^<bytes>: {TOO_LARGE}$"):
+                read(content)
+
+
+def test_the_largest_picture_is_not_refused() -> None:
+    with pytest.raises(DataError, match="truncated"):
+        read_image(b"P5 %d 1 255\n" % MAX_PIXELS)
+
+
+def test_every_verb_names_a_picture_that_is_too_large(
+    command: Command, tiny_run: TrainingResult, own_scans: Path, tmp_path: Path
+) -> None:
+    huge = own_scans / "2" / "huge.pgm"
+    huge.write_bytes(HUGE)
+    said = f"{huge}: {TOO_LARGE}"
+    run = tiny_run.run
+    assert said in command("train", own_scans, "--out", tmp_path / "run", "--model", "crossvit_pico_32")[2]
+    assert said in command("evaluate", run, own_scans, "--split", "all")[2]
+    assert said in command("explain", run, own_scans, "--check", "--split", "all")[2]
+    assert f"{huge}  error: {TOO_LARGE}" in command("predict", run, huge)[1]
+    assert f"{huge}  error: {TOO_LARGE}" in command("explain", run, huge, "--out", tmp_path / "maps")[1]
+    assert TOO_LARGE in command("data", "check", own_scans)[1]
+    assert command("data", "shard", own_scans, tmp_path / "shards")[0] == 0  # files as they are
+    assert TOO_LARGE in command("data", "check", tmp_path / "shards")[1]
+    assert TOO_LARGE in command("train", tmp_path / "shards", "--out", tmp_path / "run", "--model", "crossvit_pico_32")[2]
+    assert not (tmp_path / "run").exists()
 
 
 def test_broken_images_are_found_among_good_ones(own_scans: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -336,6 +337,31 @@ def test_the_check_prints_its_table_and_writes_its_plot(command: Command, finder
     assert _opened((tmp_path / "o" / "faithfulness.png").read_bytes()).width == 1200
     said = json.loads(command(*words, "--json")[1])
     assert said == json.loads((tmp_path / "o" / "faithfulness.json").read_text())
+
+
+def test_the_check_counts_broken_pictures_or_leaves_them_out(
+    command: Command, finder: Path, squares: Path, tmp_path: Path
+) -> None:
+    """As `evaluate` does; what is measured without them is what is measured where they are not."""
+    data = tmp_path / "squares"
+    shutil.copytree(squares, data)
+    broken = sorted(data.rglob("*.png"))[3:40:36]
+    for path in broken:
+        path.write_bytes(b"no picture")
+    words = ["explain", finder, data, "--check", "--steps", 2, "--json"]
+    status, out, err = command(*words)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"crossvit: 2 of 48 images cannot be decoded: {broken[0]}: not an image")
+    assert err.endswith("; mend them or add --skip-bad\n")
+    status, out, _ = command(*words, "--skip-bad")
+    said = json.loads(out)
+    assert (status, said["n"]) == (0, 46)
+    for path in broken:
+        path.unlink()
+    without = json.loads(command(*words)[1])
+    assert without["n"] == 46
+    assert [said["intact"], said["emptied"]] == pytest.approx([without["intact"], without["emptied"]], rel=1e-5)
+    assert said["scores"][0]["deletion"]["mean"] == pytest.approx(without["scores"][0]["deletion"]["mean"], rel=1e-4)
 
 
 BAD_CALLS = {

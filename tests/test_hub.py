@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -135,6 +136,30 @@ def test_the_first_use_is_recorded_and_later_ones_must_equal_it(hub: Hub, releas
         locate("acme/hands")
     record.unlink()
     assert locate("acme/hands").read_bytes() == ANOTHER
+
+
+def test_what_is_fetched_and_whom_it_waits_for_is_said(
+    hub: Hub, released: bytes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.put("acme/hands", "model.safetensors", released)
+    hub.cut = [1 << 20]
+    locate("acme/hands")
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == f"fetching {hub.address}/acme/hands/resolve/main/model.safetensors ({len(released) / 1e6:.1f} MB)"
+    assert said[1].startswith("no more bytes of acme/hands (")
+    assert said[1].endswith("): trying again")
+    locate("acme/hands")
+    with pytest.raises(UsageError):
+        locate("acme/nothing")
+    assert capsys.readouterr().err == ""  # what is here, and what is refused at once
+    monkeypatch.setattr(crossvit.weights.hub, "SLOW", 0.05)
+    monkeypatch.setattr(crossvit.weights.hub, "TIMEOUT", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", f"http://{address}")
+        with pytest.raises(WeightsError, match=r"cannot be reached \(timed out\)"):
+            locate("acme/other")
+    assert capsys.readouterr().err == f"waiting for {address}, 0 seconds at most\n"
 
 
 def test_a_trusted_digest_comes_before_everything(hub: Hub, released: bytes) -> None:

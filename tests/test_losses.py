@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import logging
 import math
+import socket
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossvit
+from conftest import Heard
 from crossvit.errors import UsageError, WeightsError
 from crossvit.results import TrainingResult
 from crossvit.run import Run
 from crossvit.train.loop import fit
 from crossvit.train.losses import Criterion, Mixing, NormalisedAnew, class_weights
 from crossvit.train.recipe import DistillationRecipe, MixingRecipe
+from loopback import Hub, serve_hub
 from test_training import recipe, same_bits, weights_of
 
 TWO = torch.tensor([[2.0, 0.0], [0.0, 1.0]])  # logits of two images
@@ -195,8 +202,20 @@ def test_a_teacher_that_is_not_there_is_a_wrong_call(teacher: str, says: str, sc
         fit(recipe(scans, tmp_path / "run", teacher=teacher))
 
 
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """An empty hub that timm asks too, and no cache."""
+    with serve_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.address)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.partition("/{repo_id}")
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "".join(template[1:]))
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "shared"))
+        yield hub
+
+
 def test_a_teacher_that_cannot_be_fetched_is_work_that_failed_in_one_line(
-    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    hub: Hub, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The hub's own tries are stood in for: each of them warns, and the last raises."""
 
@@ -208,14 +227,49 @@ def test_a_teacher_that_cannot_be_fetched_is_work_that_failed_in_one_line(
 
     monkeypatch.setattr("timm.create_model", fetch)
     says = r"^the weights of the teacher timm:resnet18 cannot be had \(no such host\): timm:local-dir:FOLDER takes some that"
-    hub = logging.getLogger("huggingface_hub")
-    before = hub.level
+    logger = logging.getLogger("huggingface_hub")
+    before = logger.level
     with pytest.raises(WeightsError, match=says) as caught:
         fit(recipe(scans, tmp_path / "run", teacher="timm:resnet18"))
     assert caught.value.exit_status == 1
     assert "Retrying" not in capfd.readouterr().err
-    assert hub.level == before
+    assert logger.level == before
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("server", ["silent", "closed"])
+def test_a_hub_that_does_not_answer_is_named_and_given_up_soon(
+    server: str, hub: Hub, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub's own client would ask it ten times, for 46 seconds in all."""
+    monkeypatch.setattr("crossvit.weights.hub.TIMEOUT", 0.3)
+    watch = Heard()
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        if server == "silent":
+            place.listen()
+        address = f"http://127.0.0.1:{place.getsockname()[1]}"
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        monkeypatch.setattr(constants, "ENDPOINT", address)
+        started = time.monotonic()
+        with pytest.raises(WeightsError, match=r"timm:resnet18 cannot be had \(.*(timed out|refused)"):
+            fit(recipe(scans, tmp_path / "run", teacher="timm:resnet18"), watch=watch)
+    assert time.monotonic() - started < 20
+    assert watch.lines[-1] == f"fetch  the weights of timm:resnet18 from {address}/timm/resnet18.a1_in1k"
+
+
+def test_a_teacher_is_fetched_once_and_that_is_said(hub: Hub, scans: Path, tmp_path: Path) -> None:
+    import timm
+
+    hub.put("timm/test_vit.r160_in1k", "model.safetensors", save(timm.create_model("test_vit").state_dict()))
+    said = []
+    for name in ("one", "two"):
+        watch = Heard()
+        with pytest.raises(UsageError, match=r"answers for other classes \(1000 classes\)"):
+            fit(recipe(scans, tmp_path / name, teacher="timm:test_vit"), watch=watch)
+        said.append([line for line in watch.lines if line.startswith("fetch")])
+    assert said == [[f"fetch  the weights of timm:test_vit from {hub.address}/timm/test_vit.r160_in1k"], []]
+    assert [path for path, _ in hub.fetched() if path.endswith(".safetensors")] == [*hub.files]
 
 
 def test_a_timm_model_teaches_and_must_know_the_classes(scans: Path, tmp_path: Path) -> None:

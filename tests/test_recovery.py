@@ -22,8 +22,9 @@ from crossvit.errors import RunError, TrainingError
 from crossvit.report.plots import curves
 from crossvit.run import Run
 from crossvit.train.checkpoint import best_path, copied, load_newest, save_checkpoint
+from crossvit.train.learner import BAD_IN_A_ROW
 from crossvit.train.loop import fit
-from crossvit.train.training import BAD_IN_A_ROW, Training
+from crossvit.train.training import Training
 from crossvit.train.watch import Watch
 from test_training import recipe, same_bits, weights_of
 

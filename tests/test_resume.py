@@ -15,10 +15,11 @@ from conftest import TINY, Heard
 from crossvit.data.augment import seed_generators
 from crossvit.errors import UsageError
 from crossvit.run import Run
-from crossvit.train.loop import fit, refuse_changes
+from crossvit.train.loop import fit
 from crossvit.train.losses import Mixing
 from crossvit.train.recipe import MixingRecipe, load_recipe
 from crossvit.train.repeatable import CUBLAS, deterministic, threads
+from crossvit.train.resuming import refuse_changes
 from crossvit.train.training import Training
 from crossvit.train.watch import Watch
 from test_training import recipe, same_bits, weights_of
@@ -177,6 +178,19 @@ def test_a_teacher_is_the_same_however_its_path_is_written(tmp_path: Path, monke
     refuse_changes(begun.changed(teacher=str(tmp_path / "runs" / "a")), begun, begun)
     with pytest.raises(UsageError, match="--resume cannot change --teacher runs/b"):
         refuse_changes(begun.changed(teacher="runs/b"), begun, begun)
+
+
+def test_a_run_that_has_recorded_patience_as_taking_the_best_goes_on(scans: Path, tmp_path: Path) -> None:
+    """As runs did before `select` was left as it was given."""
+    plan = load_recipe("finetune", data=str(scans), out=str(tmp_path / "run"), **TINY | {"epochs": 2})
+    cut(plan, after=1)
+    run = Run(tmp_path / "run")
+    record = run.record()
+    record["recipe"]["checkpoints"]["select"] = "best"
+    run.write_record({key: value for key, value in record.items() if key not in ("schema", "given")})
+    with pytest.raises(UsageError, match=r"--resume cannot change --patience 0 epochs \(the run has 20 %\), --select last \("):
+        fit(plan.changed(patience="0"), resume=True)
+    assert len(fit(plan, resume=True).epochs) == 2
 
 
 def test_a_run_begun_on_another_device_says_so(scans: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from crossvit.data.shard_writing import write_shards
 from crossvit.data.shards import MANIFEST
 from crossvit.data.sources import open_data
-from crossvit.errors import UsageError
+from crossvit.errors import DataError, UsageError
 from crossvit.train.loop import fit
 from test_training import recipe
 
@@ -52,6 +52,13 @@ def test_rows_become_shards_that_others_can_read(own_scans: Path, tmp_path: Path
     write_shards(open_data(tmp_path / "scans.parquet"), tmp_path / "shards")
     (tmp_path / "shards" / MANIFEST).unlink()
     assert open_data(tmp_path / "shards").part("all").counts() == {"0": 8, "1": 8, "2": 8}
+
+
+def test_a_row_that_is_no_picture_is_named_where_shards_are_written(own_scans: Path, tmp_path: Path) -> None:
+    next((own_scans / "1").iterdir()).write_bytes(b"no picture")
+    dataset_of(own_scans).to_parquet(str(tmp_path / "scans.parquet"))  # type: ignore[attr-defined]
+    with pytest.raises(DataError, match=r"scans\.parquet.*0+\d+: not an image in a format read here"):
+        write_shards(open_data(tmp_path / "scans.parquet"), tmp_path / "shards")
 
 
 def test_splits_and_labels_as_texts(own_scans: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -268,6 +269,16 @@ def test_the_first_lines_say_what_was_found_the_model_and_the_time(scans: Path, 
     assert "about " in text
 
 
+@pytest.fixture
+def interrupts_heard() -> Iterator[None]:
+    """Processes started inside hear SIGINT where the tests do not, as in a background job of a script: who is started ignores
+    what its parent ignores, and does not what its parent handles."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts_heard")
 @pytest.mark.parametrize("delay", [0.0, 1.0])
 def test_ctrl_c_with_workers_is_one_line(delay: float, scans: Path, tmp_path: Path) -> None:
     """To the whole process group, as a terminal sends it, while the workers start and later."""
@@ -295,6 +306,7 @@ def test_ctrl_c_with_workers_is_one_line(delay: float, scans: Path, tmp_path: Pa
     assert errors.splitlines()[-1].startswith("crossvit: stopped")
 
 
+@pytest.mark.usefixtures("interrupts_heard")
 @pytest.mark.parametrize("moment", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_process_resumes_to_the_same_bits(moment: signal.Signals, scans: Path, tmp_path: Path) -> None:
     words = ["--model", "crossvit_pico_32", "--epochs", "4", "--batch-size", "16", "--precision", "fp32", "--device", "cpu"]

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from crossvit.errors import ConfigError, UsageError
 from crossvit.results import Epoch, Evaluation
 from crossvit.run import Run
 from crossvit.runtimes.torch import TorchEngine
-from crossvit.train.estimate import checkpoints_of, peak_bytes
+from crossvit.train.estimate import checkpoints_of, peak_bytes, time_step
 from crossvit.train.held_out import HeldOut
 from crossvit.train.loop import fit, prepare, rehearse
 from crossvit.train.plan import make_plan, suitable_batch, suitable_epochs
@@ -220,6 +221,25 @@ def test_a_rehearsal_under_torchrun_is_of_all_its_processes(scans: Path, tmp_pat
 def test_checkpoints_are_counted_by_steps_or_time(every: str, count: int, scans: Path, tmp_path: Path) -> None:
     training = prepare(recipe(scans, tmp_path / "run", epochs=10, every=every), Run(tmp_path / "run"), Watch())
     assert checkpoints_of(training, seconds=100.0) == count
+
+
+def test_a_step_is_timed_after_slow_first_ones_though_an_epoch_has_no_more(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three steps an epoch. The clock is one that the steps move on."""
+    training = prepare(recipe(scans, tmp_path / "run"), Run(tmp_path / "run"), Watch())
+    assert training.per_epoch == 3
+    taken, now, forward = [0.9, 0.9, 0.9, 0.1, 0.4, 0.2, 0.3, 0.5, 99.0], [0.0], training.forward
+
+    def timed(images: torch.Tensor) -> torch.Tensor:
+        now[0] += taken.pop(0)
+        return forward(images)
+
+    training.forward = timed
+    with monkeypatch.context() as patch:
+        patch.setattr("crossvit.train.estimate.time", SimpleNamespace(perf_counter=lambda: now[0]))
+        assert time_step(training) == pytest.approx(0.3)  # the median of the five that follow the warm-up
+    assert taken == [99.0]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="another process's memory is read from /proc")

@@ -9,7 +9,6 @@ import dataclasses
 import io
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from PIL import Image
 
 from crossvit import metrics
 from crossvit.calibration import calibration, fit_temperature, selective
+from crossvit.data.batches import fitted_batches
 from crossvit.data.images import BETWEEN_LABELS, HELD_OUT_PARTS, Data, ImageSet
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import open_data
@@ -239,37 +239,16 @@ def measure(
 ) -> tuple[NDArray[np.float32], ImageSet]:
     """(branch logits of every image, (branches, n, classes); the images that are in them), a batch at a time.
 
-    kept: fitted pictures by index; read from and filled, so that a second call decodes nothing. Images that cannot be
-    decoded are a DataError that counts them and names the first, or are left out with `skip_bad`.
+    kept, and images that cannot be decoded: as `fitted_batches` has them.
     """
-    pictures = {} if kept is None else kept
     logits: list[NDArray[np.float32]] = []
-    bad: dict[int, DataError] = {}
-
-    def fit(index: int) -> NDArray[Any] | DataError:
-        try:
-            return pictures[index] if index in pictures else preprocessing.fit(images.picture(index, preprocessing))
-        except DataError as error:
-            return error
-
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(images), batch_size):
-            indices = range(start, min(start + batch_size, len(images)))
-            fitted = dict(zip(indices, pool.map(fit, indices), strict=True))
-            bad |= {index: result for index, result in fitted.items() if isinstance(result, DataError)}
-            good = {index: result for index, result in fitted.items() if not isinstance(result, DataError)}
-            if good and (skip_bad or not bad):
-                logits.append(forward(preprocessing.normalise(np.stack(list(good.values())))))
-            if kept is not None:
-                kept.update(good)
-            progress(indices.stop, len(images))
-    if bad and not skip_bad:
-        raise DataError(
-            f"{len(bad)} of {len(images)} images cannot be decoded: {next(iter(bad.values()))}; mend them or add --skip-bad"
-        )
-    if not logits:
-        raise DataError(f"{images.location} has no image that can be decoded")
-    return np.concatenate(logits, axis=1), images.take([index for index in range(len(images)) if index not in bad])
+    taken: list[int] = []
+    for indices, pixels in fitted_batches(
+        images, preprocessing, batch_size=batch_size, skip_bad=skip_bad, kept=kept, progress=progress
+    ):
+        logits.append(forward(preprocessing.normalise(pixels)))
+        taken += indices
+    return np.concatenate(logits, axis=1), images.take(taken)
 
 
 def summarise(

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import gaussian_blur
 
+from crossvit.data.batches import fitted_batches
 from crossvit.data.sources import open_data
 from crossvit.errors import UsageError
 from crossvit.evaluation import choose_part
@@ -53,13 +54,15 @@ def check_maps(
     split: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    skip_bad: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Faithfulness:
     """Deletion and insertion for every kind of map that the model has, on `images` pictures drawn from DATA by `seed`.
 
     The part of DATA is chosen as `evaluate` does. The class is the model's own answer on the whole picture, right or wrong: maps
-    explain answers. steps: of equal numbers of cells between the whole picture and none of it. progress is called with
-    (images done, images in all). UsageError for a wrong call, DataError for an image that cannot be decoded.
+    explain answers. steps: of equal numbers of cells between the whole picture and none of it. skip_bad: leave out those of the
+    drawn pictures that cannot be decoded; `n` of the result counts the others. progress is called with (images done, images in
+    all). UsageError for a wrong call, DataError for images that cannot be decoded (unless `skip_bad`).
     """
     for name, value in (("images", images), ("steps", steps)):
         if value < 2:
@@ -73,18 +76,15 @@ def check_maps(
     place = resolve_device(device)
     model = trained.build().to(place)
     preprocessing = trained.preprocessing
-    batch_size = at_once(model, preprocessing.image_size)
     curves: dict[str, list[NDArray[np.float64]]] = {}
     reading = None
-    for start in range(0, len(chosen), batch_size):
-        indices = range(start, min(start + batch_size, len(chosen)))
-        pixels = np.stack([preprocessing.fit(chosen.picture(index, preprocessing)) for index in indices])
+    batch_size = at_once(model, preprocessing.image_size)
+    for _, pixels in fitted_batches(chosen, preprocessing, batch_size=batch_size, skip_bad=skip_bad, progress=progress):
         batch = torch.from_numpy(preprocessing.normalise(pixels)).to(place)
         reading = read(model, batch)
         orders = _orders(reading, generator)
         for kind, measured in _measure(model, trained, batch, reading.targets, orders, fill=fill, steps=steps).items():
             curves.setdefault(kind, []).append(measured)
-        progress(indices.stop, len(chosen))
     assert reading is not None
     joined = {kind: np.concatenate(measured) for kind, measured in curves.items()}  # (n, 2, steps + 1)
     grid = finest(reading.grids)
@@ -92,7 +92,7 @@ def check_maps(
         run=trained.source,
         data=str(data),
         split=part,
-        n=len(chosen),
+        n=len(joined[RANDOM]),
         fill=fill,
         grid=grid,
         shares=tuple(float(count) / (grid[0] * grid[1]) for count in _counts(grid, steps)),

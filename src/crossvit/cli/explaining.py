@@ -29,6 +29,7 @@ def explain(
     split: str | None = None,
     seed: int = 0,
     device: str = "auto",
+    skip_bad: Switch = False,
     json: Switch = False,
 ) -> int:
     """Show what each branch looked at, what crossed between the branches, and where they disagree: a picture and its arrays for
@@ -61,6 +62,8 @@ def explain(
         With --check: draws the images and the random maps.
     device
         auto, cpu, cuda or mps.
+    skip_bad
+        With --check: leave out images that cannot be decoded instead of stopping.
     json
         Print one JSON object on stdout.
     """
@@ -72,7 +75,17 @@ def explain(
         if class_name is not None or features:
             raise UsageError("--check measures the model's own answers: leave out --class and --features")
         return _check(
-            run, images[0], out=out, sample=sample, steps=steps, fill=fill, split=split, seed=seed, device=device, json=json
+            run,
+            images[0],
+            out=out,
+            sample=sample,
+            steps=steps,
+            fill=fill,
+            split=split,
+            seed=seed,
+            device=device,
+            skip_bad=skip_bad,
+            json=json,
         )
     if not images:
         raise UsageError("no image given: `crossvit explain RUN photo.jpg --out DIR`, a folder, or a glob")
@@ -122,6 +135,7 @@ def _check(
     split: str | None,
     seed: int,
     device: str,
+    skip_bad: bool,
     json: bool,
 ) -> int:
     from crossvit.cli.terminal import counting
@@ -134,7 +148,16 @@ def _check(
         _make(Path(out))
     with counting("checking maps") as progress:
         result = check_maps(
-            run, data, images=sample, steps=steps, fill=fill, split=split, seed=seed, device=device, progress=progress
+            run,
+            data,
+            images=sample,
+            steps=steps,
+            fill=fill,
+            split=split,
+            seed=seed,
+            device=device,
+            skip_bad=skip_bad,
+            progress=progress,
         )
     record = dumps(to_json(result), ensure_ascii=False, allow_nan=False)
     if out is not None:

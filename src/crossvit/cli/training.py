@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from json import dumps
@@ -16,6 +17,7 @@ from crossvit.run import Run
 
 if TYPE_CHECKING:
     from crossvit.results import Evaluation, TrainingResult
+    from crossvit.train.recipe import Recipe
 
 
 def train(
@@ -57,6 +59,7 @@ def train(
     given = {} if options is None else vars(options)
     going_on = resume and Run(out).exists()
     plan = load_recipe(recipe or (out if going_on else "small"), data=data, out=out, **given)
+    _refuse_early(plan, dry_run=dry_run, resume=resume, overwrite=overwrite)
 
     from crossvit.cli.terminal import TerminalWatch, print_rehearsal, print_training
     from crossvit.report.page import run_page
@@ -92,6 +95,24 @@ def train(
     else:
         print_training(result)
     return 0
+
+
+def _refuse_early(plan: Recipe, *, dry_run: bool, resume: bool, overwrite: bool) -> None:
+    """UsageError for what needs no torch to be seen. `fit` says the same, after the seconds that loading torch takes."""
+    from pathlib import Path
+
+    from crossvit.data.sources import is_elsewhere, open_data
+    from crossvit.model.presets import preset
+    from crossvit.train.resuming import recorded_run, refuse_contradiction
+
+    refuse_contradiction(resume=resume, overwrite=overwrite)
+    several = "RANK" in os.environ  # the first of them looks, in `fit`, before any makes the folder
+    if not (dry_run or several) and recorded_run(plan, Run(plan.out), resume=resume, overwrite=overwrite) is not None:
+        return
+    if plan.model:
+        preset(plan.model)
+    if not (is_elsewhere(plan.data) or Path(plan.data).expanduser().exists()):
+        open_data(plan.data)
 
 
 def _evaluated_anew(result: TrainingResult) -> Evaluation | None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from crossvit.data import splits
-from crossvit.data.preprocess import ImageSource, Picture, Preprocessing, read_image
+from crossvit.data.preprocess import ImageSource, Picture, Preprocessing, file_format, read_image
 from crossvit.errors import DataError, UsageError, unknown_name
 from crossvit.results import MULTI_LABEL, SINGLE_LABEL
 
@@ -110,6 +110,11 @@ class ImageSet:
         """The picture as `preprocessing.fit` takes it; at_least: see `preprocess.decode`. DataError, with the path, if it cannot
         be decoded so."""
         return self._read(index, functools.partial(preprocessing.read, at_least=at_least))
+
+    def file_format(self, index: int) -> str:
+        """Pillow's name of the format of an image whose source is the content of a file. DataError, with the path, if it is in
+        none that is read here."""
+        return self._read(index, file_format)
 
     def _read(self, index: int, read: Callable[[ImageSource], T]) -> T:
         source = self.source(index)

@@ -15,9 +15,16 @@ from PIL import Image
 
 NUMPY_MAGIC = b"\x93NUMPY"
 TIFF_MAGICS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-MAX_VALUES = 4 * (Image.MAX_IMAGE_PIXELS or 89_478_485)  # numbers in one picture: as many as in the largest RGBA picture
+MAX_PIXELS = 89_478_485  # of a picture in a file, width times height: a quarter of a GiB as RGB, Pillow's own line for warnings
+MAX_VALUES = 4 * MAX_PIXELS  # numbers in one picture: as many as in the largest RGBA picture
 MAX_CHANNELS = 256
 BITS_TAG, SAMPLES_TAG = 258, 277  # TIFF 6.0: BitsPerSample, SamplesPerPixel
+
+
+def refuse_pixels(width: int, height: int) -> None:
+    """Pillow's own error for a picture that is too large to be decoded, from MAX_PIXELS on rather than from twice as many."""
+    if width * height > MAX_PIXELS:
+        raise Image.DecompressionBombError(f"{width} x {height} pixels")
 
 
 def read_npy(file: IO[bytes]) -> NDArray[Any]:
@@ -28,6 +35,7 @@ def read_npy(file: IO[bytes]) -> NDArray[Any]:
     header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, by_columns, dtype = header(file)
     _refuse_shape(shape, dtype)
+    refuse_pixels(shape[1], shape[0])
     count = int(np.prod(shape))
     content = file.read(count * dtype.itemsize)
     if len(content) < count * dtype.itemsize:
@@ -56,11 +64,13 @@ def read_tiff(content: bytes, channels: int = 0) -> NDArray[Any]:
         raise ValueError("a kind of TIFF that Pillow does not read whole: pip install 'crossvit[tiff]'") from None
     with tifffile.TiffFile(io.BytesIO(content), is_ome=False) as file:  # no OME: it may name other files
         first: Any = file.pages.first
+        refuse_pixels(first.imagewidth, first.imagelength)
         pages = list(file.pages) if first.samplesperpixel == 1 < channels == len(file.pages) else [first]
-        _refuse_shape((*first.shape, channels) if len(pages) > 1 else first.shape, first.dtype)
+        separate = len(first.shape) == 3 and first.planarconfig == tifffile.PLANARCONFIG.SEPARATE  # (C, H, W)
+        shape = (*first.shape[1:], first.shape[0]) if separate else first.shape
+        _refuse_shape((*shape, channels) if len(pages) > 1 else shape, first.dtype)
         if len(pages) == 1:
             planes = first.asarray()
-            separate = planes.ndim == 3 and first.planarconfig == tifffile.PLANARCONFIG.SEPARATE
             return with_channels(np.moveaxis(planes, 0, -1) if separate else planes)
         if any(page.shape != first.shape or page.dtype != first.dtype for page in pages):
             raise ValueError("its pages differ in size: keep one page, or bands of one size")

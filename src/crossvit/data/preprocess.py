@@ -1,6 +1,6 @@
 """THE inference preprocessing, shared by training's evaluation, evaluation and prediction. Pillow and NumPy only.
 
-Files are untrusted: only the formats below are opened, only up to MAX_PIXELS, and nothing in a file is run.
+Files are untrusted: only the formats below are opened, only up to planes.MAX_PIXELS, and nothing in a file is run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import io
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,15 +22,14 @@ from crossvit.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy")
-MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 89_478_485  # Pillow's own limit against decompression bombs
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 MAX_ASPECT = 64  # longer side over shorter; beyond it a central crop is taken of the middle alone
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # the released weights' normalisation (timm's IMAGENET_DEFAULT)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# What Pillow finds odd in a file but can decode is no news for people; a decompression bomb is an error.
+# What Pillow finds odd in a file but can decode is no news for people, nor is a size that `opened` refuses.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\..*")
-warnings.filterwarnings("error", category=Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # EXIF orientation -> the turn that makes the picture upright (EXIF 2.3, tag 0x0112)
 ORIENTATION_TAG = 0x0112
@@ -98,7 +97,7 @@ def decode(source: ImageSource, channels: int = 0, *, at_least: int = 0) -> Imag
         if start == planes.NUMPY_MAGIC:
             return planes.read_npy(file)
         try:
-            with Image.open(file, formats=FORMATS) as image:
+            with opened(file) as image:
                 if at_least:
                     image.draft(None, (at_least, at_least))  # does nothing but to a JPEG
                 if not channels or planes.kept_whole(image, channels):
@@ -110,6 +109,21 @@ def decode(source: ImageSource, channels: int = 0, *, at_least: int = 0) -> Imag
         return planes.read_tiff(file.read(), channels)
 
 
+def opened(file: IO[bytes]) -> Image.Image:
+    """The picture in `file` with its header alone read, in one of FORMATS. Pillow's errors where it is in none of them or has
+    more than planes.MAX_PIXELS."""
+    image = Image.open(file, formats=FORMATS)
+    planes.refuse_pixels(*image.size)
+    return image
+
+
+def file_format(source: ImageSource) -> str:
+    """Pillow's name of the format of the file `source` is the content of, such as PNG. DataError where it is none of FORMATS."""
+    assert isinstance(source, bytes)
+    with _named(source), opened(io.BytesIO(source)) as image:
+        return str(image.format)
+
+
 @contextlib.contextmanager
 def _named(source: ImageSource) -> Iterator[None]:
     """Whatever goes wrong with `source` inside is a DataError in one line with its name."""
@@ -119,7 +133,7 @@ def _named(source: ImageSource) -> Iterator[None]:
     except UnidentifiedImageError:
         raise DataError(f"{name}: {_why_unidentified(source)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DataError(f"{name}: more than {MAX_PIXELS:,} pixels; make it smaller first") from None
+        raise DataError(f"{name}: more than {planes.MAX_PIXELS:,} pixels; make it smaller first") from None
     except FileNotFoundError:
         raise DataError(f"{name}: no such file") from None
     except Exception as error:  # an untrusted file can make a decoder fail in any way

@@ -17,8 +17,7 @@ import numpy as np
 from PIL import Image
 
 from crossvit.data.images import Data, ImageSet, Label
-from crossvit.data.planes import NUMPY_MAGIC
-from crossvit.data.preprocess import FORMATS
+from crossvit.data.planes import NUMPY_MAGIC, TIFF_MAGICS
 from crossvit.data.shards import FORMAT, MANIFEST, filesystem
 from crossvit.errors import DataError, UsageError
 from crossvit.results import MULTI_LABEL, ShardSummary
@@ -132,18 +131,19 @@ def _file_of(images: ImageSet, index: int) -> tuple[bytes, str]:
         except OSError as error:
             raise DataError(f"{source}: cannot be read ({error.strerror or error})") from error
     if isinstance(source, bytes):
-        return source, PurePosixPath(images.names[index]).suffix.lower() or _suffix_of(source)
+        return source, PurePosixPath(images.names[index]).suffix.lower() or _suffix_of(images, index, source)
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(source)).save(buffer, format="PNG")
     return buffer.getvalue(), ".png"
 
 
-def _suffix_of(content: bytes) -> str:
+def _suffix_of(images: ImageSet, index: int, content: bytes) -> str:
     """The name ending of an encoded picture without a name, such as a parquet file's."""
     if content.startswith(NUMPY_MAGIC):
         return ".npy"
-    with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-        return f".{str(image.format).lower()}".replace(".jpeg", ".jpg")
+    if content.startswith(TIFF_MAGICS):  # of which Pillow knows not every kind
+        return ".tiff"
+    return f".{images.file_format(index).lower()}".replace(".jpeg", ".jpg")
 
 
 class _Hashed:

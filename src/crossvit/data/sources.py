@@ -45,6 +45,11 @@ def open_data(location: str | Path) -> Data:
     return data
 
 
+def is_elsewhere(location: str) -> bool:
+    """Whether `location` is no path: what is built in, on the hub, or at an address."""
+    return location == BUILT_IN or location.startswith(HUB) or "://" in location
+
+
 def open_folder(root: Path) -> Data:
     """A folder of class folders, or train/ with val/ or test/ that hold them."""
     if not root.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import multiprocessing
 import resource
@@ -43,12 +44,14 @@ def described(training: Training) -> list[str]:
 
 
 def time_step(training: Training) -> float:
-    """Seconds a step, from a few on the next images whose gradients are thrown away."""
+    """Seconds a step, from a few on the next images whose gradients are thrown away: of so many epochs as it takes."""
+    epochs = itertools.count(training.step // training.per_epoch)
+    batches = itertools.chain.from_iterable(map(training.loader.epoch, epochs))
     times: list[float] = []
     device = training.device
     training.model.train()
     started = time.perf_counter()
-    for _, (images, labels) in zip(range(TIMED_STEPS), training.loader.epoch(training.step // training.per_epoch), strict=False):
+    for images, labels in itertools.islice(batches, TIMED_STEPS):
         chunk = max(1, math.ceil(len(images) / training.recipe.accumulate))
         for part, wanted in zip(images.to(device).split(chunk), labels.to(device).split(chunk), strict=True):
             with training.apart(True):

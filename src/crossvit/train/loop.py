@@ -20,13 +20,10 @@ from crossvit.train.parallel import ALONE, Team, assembled
 from crossvit.train.plan import make_plan, suitable_parts
 from crossvit.train.recipe import Recipe
 from crossvit.train.repeatable import deterministic, threads
+from crossvit.train.resuming import as_given, gone_on_with, recorded_run, refuse_contradiction
 from crossvit.train.teachers import A_CALLABLE, load_teacher
 from crossvit.train.training import Training
 from crossvit.train.watch import Watch
-
-# What a resumed run may be given anew: no step hangs on it, and on `every` and `keep` only how far a run goes back.
-FREE_TO_CHANGE = ("out", "workers", "skip_bad", "every", "keep")
-CHOSEN = ("epochs", "batch_size", "accumulate")  # at 0 by the images, when the run began
 
 
 def fit(
@@ -40,8 +37,7 @@ def fit(
     gets them, to logits (B, classes); the recipe's `teacher` names others. Raises the errors of `crossvit.errors`.
     """
     watch = watch or Watch()
-    if resume and overwrite:
-        raise UsageError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    refuse_contradiction(resume=resume, overwrite=overwrite)
     if teacher is not None:
         recipe = recipe.changed(teacher=A_CALLABLE)
     run = Run(recipe.out)
@@ -69,23 +65,6 @@ def fit(
         while not training.ended:
             training.run_epoch()
         return training.finish()
-
-
-def recorded_run(recipe: Recipe, run: Run, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-    """run.json of the run that is gone on with, None for a new one. UsageError for a place or a change that cannot be."""
-    if Path(recipe.data).expanduser().resolve() in run.path.resolve().parents:
-        raise UsageError(f"{run.path} lies inside the images of {recipe.data}: choose another --out")
-    if not (resume and run.exists()):
-        run.refuse_occupied(overwrite=overwrite)
-        return None
-    recorded = run.record()
-    refuse_changes(recipe, Recipe.from_dict(recorded["recipe"]), as_given(recorded))
-    return recorded
-
-
-def as_given(recorded: dict[str, Any]) -> Recipe:
-    """The recipe that a run was begun with, before the images decided what it leaves open. Older runs have the latter alone."""
-    return Recipe.from_dict(recorded.get("given", recorded["recipe"]))
 
 
 def rehearse(recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | None = None) -> Rehearsal:
@@ -161,7 +140,7 @@ def prepare(
     if plan.recipe.overfit_one_batch:
         teacher = None
     elif teacher is None and plan.recipe.distillation.teacher:
-        teacher = load_teacher(plan.recipe.distillation.teacher, plan, device=team.device(device))
+        teacher = load_teacher(plan.recipe.distillation.teacher, plan, watch, device=team.device(device))
     precision = recorded["precision"] if recorded else recipe.precision
     training = Training(plan, run, watch, precision=precision, given=given.to_dict(), teacher=teacher, team=team)
     if recorded is None or not training.restore_newest():
@@ -178,35 +157,3 @@ def finished_result(run: Run, record: dict[str, Any], watch: Watch) -> TrainingR
     result = record["result"]
     epochs = tuple(Epoch(**entry) for entry in run.entries())
     return TrainingResult(str(run.path), result["top1"], result["n"], result["seconds"], record, epochs, None)
-
-
-def refuse_changes(recipe: Recipe, recorded: Recipe, given: Recipe) -> None:
-    """UsageError that names every option of `recipe` that is neither as the run has it recorded nor as it was given then."""
-    now, before, first = (_flat(one.to_dict()) for one in (recipe, recorded, given))
-    changed = [
-        f"{'DATA' if name == 'data' else '--' + name.replace('_', '-')} {now[name]} (the run has {before[name]})"
-        for name in now
-        if name not in FREE_TO_CHANGE and _same(name, now[name]) not in (_same(name, before[name]), _same(name, first[name]))
-        if not (name in CHOSEN and now[name] == 0)
-    ]
-    if changed:
-        fix = "leave it out, train anew with --overwrite, or start another run from this one's weights with --weights"
-        raise UsageError(f"--resume cannot change {', '.join(changed)}: {fix}")
-
-
-def gone_on_with(recipe: Recipe, recorded: Recipe) -> Recipe:
-    """The recorded recipe, with what may change as `recipe` has it."""
-    given = _flat(recipe.to_dict())
-    return recorded.changed(data=recipe.data, **{name: given[name] for name in FREE_TO_CHANGE})
-
-
-def _same(name: str, value: Any) -> Any:
-    """A folder is the same however its path is written."""
-    return Path(value).expanduser().resolve() if name in ("data", "weights", "teacher") and value else value
-
-
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in record.items():
-        flat |= value if isinstance(value, dict) else {name: value}
-    return flat

@@ -17,21 +17,23 @@ from crossvit.results import SINGLE_LABEL
 from crossvit.run import Run
 from crossvit.train.losses import NormalisedAnew, Teacher
 from crossvit.train.plan import Plan
+from crossvit.train.watch import Watch
+from crossvit.weights.hub import HUB_FILE, hub_address, in_hubs_cache, knock
 
 TIMM = "timm:"
 A_CALLABLE = "a callable"  # recorded as the teacher of a run whose teacher was given in Python
 
 
-def load_teacher(name: str, plan: Plan, *, device: torch.device) -> Teacher:
+def load_teacher(name: str, plan: Plan, watch: Watch, *, device: torch.device) -> Teacher:
     """`timm:NAME` (pretrained; `timm:local-dir:FOLDER` too) or a run folder, behind its own normalisation and input size. A timm
-    model is taken to answer as the data asks: with one class, or with a sigmoid a class.
+    model is taken to answer as the data asks: with one class, or with a sigmoid a class. `watch` is told what is fetched.
 
     UsageError for a name that is neither, or a teacher of other classes, channels or another task than the plan's; WeightsError
     for weights that cannot be fetched.
     """
     student = plan.preprocessing
     if name.startswith(TIMM):
-        model, own, classes = _timm_teacher(name.removeprefix(TIMM))
+        model, own, classes = _timm_teacher(name.removeprefix(TIMM), watch)
         fits = classes == len(plan.train.classes)
         known = f"{classes} classes"
     elif Run(name).exists():
@@ -57,7 +59,7 @@ def load_teacher(name: str, plan: Plan, *, device: torch.device) -> Teacher:
     return teacher.to(device).eval().requires_grad_(False)
 
 
-def _timm_teacher(name: str) -> tuple[torch.nn.Module, Preprocessing, int]:
+def _timm_teacher(name: str, watch: Watch) -> tuple[torch.nn.Module, Preprocessing, int]:
     """(pretrained model, its preprocessing, its classes). UsageError for a name that timm has not, before anything is fetched;
     WeightsError, in one line, where its weights cannot be fetched or read."""
     import timm
@@ -72,6 +74,10 @@ def _timm_teacher(name: str) -> tuple[torch.nn.Module, Preprocessing, int]:
         )
     try:
         with _errors_alone():
+            address = _fetched_from(name)
+            if address is not None:
+                watch.say(f"fetch  the weights of {TIMM}{name} from {address}")
+                knock(address)
             model = timm.create_model(name, pretrained=True)
     except Exception as error:  # no network, no pretrained weights, a damaged folder: whatever hub, safetensors or timm raise
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -82,6 +88,21 @@ def _timm_teacher(name: str) -> tuple[torch.nn.Module, Preprocessing, int]:
     height, width = config["input_size"][-2:]
     own = Preprocessing(image_size=(height, width), mean=tuple(config["mean"]), std=tuple(config["std"]))
     return model, own, int(model.num_classes)  # type: ignore[arg-type]
+
+
+def _fetched_from(name: str) -> str | None:
+    """The address on the hub that timm will fetch `name` from; None where it is here already, or lies elsewhere."""
+    import timm
+
+    if name.startswith("hf-hub:"):
+        repository = name.removeprefix("hf-hub:")
+    elif ":" in name or not (config := timm.get_pretrained_cfg(name)) or not config.hf_hub_id:
+        return None
+    else:
+        repository = config.hf_hub_id
+    repository, _, revision = repository.partition("@")
+    here = in_hubs_cache(repository, (HUB_FILE, "pytorch_model.bin"), revision=revision or "main")
+    return None if here else hub_address(repository)
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ What is kept lies in `$CROSSVIT_CACHE`, or `crossvit` in the user's cache folder
     urls/DIGEST-FILE                        files of other addresses
 
 The hub is the one `HF_ENDPOINT` names, with the token of `huggingface-cli login`; its own cache is read too, and
-`HF_HUB_OFFLINE=1` keeps away from the network.
+`HF_HUB_OFFLINE=1` keeps away from the network. What is fetched, and whom it waits for, is said on standard error.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import json
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from http import HTTPStatus
 from pathlib import Path
@@ -37,6 +38,7 @@ from crossvit.weights.sniff import kind_of
 HUB_FILE = "model.safetensors"
 HUB_DESCRIPTION = "config.json"  # of a timm repository: what the model is and its class names; not every one has it
 TIMEOUT = 10.0  # seconds until a server that says nothing is given up
+SLOW = 0.5  # seconds after which it is said which server is waited for
 TRIES = 4  # in a row that bring no byte, after which a download is given up
 PAUSE = 1.0  # seconds between two tries
 CHUNK = 1 << 18  # bytes; at most this much is lost by an interruption
@@ -165,7 +167,8 @@ def _download(remote: Remote, *, optional: bool) -> tuple[Path | None, str | Non
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise WeightsError(_unreachable(remote, "HF_HUB_OFFLINE is set"))
     try:
-        url, headers, etag, size = _ask(remote)
+        with _said_if_slow(f"waiting for {urlsplit(remote.url).netloc}, {TIMEOUT:.0f} seconds at most"):
+            url, headers, etag, size = _ask(remote)
     except Exception as error:  # whatever a network and a client library can fail with
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404) and optional:
@@ -178,6 +181,8 @@ def _download(remote: Remote, *, optional: bool) -> tuple[Path | None, str | Non
     for other in remote.kept.parent.glob(f"{remote.kept.name}.*.partial"):
         if other != partial or etag is None:
             other.unlink()  # bytes of another version of the file
+    if not optional:
+        _tell(f"fetching {remote.url}" + (f" ({size / 1e6:.1f} MB)" if size else ""))
     with _interruption(remote, partial, size):
         _complete(partial, url, headers, size=size, name=remote.name.split("@")[0])
     return partial, etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else None
@@ -195,6 +200,7 @@ def _complete(partial: Path, url: str, headers: dict[str, str], *, size: int | N
             tries = 1 if partial.stat().st_size > before else tries + 1
             if getattr(error, "response", None) is not None or tries == TRIES:
                 raise
+            _tell(f"no more bytes of {name} ({_reason(error)}): trying again")
             time.sleep(PAUSE)
         else:
             return
@@ -238,6 +244,44 @@ def _ask(remote: Remote) -> tuple[str, dict[str, str], str | None, int | None]:
     answer.raise_for_status()
     size = answer.headers.get("Content-Length")
     return remote.url, {}, answer.headers.get("ETag"), int(size) if size else None
+
+
+def in_hubs_cache(repository: str, files: Sequence[str], *, revision: str = "main") -> bool:
+    """Whether the hub's own cache has one of `files` of `repository`."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return any(isinstance(try_to_load_from_cache(repository, file, revision=revision), str) for file in files)
+
+
+def hub_address(repository: str) -> str:
+    """Of the repository's page, on the hub that HF_ENDPOINT names."""
+    from huggingface_hub import constants
+
+    return f"{(os.environ.get('HF_ENDPOINT') or constants.ENDPOINT).rstrip('/')}/{repository}"
+
+
+def knock(url: str) -> None:
+    """Ask a server once; any answer will do. Raises what its client raises where none comes within TIMEOUT seconds: for those
+    who would leave the asking to a library that does it again and again, for the better part of a minute, in silence."""
+    from huggingface_hub import get_session
+
+    get_session().head(url, timeout=TIMEOUT)
+
+
+@contextlib.contextmanager
+def _said_if_slow(line: str) -> Iterator[None]:
+    """What takes longer than SLOW seconds inside is accounted for by `line`; a wrong name is refused before that."""
+    timer = threading.Timer(SLOW, _tell, [line])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
