@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import crossvit
 from conftest import SMALL, lively
-from crossvit import CrossViTConfig
 from crossvit.data.sources import open_data
 from crossvit.errors import EngineError, UsageError
 from crossvit.kernels.native import native

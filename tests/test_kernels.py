@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import lively
 from torch import Tensor
 from torch.nn import functional as F
 
 import crossvit
+from conftest import lively
 from crossvit.kernels import block, functions
 from crossvit.kernels import native as module
 from crossvit.kernels.block import Half, attention_half, mlp_half

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from crossvit.errors import EngineError, UsageError
-from crossvit.model.crossvit import CrossViT
 from crossvit.machine import version_of
+from crossvit.model.crossvit import CrossViT
 from crossvit.runtimes.optimized import optimize
 from crossvit.runtimes.torch import autocast
 

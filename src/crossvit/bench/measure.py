@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from crossvit.bench.contestants import CONTESTANTS, REFERENCE, Call, Pair, make_pair, prepare
 from crossvit.errors import EngineError, UsageError
 from crossvit.factory import model_config
+from crossvit.machine import physical_cores, processor, version_of
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.cost import cost
 from crossvit.results import Bench, BenchRow, Growth
-from crossvit.machine import physical_cores, processor, version_of
 from crossvit.runtimes.products import PackedLinear
 from crossvit.runtimes.torch import resolve_device
 

@@ -2,9 +2,9 @@
 
     attention half:  y = x + m · Out(Attention(QKV(LN x)))        MLP half:  y = x + m · Down(GELU(Up(LN x)))
 
-x, y and parameters are fp32; what goes into a product or comes out of one is bf16, as under torch's autocast. m is the factor of
-stochastic depth, one a sample. Kept for the backward pass: x, the LayerNorm's statistics, and qkv with what was mixed, or what GELU
-takes; the rest is computed again. Gradients of weights are summed in fp32. Differentiable once.
+x, y and parameters are fp32; what goes into a product or comes out of one is bf16, as under torch's autocast. m is the factor
+of stochastic depth, one a sample. Kept for the backward pass: x, and qkv with what was mixed, or what GELU takes; the rest is
+computed again. Gradients of weights are summed in fp32. Differentiable once.
 
 Shapes: B batch, b images of a part, N tokens, D width, H heads, F hidden width of the MLP.
 """
@@ -26,7 +26,7 @@ PART_TOKENS = 3300  # that are worked on at once: the best of 800 to 6,500; see 
 
 
 class Half(NamedTuple):
-    """The parameters of one half: a LayerNorm (weight and bias (D), eps), and the linear layers before and after what is between."""
+    """The parameters of one half: its LayerNorm (weight and bias (D), eps), its linear layers in and out."""
 
     norm_weight: Tensor
     norm_bias: Tensor
@@ -105,8 +105,8 @@ class _AttentionHalf(torch.autograd.Function):
             kernels.linear_gradient(update, mixed, found.out_weight, found.out_bias)
             of_qkv = kernels.attention_gradient(qkv, mixed, update @ out_weight, log_sums, scale=ctx.scale)
             kernels.linear_gradient(of_qkv, normalised, found.in_weight, found.in_bias)
-            of_norm = (found.x[part], found.norm_weight, found.norm_bias)
-            kernels.layer_norm_gradient(of_qkv @ in_weight, gradient[part], x[part], norm_weight, statistics, of_norm)
+            given = (of_qkv @ in_weight, gradient[part], x[part])
+            kernels.layer_norm_gradient(given, norm_weight, statistics, (found.x[part], found.norm_weight, found.norm_bias))
         return found.x, None, None, None, *found.of_parameters()
 
 
@@ -139,8 +139,8 @@ class _MLPHalf(torch.autograd.Function):
             activated, of_hidden = kernels.gelu_gradient(hidden, update @ out_weight)
             kernels.linear_gradient(update, activated, found.out_weight, found.out_bias)
             kernels.linear_gradient(of_hidden, normalised, found.in_weight, found.in_bias)
-            of_norm = (found.x[part], found.norm_weight, found.norm_bias)
-            kernels.layer_norm_gradient(of_hidden @ in_weight, gradient[part], x[part], norm_weight, statistics, of_norm)
+            given = (of_hidden @ in_weight, gradient[part], x[part])
+            kernels.layer_norm_gradient(given, norm_weight, statistics, (found.x[part], found.norm_weight, found.norm_bias))
         return found.x, None, None, *found.of_parameters()
 
 

@@ -97,7 +97,7 @@ class Native:
         return found
 
     def linear_gradient(self, gradient: Tensor, x: Tensor, weight_gradient: Tensor, bias_gradient: Tensor) -> None:
-        """Add dyᵀ x to weight_gradient (O, I) and Σ dy over rows to bias_gradient (O), both fp32; dy (..., O), x (..., I) bf16."""
+        """Add dyᵀ x to weight_gradient (O, I) and Σ dy over rows to bias_gradient (O), both fp32; of bf16 dy, x."""
         outward, inward = weight_gradient.shape
         function = self.functions["linear_gradient"]
         if function(*_places(gradient, x, weight_gradient, bias_gradient), gradient.numel() // outward, outward, inward):
@@ -137,11 +137,11 @@ class Native:
         return normalised, statistics
 
     def layer_norm_gradient(
-        self, gradient: Tensor, past: Tensor, x: Tensor, weight: Tensor, statistics: Tensor, found: tuple[Tensor, Tensor, Tensor]
+        self, given: tuple[Tensor, Tensor, Tensor], weight: Tensor, statistics: Tensor, found: tuple[Tensor, Tensor, Tensor]
     ) -> None:
-        """With dy = gradient (..., D) bf16: write past + dx (..., D), add dweight and dbias (D), all fp32, to the three of `found`."""
-        given = (gradient, past, x, weight, statistics)
-        self.functions["layer_norm_gradient"](*_places(*given, *found), len(statistics), x.shape[-1])
+        """given: dy (bf16), the gradient that x has of what goes past the norm, and x, all (..., D).  found: dx in all, which
+        is written, dweight and dbias (D), to which is added. fp32 but for dy."""
+        self.functions["layer_norm_gradient"](*_places(*given, weight, statistics, *found), len(statistics), weight.numel())
 
 
 def _places(*tensors: Tensor | None) -> list[int | None]:

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossvit.errors import EngineError, UsageError
-from crossvit.run import write_atomically
 from crossvit.machine import cache_folder, processor, version_of
+from crossvit.run import write_atomically
 from crossvit.trained import Trained
 
 Images = NDArray[np.float32]

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossvit.errors import EngineError
-from crossvit.run import Run, write_atomically
 from crossvit.machine import cache_folder, physical_cores, version_of
+from crossvit.run import Run, write_atomically
 from crossvit.trained import Trained
 
 if TYPE_CHECKING:

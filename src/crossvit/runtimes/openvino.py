@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossvit.errors import EngineError, UsageError
-from crossvit.run import write_atomically
 from crossvit.machine import physical_cores, version_of
+from crossvit.run import write_atomically
 from crossvit.runtimes.onnx import onnx_file
 from crossvit.trained import Trained
 

@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 from crossvit.errors import UsageError
+from crossvit.machine import physical_cores
 from crossvit.model.crossvit import CrossViT
 from crossvit.runtimes.cpu import CpuForm
-from crossvit.machine import physical_cores
 from crossvit.runtimes.optimized import DTYPES, DeviceForm, optimize
 from crossvit.trained import Trained
 
