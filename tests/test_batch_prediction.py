@@ -26,8 +26,8 @@ from crossvit import prediction_files
 from crossvit.batch_prediction import predict_to_file
 from crossvit.errors import RunError, UsageError
 from crossvit.prediction import Predictor, find_images
-from crossvit.prediction_files import open_results, plain
-from crossvit.results import BatchPrediction, TrainingResult
+from crossvit.prediction_files import open_results
+from crossvit.results import BatchPrediction, TrainingResult, plain_name
 from crossvit.trained import open_trained
 
 Command = Callable[..., tuple[int, str, str]]
@@ -101,7 +101,7 @@ def test_files_hold_what_the_predictor_says(kind: str, predictor: Predictor, ima
     assert (result.n, result.failed, result.abstained, result.skipped) == (44, 1, 0, 0)
     expected = predictor(images)
     found = rows_of(out)
-    assert [row["image"] for row in found] == [plain(image) for image in images]
+    assert [row["image"] for row in found] == [plain_name(image) for image in images]
     for row, prediction in zip(found, expected, strict=True):
         assert (row["label"] or None) == prediction.label
         assert (row["error"] or None) == prediction.error
@@ -447,7 +447,7 @@ def test_names_come_from_a_list_or_standard_input(
     for place in (tmp_path / "list.txt", "-"):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
         assert command("predict", tiny_run.run, "--from", place, "--out", out, "--overwrite")[0] == 1
-        assert [row["image"] for row in rows_of(out)] == [plain(name) for name in named]
+        assert [row["image"] for row in rows_of(out)] == [plain_name(name) for name in named]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
     status, printed, _ = command("predict", tiny_run.run, "--from", "-", "--json")
     assert (status, json.loads(printed)["n"], json.loads(printed)["failed"]) == (1, len(named), 1)

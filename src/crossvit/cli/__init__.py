@@ -7,6 +7,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from crossvit.cli.collector import end_uncollected
+
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
 
@@ -18,7 +20,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if tokens is None else tokens)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    sys.exit(run(words, debug=debug))
+    status = run(words, debug=debug)
+    end_uncollected()
+    sys.exit(status)
 
 
 def run(words: list[str], *, debug: bool = False) -> int:

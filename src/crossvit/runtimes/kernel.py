@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from crossvit.cache import cache_folder
 from crossvit.runtimes.machine import processor
-from crossvit.weights.hub import cache_folder
 
 SOURCE = Path(__file__).with_name("attention.cpp")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")

@@ -28,6 +28,7 @@ from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from crossvit.cache import cache_folder
 from crossvit.errors import UsageError, WeightsError
 from crossvit.model.presets import ALIASES, PRESETS, Preset
 from crossvit.run import write_atomically
@@ -52,12 +53,6 @@ class Remote:
     kept: Path
     sha256: str | None = None
     on_hub: bool = False
-
-
-def cache_folder() -> Path:
-    """Where fetched weights are kept."""
-    named = os.environ.get("CROSSVIT_CACHE")
-    return Path(named).expanduser() if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crossvit"
 
 
 def locate(source: str | Path) -> Path:
