@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from crossvit.errors import CrossViTError
+from crossvit.errors import RunError
 from crossvit.run import write_atomically
 
 SETTLED = 2.0  # seconds after which a second write shows in a file's times, whatever the file system: FAT counts in twos
@@ -59,5 +59,5 @@ def _keep(record: Path, digests: dict[str, list[Any]]) -> None:
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(record, json.dumps(digests, indent=1).encode())
-    except (OSError, CrossViTError):
+    except (OSError, RunError):
         pass
