@@ -221,6 +221,26 @@ def test_a_torn_graph_is_made_anew(file: str, left: float | None, model: Path) -
     assert kept_beside(model) == [folder]
 
 
+def test_two_processes_that_keep_a_graph_at_once_leave_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from crossvit.runtimes import onnx
+
+    exact = logits(model, keep=False)
+    sync, calls = os.fsync, []
+
+    def overtaken(file: int) -> None:
+        """While the first process writes, another one makes the folder."""
+        sync(file)
+        calls.append(file)
+        if len(calls) == 1:
+            assert np.array_equal(logits(model, keep=True), exact)
+
+    monkeypatch.setattr(onnx.os, "fsync", overtaken)
+    assert np.array_equal(logits(model, keep=True), exact)
+    (folder,) = kept_beside(model)
+    assert sorted(file.name for file in folder.iterdir()) == ["graph.onnx", "graph.weights"]
+    assert len(calls) == 4
+
+
 def test_where_no_graph_can_be_kept_the_model_is_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact = logits(model, keep=False)
 

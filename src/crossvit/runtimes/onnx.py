@@ -101,7 +101,11 @@ def _keep_optimised(path: Path, kept: Path) -> None:
         for file in made.iterdir():
             with file.open("rb") as written:
                 os.fsync(written.fileno())
-        made.rename(kept)
+        try:
+            made.rename(kept)
+        except OSError:
+            if not kept.is_dir():  # otherwise another process was first
+                raise
 
 
 def onnx_file(trained: Trained) -> Path:
