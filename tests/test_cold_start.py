@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -20,6 +22,7 @@ import crossvit.results
 from conftest import SMALL
 from crossvit import cache
 from crossvit.cache import digest_of
+from crossvit.cli.collector import uncollected
 from crossvit.errors import EngineError
 from crossvit.results import TrainingResult
 from crossvit.runtimes.machine import is_installed
@@ -87,6 +90,35 @@ def test_a_folder_called_like_a_package_is_not_one(tmp_path: Path, monkeypatch: 
     assert is_installed("numpy")
     assert not is_installed("no_such_engine")
     assert not is_installed("no_such_engine_either")
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_the_collector_rests_inside_and_is_as_it_was_behind(before: bool) -> None:
+    enabled = gc.isenabled()
+    try:
+        gc.enable() if before else gc.disable()
+        with contextlib.suppress(KeyError), uncollected():
+            assert not gc.isenabled()
+            raise KeyError
+        assert gc.isenabled() == before
+    finally:
+        gc.enable() if enabled else gc.disable()
+
+
+def test_what_is_there_is_left_out_once_in_a_process() -> None:
+    script = """
+import gc
+from crossvit.cli.collector import leave_out_what_is_there
+leave_out_what_is_there()
+first = gc.get_freeze_count()
+garbage = []
+garbage.append(garbage)
+del garbage
+leave_out_what_is_there()
+assert 0 < gc.get_freeze_count() <= first
+assert gc.collect() > 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # ---------------------------------------------------------------- digests

@@ -18,3 +18,11 @@ def uncollected() -> Iterator[None]:
     finally:
         if before:
             gc.enable()
+
+
+def leave_out_what_is_there() -> None:
+    """What is there now stays, and later searches pass it over: they would begin with all that was just loaded.
+
+    Once in a process, so that one which runs many commands does not keep the garbage of each."""
+    if not gc.get_freeze_count():
+        gc.freeze()

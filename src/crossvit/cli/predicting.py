@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crossvit.cli.collector import uncollected
+from crossvit.cli.collector import leave_out_what_is_there, uncollected
 from crossvit.cli.switch import Switch
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ def predict(
             device=device,
             precision=precision,
         )
+        leave_out_what_is_there()
     if out is None:
         return _print(predictor, found, json=json)
     count = None if from_ == "-" else images
