@@ -1,14 +1,17 @@
 """The first prediction of one PNG, from the shell: a process that starts, loads a model, reads the picture and says a class.
 
 `crossvit predict` with torch and with ONNX Runtime against the same model in a script of timm's and in a script of ONNX
-Runtime, Pillow and NumPy alone. Byte code, disk cache, the exported file and our kernel are there from a first run that is
-not counted. `--rounds N` and `--model NAME` choose.
+Runtime, Pillow and NumPy alone. Of each round's four processes the order is turned by one; seconds on the clock and of the
+processor, the median and in brackets the fastest and the slowest; ratios are medians over rounds, each within its own. Byte
+code, disk cache, the exported file, the graph and our kernel are there from rounds that are not counted. `--rounds N` and
+`--model NAME` choose.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -18,6 +21,11 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from crossvit.machine import physical_cores, processor, version_of
+
+UNCOUNTED = 2  # rounds: the first makes what is kept, the second is the first to use it
+ANCHORS = ("timm in a script", "ONNX Runtime in a script")
 
 SETUP = """
 import sys
@@ -79,6 +87,7 @@ def main() -> None:
         picture = Path(folder) / "picture.png"
         Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(picture)
         environment = {**os.environ, "CROSSVIT_CACHE": f"{folder}/cache"}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages have their byte code, and so has ours
         subprocess.run([sys.executable, "-c", SETUP, options.model, folder], check=True, env=environment)
         predict = ["-m", "crossvit", "predict", f"{folder}/run", str(picture), "--top-k", "1", "--engine"]
         commands = {
@@ -87,16 +96,36 @@ def main() -> None:
             "timm in a script": ["-c", TIMM, options.model, folder, str(picture)],
             "ONNX Runtime in a script": ["-c", ONNX_RUNTIME, options.model, folder, str(picture)],
         }
-        times: dict[str, list[float]] = {name: [] for name in commands}
-        for _ in range(options.rounds + 1):
-            for name, arguments in commands.items():
-                started = time.perf_counter()
-                subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
-                times[name].append(time.perf_counter() - started)
-        for name, found in times.items():
-            kept = found[1:]
-            spread = f"{min(kept):.2f} to {max(kept):.2f}"
-            print(f"{name:32} {statistics.median(kept):.2f} s ({spread}); the first of all {found[0]:.2f} s")
+        rounds = [
+            {name: measured(commands[name], environment) for name in turned(list(commands), index)}
+            for index in range(UNCOUNTED + options.rounds)
+        ]
+    versions = ", ".join(f"{package} {version_of(package)}" for package in ("torch", "timm", "onnxruntime"))
+    print(f"{options.model}, {options.rounds} rounds, {processor()}, {physical_cores()} cores, {versions}")
+    print(f"{'':34}{'seconds':22}{'of the processor':22}{'times ' + '    times '.join(ANCHORS)}")
+    for name in commands:
+        times = zip(*(one[name] for one in rounds[UNCOUNTED:]), strict=True)
+        figures = "".join(f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})".ljust(22) for found in times)
+        ratios = "".join(ratio(rounds[UNCOUNTED:], name, anchor).ljust(len(anchor) + 10) for anchor in ANCHORS)
+        print(f"{name:34}{figures}{ratios}".rstrip())
+
+
+def turned(names: list[str], by: int) -> list[str]:
+    start = by % len(names)
+    return names[start:] + names[:start]
+
+
+def measured(arguments: list[str], environment: dict[str, str]) -> tuple[float, float]:
+    """Seconds on the clock and of the processor, user and system, that one process takes."""
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
+    seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
+
+
+def ratio(rounds: list[dict[str, tuple[float, float]]], name: str, anchor: str) -> str:
+    """Of seconds and of the processor's."""
+    return " / ".join(f"{statistics.median(one[name][kind] / one[anchor][kind] for one in rounds):.2f}" for kind in (0, 1))
 
 
 if __name__ == "__main__":

@@ -25,8 +25,8 @@ from crossvit import prediction_files
 from crossvit.batch_prediction import predict_to_file
 from crossvit.errors import RunError, UsageError
 from crossvit.prediction import Predictor, find_images
-from crossvit.prediction_files import open_results, plain
-from crossvit.results import TrainingResult
+from crossvit.prediction_files import open_results
+from crossvit.results import TrainingResult, plain_name
 from crossvit.trained import open_trained
 
 KINDS = ("jsonl", "csv", "parquet")
@@ -101,7 +101,7 @@ def test_files_hold_what_the_predictor_says(kind: str, predictor: Predictor, ima
     assert (result.n, result.failed, result.abstained, result.skipped) == (44, 1, 0, 0)
     expected = predictor(images)
     found = rows_of(out)
-    assert [row["image"] for row in found] == [plain(image) for image in images]
+    assert [row["image"] for row in found] == [plain_name(image) for image in images]
     for row, prediction in zip(found, expected, strict=True):
         assert (row["label"] or None) == prediction.label
         assert (row["error"] or None) == prediction.error

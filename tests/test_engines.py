@@ -173,7 +173,7 @@ def test_attention_in_the_form_is_attention(dtype: torch.dtype, tokens: int, hea
 def test_an_engine_that_is_not_installed_is_one_line_and_torch_computes(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(choose, "version_of", lambda package: None if package == "openvino" else "1")
+    monkeypatch.setattr(choose, "is_installed", lambda package: package != "openvino")
     forward = load_engine(trained, engine="openvino", device="cpu")
     assert isinstance(forward.engine, TorchEngine)
     assert [record.getMessage() for record in caplog.records] == [
@@ -286,7 +286,7 @@ def test_a_model_that_cannot_be_exported_is_an_engine_error(
 ) -> None:
     onnx = pytest.importorskip("crossvit.runtimes.onnx")
     monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path))
-    monkeypatch.setattr(onnx, "version_of", lambda package: None)
+    monkeypatch.setattr(onnx, "is_installed", lambda package: False)
     with pytest.raises(EngineError, match="exporting to ONNX needs onnx and onnxscript"):
         onnx.onnx_file(trained)
 

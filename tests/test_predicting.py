@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from crossvit.prediction import Predictor, find_images
-from crossvit.prediction_files import plain
+from crossvit.results import plain_name
 from crossvit.results import BatchPrediction, TrainingResult
 from crossvit.trained import open_trained
 from test_batch_prediction import awkward, rows_of
@@ -67,7 +67,7 @@ def test_names_come_from_a_list_or_standard_input(
     for place in (tmp_path / "list.txt", "-"):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
         assert command("predict", tiny_run.run, "--from", place, "--out", out, "--overwrite")[0] == 1
-        assert [row["image"] for row in rows_of(out)] == [plain(name) for name in named]
+        assert [row["image"] for row in rows_of(out)] == [plain_name(name) for name in named]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
     status, printed, _ = command("predict", tiny_run.run, "--from", "-", "--json")
     assert (status, json.loads(printed)["n"], json.loads(printed)["failed"]) == (1, len(named), 1)

@@ -16,8 +16,8 @@ from typing import Any
 
 from crossvit.errors import RunError, UsageError
 from crossvit.prediction import Predictor
-from crossvit.prediction_files import ResultFile, open_results, plain
-from crossvit.results import BatchPrediction
+from crossvit.prediction_files import ResultFile, open_results
+from crossvit.results import BatchPrediction, plain_name
 from crossvit.run import Run, write_atomically
 
 MODEL = ("weights", "classes", "preprocessing", "task", "temperature", "thresholds")  # what a model's answers follow from
@@ -79,9 +79,9 @@ class _Done:
         while batch := list(islice(images, batch_size)):
             there = list(islice(rows, len(batch)))
             for row, image in zip(there, batch, strict=False):
-                if row.image != plain(image):
+                if row.image != plain_name(image):
                     raise UsageError(
-                        f"{path} goes on with {row.image} where the images given now have {plain(image)}: "
+                        f"{path} goes on with {row.image} where the images given now have {plain_name(image)}: "
                         "give the same images, or add --overwrite to start again"
                     )
             if len(there) < len(batch):

@@ -1,9 +1,8 @@
-"""What this machine is and has: its processor, its cores, the versions of packages, a folder for what is kept. Standard library
-only."""
+"""What this machine is and has: its processor, its cores, the versions of packages. Standard library only."""
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -11,12 +10,23 @@ from pathlib import Path
 
 def processor() -> str:
     """The processor's name as the system gives it."""
+    return _described().get("model name") or platform.processor()
+
+
+def instruction_sets() -> str:
+    """What the processor can do beyond its name (a virtual machine may hide some of it), as Linux lists it."""
+    described = _described()
+    return described.get("flags") or described.get("Features") or platform.machine()
+
+
+def _described() -> dict[str, str]:
+    """/proc/cpuinfo on the last processor; empty on other systems."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as file:
-            lines = dict(line.split(":", 1) for line in file if ":" in line)
+            pairs = (line.split(":", 1) for line in file if ":" in line)
+            return {key.strip(): value.strip() for key, value in pairs}
     except OSError:
-        return platform.processor()
-    return next((lines[key].strip() for key in lines if key.strip() == "model name"), platform.processor())
+        return {}
 
 
 def physical_cores() -> int:
@@ -31,15 +41,17 @@ def physical_cores() -> int:
     return len(siblings)
 
 
+def is_installed(package: str) -> bool:
+    """Whether a package, called as its distribution is, can be imported. Nothing is, and no list of distributions is read."""
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None  # a folder of that name beside a script has no origin
+
+
 def version_of(package: str) -> str | None:
     """The installed version of a package, None where it is not installed; nothing is imported."""
+    from importlib.metadata import PackageNotFoundError, version  # with the parser of e-mail behind it
+
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return version(package)
+    except PackageNotFoundError:
         return None
-
-
-def cache_folder() -> Path:
-    """Where is kept what was fetched or made for this machine: weights, exported models, compiled kernels."""
-    named = os.environ.get("CROSSVIT_CACHE")
-    return Path(named).expanduser() if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crossvit"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from crossvit.errors import RunError, UsageError
-from crossvit.results import Prediction, to_json
+from crossvit.results import Prediction, plain_name, to_json
 from crossvit.run import write_atomically, writing
 
 ROWS_A_PART = 8192  # of a Parquet file, about: 1 MB, large enough to read fast, small enough to hold in memory
@@ -87,11 +87,6 @@ def open_results(path: Path, *, top_k: int, multi_label: bool, batch_size: int) 
         return ParquetParts(path, multi_label=multi_label, rows_a_part=batch_size * max(1, ROWS_A_PART // batch_size))
 
 
-def plain(name: str) -> str:
-    """A name of any bytes as text that can be encoded: what is not UTF-8 becomes the escape `\\udcxx`, as JSON writes it."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
 def record_of(prediction: Prediction, *, multi_label: bool) -> dict[str, Any]:
     """A result as one object: the answer first, then the surest classes with their probabilities."""
     if multi_label:
@@ -99,8 +94,8 @@ def record_of(prediction: Prediction, *, multi_label: bool) -> dict[str, Any]:
     else:
         surest = prediction.top[0].probability if prediction.top else None
         answer = {"label": prediction.label, "probability": surest, "abstained": prediction.abstained}
-    error = None if prediction.error is None else plain(prediction.error)
-    return {"image": plain(prediction.image), **answer, "error": error, "top": to_json(prediction.top)}
+    error = None if prediction.error is None else plain_name(prediction.error)
+    return {"image": plain_name(prediction.image), **answer, "error": error, "top": to_json(prediction.top)}
 
 
 class _Appended:

@@ -58,7 +58,7 @@ class Trained:
         weights = read_weights(self.source) if self.weights is None else self.weights
         with torch.device("meta"):  # every parameter is read, so none is drawn first
             model = create_model(self.config)
-        for note in load_weights(model.to_empty(device="cpu"), weights):
+        for note in load_weights(model, weights):
             logging.getLogger("crossvit").warning("%s", note)
         return model.eval()
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+
+from crossvit.cli.collector import uncollected
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 
@@ -18,15 +21,18 @@ def main(tokens: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if tokens is None else tokens)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
-    sys.exit(run(words, debug=debug))
+    status = run(words, debug=debug)
+    gc.freeze()  # Python searches all there is for cycles as it ends, with torch for 0.4 s; what is due `atexit` is still done
+    sys.exit(status)
 
 
 def run(words: list[str], *, debug: bool = False) -> int:
     """The exit status of `crossvit WORDS`."""
-    from cyclopts import CycloptsError
+    with uncollected():
+        from cyclopts import CycloptsError
 
-    from crossvit.cli.verbs import app
-    from crossvit.errors import CrossViTError, DataError, UsageError
+        from crossvit.cli.verbs import app
+        from crossvit.errors import CrossViTError, DataError, UsageError
 
     try:
         status = app(words or ["--help"], exit_on_error=False, print_error=False, result_action="return_value")

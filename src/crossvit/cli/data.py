@@ -9,7 +9,7 @@ from cyclopts import App
 
 from crossvit.cli.switch import Switch
 
-app = App(name="data", help="Look at images before training on them; put them into tar shards.")
+app = App(name="data")  # its help is in verbs.py, which loads this when it is called
 
 
 @app.command

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from crossvit.cli.collector import leave_out_what_is_there, uncollected
 from crossvit.cli.switch import Switch
 
 if TYPE_CHECKING:
@@ -79,8 +80,9 @@ def predict(
         Print one JSON object on stdout.
     """
     from crossvit.errors import UsageError
-    from crossvit.prediction import Predictor, listed_images, scan_images
 
+    with uncollected():
+        from crossvit.prediction import Predictor, listed_images, scan_images
     if paths and from_ is not None:
         raise UsageError("images are given as paths and with --from: give one of them")
     if not paths and from_ is None:
@@ -96,17 +98,19 @@ def predict(
     if first is None:
         raise UsageError(f"no image in {from_}: it should have names, one a line")
     found = chain([first], given)
-    predictor = Predictor(
-        run,
-        top_k=top_k,
-        batch_size=batch_size,
-        tta=tta,
-        abstain_below=abstain_below,
-        workers=workers,
-        engine=engine,
-        device=device,
-        precision=precision,
-    )
+    with uncollected():
+        predictor = Predictor(
+            run,
+            top_k=top_k,
+            batch_size=batch_size,
+            tta=tta,
+            abstain_below=abstain_below,
+            workers=workers,
+            engine=engine,
+            device=device,
+            precision=precision,
+        )
+        leave_out_what_is_there()
     if out is None:
         return _print(predictor, found, json=json)
     count = None if from_ == "-" else images
@@ -114,15 +118,14 @@ def predict(
 
 
 def _print(predictor: Predictor, images: Iterator[str], *, json: bool) -> int:
-    from crossvit.prediction_files import plain
-    from crossvit.results import to_json
+    from crossvit.results import plain_name, to_json
 
     failed = 0
     found = []
     for prediction in predictor.stream(images):
         failed += prediction.error is not None
-        error = None if prediction.error is None else plain(prediction.error)
-        shown = dataclasses.replace(prediction, image=plain(prediction.image), error=error)
+        error = None if prediction.error is None else plain_name(prediction.error)
+        shown = dataclasses.replace(prediction, image=plain_name(prediction.image), error=error)
         if json:
             found.append(to_json(shown))
         else:

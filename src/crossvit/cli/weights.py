@@ -11,7 +11,7 @@ from cyclopts import App
 
 from crossvit.cli.switch import Switch
 
-app = App(name="weights", help="Show, convert and hand on weights: a run, a file, an https:// address, or a name on the hub.")
+app = App(name="weights")  # its help is in verbs.py, which loads this when it is called
 
 
 @app.command

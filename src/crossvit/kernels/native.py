@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossvit.machine import cache_folder, processor
+from crossvit.cache import cache_folder
+from crossvit.machine import processor
 
 FOLDER = Path(__file__).parent
 SOURCES = ("attention.cpp", "attention_gradient.cpp", "linear.cpp", "layers.cpp", "resize.cpp")

@@ -180,7 +180,10 @@ def check_images(images: Tensor, config: CrossViTConfig) -> None:
 def initialise(model: nn.Module, scheme: str) -> None:
     """Fill every parameter. `paper`: truncated normal 0.02 for linear weights, class tokens and positions, zero biases,
     torch's own default for convolutions (as released). `xavier`: Xavier-uniform linear weights and He-normal
-    convolutions, zero biases, so that small data trains from scratch (SPEED, small data)."""
+    convolutions, zero biases, so that small data trains from scratch (SPEED, small data). A model on the meta device has
+    nothing to fill."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return  # drawing nothing, torch would import its compiler: seconds
     for module in model.modules():
         match module:
             case nn.Linear():

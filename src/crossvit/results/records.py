@@ -30,3 +30,8 @@ def to_json(record: Any) -> Any:
 def branch_names(count: int) -> list[str]:
     """S and L, the paper's names for its two branches; numbers otherwise."""
     return ["S", "L"] if count == 2 else [str(index) for index in range(count)]
+
+
+def plain_name(name: str) -> str:
+    """A name of any bytes as text that can be encoded: what is not UTF-8 becomes the escape `\\udcxx`, as JSON writes it."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -18,8 +18,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from crossvit.cache import cache_folder
 from crossvit.errors import EngineError, UsageError
-from crossvit.machine import cache_folder, processor, version_of
+from crossvit.machine import is_installed, processor, version_of
 from crossvit.run import write_atomically
 from crossvit.trained import Trained
 
@@ -70,12 +71,12 @@ def load_engine(trained: Trained, *, engine: str = "torch", device: str = "auto"
 
 def installed_engines() -> list[str]:
     """The engines whose packages are here, torch first."""
-    return [engine for engine in ENGINES if version_of(engine)]
+    return [engine for engine in ENGINES if is_installed(engine)]
 
 
 def _load(trained: Trained, engine: str, *, device: str, precision: str) -> Engine:
     """EngineError if it is not installed or does not load."""
-    if not version_of(engine):
+    if not is_installed(engine):
         raise EngineError(f"engine {engine} is not installed (pip install 'crossvit[{EXTRAS[engine]}]')")
     if engine == "torch":
         from crossvit.runtimes.torch import TorchEngine

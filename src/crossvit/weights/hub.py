@@ -29,8 +29,8 @@ from http import HTTPStatus
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from crossvit.cache import cache_folder
 from crossvit.errors import UsageError, WeightsError
-from crossvit.machine import cache_folder
 from crossvit.model.presets import ALIASES, PRESETS, Preset
 from crossvit.run import write_atomically
 from crossvit.weights.sniff import kind_of

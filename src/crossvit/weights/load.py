@@ -27,7 +27,8 @@ def load_weights(
     model's name or `owner/name` on the hub (see `weights.hub`).
     head: `same` takes the file's classifier, which must have the model's number of classes; `new` keeps the model's own but
     for the rows of classes with the same name, where the file says its names and `classes` are the model's.
-    Position embeddings are resampled to the model's grid, first convolutions adapted to its channel count.
+    Position embeddings are resampled to the model's grid, first convolutions adapted to its channel count. A model on the meta
+    device, which has names and shapes and no numbers, comes to be on the CPU.
 
     Returns what was adapted, a line each. Everything else must fit: a missing, unused or misshapen key is a WeightsError that
     lists all of them, and the model is left as it was.
@@ -57,7 +58,12 @@ def load_weights(
     )
     if not all(bool(value.isfinite().all()) for value in state.values()):
         notes.append(f"{weights.source} has numbers that are not finite")
-    model.load_state_dict(state)
+    if any(value.is_meta for value in own.values()):
+        # Copies, since tensors read from a safetensors file lie in the file. `to_empty` would import sympy, 0.4 s.
+        copies = {name: value.to(own[name].dtype, copy=True) for name, value in state.items()}
+        model.load_state_dict(copies, assign=True)
+    else:
+        model.load_state_dict(state)
     return notes
 
 
