@@ -138,9 +138,7 @@ def _exported(model: nn.Module, how: str, precision: str, pair: Pair, *, in_part
     if not path.is_file():
         config = pair.ours.config
         with contextlib.redirect_stdout(sys.stderr):
-            export_module(
-                GraphForm(model) if ours else model, path, in_channels=config.in_channels, image_size=config.image_size
-            )
+            export_module(GraphForm(model) if ours else model, path, in_channels=config.in_channels, image_size=config.image_size)
     if how == "openvino":
         try_compiling(path, precision)
     engine = OpenVINOEngine(path, precision=precision, in_parts=in_parts) if how == "openvino" else OnnxRuntimeEngine(path)
