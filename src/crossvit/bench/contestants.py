@@ -137,8 +137,9 @@ def _exported(model: nn.Module, how: str, precision: str, pair: Pair, *, in_part
     path = pair.folder / f"{'ours' if ours else 'timm'}.onnx"
     if not path.is_file():
         config = pair.ours.config
+        exported = GraphForm(model) if isinstance(model, CrossViT) else model
         with contextlib.redirect_stdout(sys.stderr):
-            export_module(GraphForm(model) if ours else model, path, in_channels=config.in_channels, image_size=config.image_size)
+            export_module(exported, path, in_channels=config.in_channels, image_size=config.image_size)
     if how == "openvino":
         try_compiling(path, precision)
     engine = OpenVINOEngine(path, precision=precision, in_parts=in_parts) if how == "openvino" else OnnxRuntimeEngine(path)

@@ -21,6 +21,7 @@ from crossvit.factory import model_config
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.cost import cost
 from crossvit.results import Bench, BenchRow, Growth
+from crossvit.runtimes.choose import SETTLE_SECONDS
 from crossvit.runtimes.machine import physical_cores, processor, version_of
 from crossvit.runtimes.products import PackedLinear
 from crossvit.runtimes.torch import resolve_device
@@ -222,6 +223,7 @@ def _rounds(
     began = time.perf_counter()
     while len(next(iter(times.values()))) < FEWEST_ROUNDS or time.perf_counter() - began < seconds:
         for key, call in calls.items():
+            time.sleep(SETTLE_SECONDS)
             times[key].append(_seconds(call, device))
     return times
 

@@ -30,10 +30,13 @@ class GraphForm(nn.Module):
         super().__init__()
         self.model = copy.deepcopy(model)
         self.model.set_gradient_checkpointing(False)
-        self.model.tokens = nn.ModuleList(_GraphTokens(embed, model.config.image_size) for embed in self.model.tokens)  # type: ignore[arg-type]
+        self.model.tokens = nn.ModuleList(_GraphTokens(embed, model.config.image_size) for embed in self.model.tokens)
         for encoder in self.model.encoders:
             assert isinstance(encoder, MultiScaleEncoder)
-            encoder.blocks = nn.ModuleList(nn.ModuleList(_GraphBlock(block) for block in own) for own in encoder.blocks)  # type: ignore[union-attr]
+            for blocks in encoder.blocks:
+                assert isinstance(blocks, nn.ModuleList)
+                for index, block in enumerate(blocks):
+                    blocks[index] = _GraphBlock(block)
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -43,8 +46,9 @@ class GraphForm(nn.Module):
 class _GraphTokens(nn.Module):
     """`Tokens` at one image size. ONNX's bicubic Resize takes sixteen taps a pixel, in ONNX Runtime in one thread."""
 
-    def __init__(self, embed: Tokens, image_size: tuple[int, int]) -> None:
+    def __init__(self, embed: nn.Module, image_size: tuple[int, int]) -> None:
         super().__init__()
+        assert isinstance(embed, Tokens)
         size = embed.branch.image_size(image_size)
         self.resize = nn.Identity() if size == image_size else Resize(image_size, size)
         self.stem = embed.patches

@@ -33,7 +33,7 @@ MOST_STREAMS = 4  # parts at a time; on a machine with more cores each has sever
 class OpenVINOEngine:
     """`engine(images)`: (B, C, H, W) float32 normalised -> (branches, B, classes) float32 logits, on the CPU.
 
-    The form for large batches is compiled when the first one comes.
+    What computes a whole batch and what computes parts is each compiled when it is first needed, since it has weights of its own.
     """
 
     name = "openvino"
@@ -43,8 +43,7 @@ class OpenVINOEngine:
         large batches are computed so; otherwise OpenVINO is given any batch whole."""
         self.path = path
         self.precision = precision
-        self.streams = min(physical_cores(), MOST_STREAMS) if in_parts else 1
-        self.request = _compile(path, precision).create_infer_request()
+        self.streams = stream_count() if in_parts else 1
 
     @classmethod
     def load(cls, trained: Trained, *, precision: str = "fp32") -> OpenVINOEngine:
@@ -78,6 +77,11 @@ class OpenVINOEngine:
         return [parts[start] for start in sorted(parts)]
 
     @cached_property
+    def request(self) -> Any:
+        """A request of any number of images, on all threads."""
+        return _compile(self.path, self.precision).create_infer_request()
+
+    @cached_property
     def part_requests(self) -> Any:
         """One request a stream, for PART_IMAGES each."""
         import openvino
@@ -109,6 +113,11 @@ def try_compiling(path: Path, precision: str) -> None:
     write_atomically(survived, b"")
 
 
+def stream_count() -> int:
+    """How many parts of a batch are computed at a time; 1: none are made."""
+    return min(physical_cores(), MOST_STREAMS)
+
+
 def _core() -> Any:
     import openvino
 
@@ -135,6 +144,5 @@ def _compile(path: Path, precision: str, *, streams: int = 1) -> Any:
 
 
 if __name__ == "__main__":
-    engine = OpenVINOEngine(Path(sys.argv[1]), precision=sys.argv[2])
-    if engine.streams > 1:
-        engine.part_requests.wait_all()
+    _compile(Path(sys.argv[1]), sys.argv[2])
+    _compile(Path(sys.argv[1]), sys.argv[2], streams=stream_count())
