@@ -15,34 +15,21 @@ from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import crossvit
-from crossvit.model.tokens import resize
 from crossvit.runtimes.cpu import CpuForm
 from crossvit.runtimes.torch import autocast
 
 CPU = torch.device("cpu")
 
 
-class TorchResize(nn.Module):
-    """torch's own resize in place of the products along each side."""
-
-    def __init__(self, _given: tuple[int, int], size: tuple[int, int]) -> None:
-        super().__init__()
-        self.size = size
-
-    def forward(self, images: Tensor) -> Tensor:
-        return resize(images, self.size)
-
-
 @contextlib.contextmanager
 def without(change: str) -> Iterator[None]:
     """Inside, a form is made without `change`."""
     replaced = {
-        "our attention kernel": ("crossvit.runtimes.cpu.attention_kernel", lambda: None),
+        "our kernels": ("crossvit.runtimes.cpu.native", lambda: None),
         "oneDNN's packed products": ("crossvit.runtimes.products._has_onednn", lambda: False),
-        "the resize along each side": ("crossvit.runtimes.cpu.Resize", TorchResize),
     }
     with mock.patch(*replaced[change]):
         yield
@@ -57,7 +44,7 @@ def candidates(model: crossvit.CrossViT, dtype: torch.dtype) -> dict[str, Callab
 
     form = CpuForm(model, dtype=dtype)
     found: dict[str, Callable[[Tensor], Tensor]] = {"the form": form, "the model as it trains": eager}
-    for change in ("our attention kernel", "oneDNN's packed products", "the resize along each side"):
+    for change in ("our kernels", "oneDNN's packed products"):
         with without(change):
             found[f"without {change}"] = CpuForm(model, dtype=dtype)
     for images_a_pass in (1, 2, 4, 8, 16):

@@ -24,8 +24,8 @@ from crossvit import cache
 from crossvit.cache import digest_of
 from crossvit.cli.collector import uncollected
 from crossvit.errors import EngineError
-from crossvit.results import TrainingResult
 from crossvit.machine import is_installed
+from crossvit.results import TrainingResult
 from crossvit.trained import Trained, open_trained
 from crossvit.weights.files import header, write_weights
 from crossvit.weights.load import load_weights

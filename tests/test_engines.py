@@ -21,7 +21,7 @@ from crossvit.kernels.native import native
 from crossvit.results import TrainingResult
 from crossvit.runtimes import choose
 from crossvit.runtimes.choose import installed_engines, load_engine
-from crossvit.runtimes.products import PackedLinear, attention_of, scaled_qkv
+from crossvit.runtimes.products import PackedLinear, Resize, attention_of, scaled_qkv
 from crossvit.runtimes.torch import TorchEngine
 from crossvit.trained import Trained, open_trained
 
@@ -135,6 +135,14 @@ def test_a_form_that_is_not_to_be_had_is_refused() -> None:
         crossvit.optimize(lively(SMALL), precision="int3")
     with pytest.raises(ValueError, match="this model takes"):
         crossvit.optimize(lively(SMALL))(torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize("sizes", [((240, 240), (224, 224)), ((36, 50), (24, 70)), ((7, 300), (100, 9)), ((5, 5), (1, 1))])
+def test_the_resize_is_torchs_bicubic(sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    given, size = sizes
+    images = torch.randn(2, 3, *given)
+    exact = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+    torch.testing.assert_close(Resize(given, size)(images), exact, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

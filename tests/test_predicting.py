@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from crossvit.prediction import Predictor, find_images
-from crossvit.results import plain_name
-from crossvit.results import BatchPrediction, TrainingResult
+from crossvit.results import BatchPrediction, TrainingResult, plain_name
 from crossvit.trained import open_trained
 from test_batch_prediction import awkward, rows_of
 

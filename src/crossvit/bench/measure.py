@@ -22,6 +22,7 @@ from crossvit.machine import physical_cores, processor, version_of
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.cost import cost
 from crossvit.results import Bench, BenchRow, Growth
+from crossvit.runtimes.choose import SETTLE_SECONDS
 from crossvit.runtimes.products import PackedLinear
 from crossvit.runtimes.torch import resolve_device
 
@@ -55,7 +56,7 @@ def bench(
 ) -> Bench:
     """Time every contestant on every model, in turn, in this process.
 
-    engines: contestants by name (`ours-torch`, `timm-openvino`, ...) or by half of it (`ours`, `openvino`); none is all.
+    engines: contestants by name (`ours-torch`, `timm-openvino`, ...) or by a word of it (`ours`, `openvino`); none is all.
     What is not installed or fails is left out with a line to `say`. timm-eager in fp32 is always there: ratios are to it.
     seconds: of timing for a model and a batch; `train` times a training step as well; `growth` how cost grows.
     """
@@ -95,12 +96,12 @@ def bench(
 def choose(engines: Sequence[str]) -> list[str]:
     """The contestants meant, timm-eager first. UsageError for a name that is none."""
     for name in engines:
-        if not any(name in (contestant, *contestant.split("-", 1)) for contestant in CONTESTANTS):
-            raise UsageError(f"no contestant {name!r}: use {', '.join(CONTESTANTS)}, or half of one")
+        if not any(name in (contestant, *contestant.split("-")) for contestant in CONTESTANTS):
+            raise UsageError(f"no contestant {name!r}: use {', '.join(CONTESTANTS)}, or a word of one")
     return [
         contestant
         for contestant in CONTESTANTS
-        if contestant == REFERENCE or not engines or any(name in (contestant, *contestant.split("-", 1)) for name in engines)
+        if contestant == REFERENCE or not engines or any(name in (contestant, *contestant.split("-")) for name in engines)
     ]
 
 
@@ -222,6 +223,7 @@ def _rounds(
     began = time.perf_counter()
     while len(next(iter(times.values()))) < FEWEST_ROUNDS or time.perf_counter() - began < seconds:
         for key, call in calls.items():
+            time.sleep(SETTLE_SECONDS)
             times[key].append(_seconds(call, device))
     return times
 

@@ -39,7 +39,7 @@ def bench(
     models
         Names of released models.
     engines
-        Contestants such as ours-torch or timm-openvino, or half of one: ours, openvino. All by default.
+        Contestants such as ours-torch or timm-openvino, or a word of one: ours, openvino. All by default.
     batch
         Images in a call; each is timed by itself.
     precision

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from crossvit.kernels.functions import is_eager, kernels_here
@@ -36,8 +36,12 @@ class Half(NamedTuple):
     out_bias: Tensor
     eps: float
 
+    @classmethod
+    def of(cls, norm: nn.LayerNorm, inward: nn.Linear, outward: nn.Linear) -> Half:
+        return cls(norm.weight, norm.bias, inward.weight, inward.bias, outward.weight, outward.bias, norm.eps)
 
-def takes(x: Tensor, half: Half, *, head_width: int = LANES) -> bool:
+
+def takes(x: Tensor, half: Half, *, head_width: int) -> bool:
     """Whether a half is computed here: on a CPU with the kernels, under bf16 autocast, fp32 tokens and parameters, all widths
     whole registers, and nothing that traces or transforms."""
     if x.dtype != torch.float32 or not is_eager(x) or not torch.is_autocast_enabled("cpu"):

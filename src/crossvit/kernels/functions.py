@@ -33,7 +33,7 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 def is_eager(x: Tensor) -> bool:
     """Whether x is a plain tensor on the CPU and what is done with it is done at once: not compiled, exported or transformed."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    tracing = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
     return type(x) is Tensor and x.device.type == "cpu" and not tracing
 
 

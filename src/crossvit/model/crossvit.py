@@ -37,30 +37,26 @@ class EncoderBlock(nn.Module):
         self.attention = SelfAttention(branch.dim, branch.heads, drop=drop, attention_drop=attention_drop)
         self.mlp_norm = nn.LayerNorm(branch.dim, eps=NORM_EPS)
         self.mlp = MLP(branch.dim, branch.mlp_dim, drop=drop)
+        self.has_dropout = max(drop, attention_drop) > 0
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._by_kernels(x):  # the same, in bf16 on a CPU
-            x = attention_half(x, self._attention_half(), self.attention.num_heads, self.drop_path.factor(x))
-            return mlp_half(x, self._mlp_half(), self.drop_path.factor(x))
+        if (halves := self._halves_for_kernels(x)) is not None:  # the same, in bf16 on a CPU
+            x = attention_half(x, halves[0], self.attention.num_heads, self.drop_path.factor(x))
+            return mlp_half(x, halves[1], self.drop_path.factor(x))
         x = x + self.drop_path(self.attention(self.attention_norm(x)))
         return x + self.drop_path(self.mlp(self.mlp_norm(x)))  # type: ignore[no-any-return]
 
-    def _by_kernels(self, x: Tensor) -> bool:
-        attention, mlp = self.attention, self.mlp
-        dropping = self.training and max(attention.drop.p, attention.attention_drop, *(mlp[index].p for index in (2, 4))) > 0
-        if dropping or attention.listener is not None or not kernel_is_free():
-            return False
+    def _halves_for_kernels(self, x: Tensor) -> tuple[Half, Half] | None:
+        """The parameters of both lines of the equation where our kernels compute them, else None."""
+        attention, up, down = self.attention, self.mlp[0], self.mlp[3]
+        if attention.listener is not None or not kernel_is_free() or (self.training and self.has_dropout):
+            return None
+        assert isinstance(up, nn.Linear)
+        assert isinstance(down, nn.Linear)
+        halves = (Half.of(self.attention_norm, attention.qkv, attention.out), Half.of(self.mlp_norm, up, down))
         head_width = x.shape[-1] // attention.num_heads
-        return takes(x, self._attention_half(), head_width=head_width) and takes(x, self._mlp_half())
-
-    def _attention_half(self) -> Half:
-        norm, inward, outward = self.attention_norm, self.attention.qkv, self.attention.out
-        return Half(norm.weight, norm.bias, inward.weight, inward.bias, outward.weight, outward.bias, norm.eps)
-
-    def _mlp_half(self) -> Half:
-        norm, inward, outward = self.mlp_norm, self.mlp[0], self.mlp[3]
-        return Half(norm.weight, norm.bias, inward.weight, inward.bias, outward.weight, outward.bias, norm.eps)
+        return halves if all(takes(x, half, head_width=head_width) for half in halves) else None
 
 
 class MultiScaleEncoder(nn.Module):

@@ -35,6 +35,7 @@ PRECISIONS = {"torch": ("fp32", "bf16", "fp16"), "onnxruntime": ("fp32",), "open
 TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2, "fp16": 1e-2}
 TRIAL_SECONDS = 2.0  # of timing in all, on first use of `auto`
 TRIAL_BATCH = 8
+SETTLE_SECONDS = 0.1  # before a call that is timed: an engine's threads spin for a while after its last product, on our cores
 
 log = logging.getLogger("crossvit")
 
@@ -153,6 +154,7 @@ def race(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str,
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or len(next(iter(times.values()))) < 3:
         for name, call in calls.items():
+            time.sleep(SETTLE_SECONDS)
             started = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - started)

@@ -16,7 +16,7 @@ from crossvit.kernels.native import native
 from crossvit.model.crossvit import CrossViT, EncoderBlock, MultiScaleEncoder, check_images
 from crossvit.model.fusion import NORM_EPS, CrossAttentionFusion, CrossRead, Grid, summary
 from crossvit.model.tokens import Tokens, resample_positions, resize
-from crossvit.runtimes.products import PackedLinear, attention_of, scaled_qkv
+from crossvit.runtimes.products import PackedLinear, Resize, attention_of, scaled_qkv
 
 CACHE_TOKENS = 2400  # tokens a pass takes at most, so that what a block makes stays in the caches (docs/performance.md)
 
@@ -36,7 +36,7 @@ class CpuForm(nn.Module):
         tokens = max(rows * columns for rows, columns in grids)
         self.images_a_pass = max(1, CACHE_TOKENS // tokens)
         rows = self.images_a_pass * tokens
-        self.tokens = nn.ModuleList(_FastTokens(embed, dtype) for embed in model.tokens)  # type: ignore[arg-type]
+        self.tokens = nn.ModuleList(_FastTokens(embed, self.config.image_size, dtype) for embed in model.tokens)  # type: ignore[arg-type]
         self.encoders = nn.ModuleList(_FastEncoder(encoder, rows, dtype) for encoder in model.encoders)  # type: ignore[arg-type]
         self.norms = nn.ModuleList(_FastNorm(norm) for norm in model.norms)  # type: ignore[arg-type]
         self.heads = copy.deepcopy(model.heads).float()  # a head reads one token: precision costs nothing there
@@ -67,9 +67,13 @@ class CpuForm(nn.Module):
 class _FastTokens(nn.Module):
     """`Tokens` with the stem in `dtype`, channels last."""
 
-    def __init__(self, embed: Tokens, dtype: torch.dtype) -> None:
+    def __init__(self, embed: Tokens, image_size: tuple[int, int], dtype: torch.dtype) -> None:
         super().__init__()
         self.branch, self.grid, self.dtype = embed.branch, embed.grid, dtype
+        size = embed.branch.image_size(image_size)
+        # Without kernels products are the faster way.
+        self.products = None if size == image_size or native() is not None else Resize(image_size, size)
+        self.given = image_size
         # The T2T tokeniser is attention over thousands of tokens, and not worth a form of its own.
         self.stem_dtype = dtype if embed.branch.tokeniser != "t2t" else torch.float32
         self.stem = copy.deepcopy(embed.patches).to(self.stem_dtype).to(memory_format=torch.channels_last)
@@ -78,7 +82,11 @@ class _FastTokens(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         given = (images.shape[-2], images.shape[-1])
-        own = resize(images, self.branch.image_size(given)).to(self.stem_dtype, memory_format=torch.channels_last)
+        if self.products is not None and given == self.given:
+            own = self.products(images)
+        else:
+            own = resize(images, self.branch.image_size(given))
+        own = own.to(self.stem_dtype, memory_format=torch.channels_last)
         patches = self.stem(own).flatten(2).transpose(1, 2)  # (B, n, D)
         positions = resample_positions(self.positions, self.grid, self.branch.grid(given))
         tokens = torch.empty(patches.shape[0], positions.shape[1], patches.shape[2], dtype=self.dtype)

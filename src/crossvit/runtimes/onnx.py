@@ -24,7 +24,7 @@ from crossvit.trained import Trained
 if TYPE_CHECKING:
     from torch import nn
 
-EXPORT_FORM = 1  # raised when the graph that is exported changes
+EXPORT_FORM = 2  # raised when the graph that is exported changes
 MAPPED_BYTES = 1024  # a weight from this size on lies apart from the kept graph, where it is mapped into memory and not parsed
 
 log = logging.getLogger("crossvit")
@@ -128,17 +128,10 @@ def fingerprint(trained: Trained) -> str:
 def export(trained: Trained, path: Path) -> None:
     """Write `trained` to `path`, whole or not at all. EngineError where torch or ONNX cannot."""
     _require_packages()
-    from torch import Tensor, nn
+    from crossvit.runtimes.graph import GraphForm
 
-    class BranchLogits(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = trained.build()
-
-        def forward(self, images: Tensor) -> Tensor:
-            return self.model.branch_logits(images)
-
-    export_module(BranchLogits().eval(), path, in_channels=trained.config.in_channels, image_size=trained.config.image_size)
+    config = trained.config
+    export_module(GraphForm(trained.build()), path, in_channels=config.in_channels, image_size=config.image_size)
 
 
 def export_module(module: nn.Module, path: Path, *, in_channels: int, image_size: tuple[int, int]) -> None:

@@ -1,4 +1,4 @@
-"""Products and kernels that the inference form on a CPU is made of: oneDNN's linear layers and attention.
+"""Products and kernels that the inference form on a CPU is made of: oneDNN's linear layers, attention, the branch resize.
 
 Shapes: B batch, N tokens, D width, H heads, K = D / H width of a head; R rows, all tokens of a batch.
 """
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crossvit.kernels.native import Native
+
+RESIZE_BLOCK = 32  # outputs a product of the resize makes at once; their taps lie in about as many inputs and four more
 
 
 class PackedLinear(nn.Module):
@@ -84,3 +86,32 @@ def attention_of(qkv: Tensor, num_heads: int, kernels: Native | None = None) -> 
         query, key, value = heads.contiguous().unbind(0)
         mixed = (query @ key.transpose(-2, -1)).softmax(dim=-1) @ value
     return mixed.transpose(1, 2).flatten(2)  # (B, N, D)
+
+
+class Resize(nn.Module):
+    """torch's bicubic resize without antialiasing as products along each side: (B, C, H, W) -> (B, C, *size), fp32.
+
+    out = R_h image R_wᵀ, and R is banded (four taps a row), so it is cut into blocks of rows with the inputs they read.
+    torch's own kernel on a CPU computes all sixteen taps of every pixel.
+    """
+
+    def __init__(self, given: tuple[int, int], size: tuple[int, int]) -> None:
+        super().__init__()
+        self.rows = _bands(given[0], size[0])
+        self.columns = _bands(given[1], size[1])
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = torch.cat([band @ images[..., start:stop, :] for start, stop, band in self.rows], dim=-2)
+        return torch.cat([images[..., start:stop] @ band.T for start, stop, band in self.columns], dim=-1)
+
+
+def _bands(given: int, size: int) -> list[tuple[int, int, Tensor]]:
+    """(first input, end of inputs, (outputs, inputs) weights) of each block of outputs."""
+    eye = torch.eye(given)[None, None]
+    matrix = F.interpolate(eye, size=(size, given), mode="bicubic", align_corners=False)[0, 0]  # torch's own weights
+    bands = []
+    for block in matrix.split(RESIZE_BLOCK):
+        used = block.any(dim=0).nonzero().flatten()
+        start, stop = int(used[0]), int(used[-1]) + 1
+        bands.append((start, stop, block[:, start:stop].contiguous()))
+    return bands
