@@ -249,3 +249,11 @@ def test_kernels_that_were_compiled_wrong_are_not_used(forgotten: None, wrong: s
     real = getattr(module.Native, wrong)
     monkeypatch.setattr(module.Native, wrong, lambda self, *given, **named: real(self, *given, **named) * 1.1 + 0.1)
     assert native() is None
+
+
+@needs_kernels
+def test_they_are_found_whatever_mode_the_first_caller_is_in(forgotten: None) -> None:
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        module._found.cache_clear()
+        with mode:
+            assert native() is not None

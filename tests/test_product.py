@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import crossvit
+from crossvit.kernels.native import HEADERS, SOURCES
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,7 +42,7 @@ def test_a_wheel_has_recipes_and_page(tmp_path: Path) -> None:
         "crossvit/report/run.html",
         "crossvit/report/page.js",
         "crossvit/report/style.css",
-        "crossvit/runtimes/attention.cpp",
+        *(f"crossvit/kernels/{name}" for name in (*HEADERS, *SOURCES)),
         "crossvit/recipes/small.toml",
         "crossvit/recipes/quickstart.toml",
     } <= inside

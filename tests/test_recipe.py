@@ -274,7 +274,7 @@ def other_value(name: str, value: Any) -> Any:
 
 @pytest.mark.parametrize(("table", "name"), [(table, name) for table, name, _ in fields() if name not in ("data", "out")])
 def test_every_field_is_an_option_and_changes_it_alone(
-    table: str, name: str, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+    table: str, name: str, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """`--name value` on the command line arrives in the recipe that is trained, and nothing else does."""
     trained: list[Recipe] = []
@@ -284,6 +284,8 @@ def test_every_field_is_an_option_and_changes_it_alone(
         raise ConfigError("seen")
 
     monkeypatch.setattr("crossvit.train.loop.fit", note)
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
     before = load_recipe("small", data="photos", out="run").to_dict()
     owner = load_recipe("small") if not table else getattr(load_recipe("small"), table)
     value = other_value(name, getattr(owner, name))

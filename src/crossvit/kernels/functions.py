@@ -32,9 +32,12 @@ def attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 def is_eager(x: Tensor) -> bool:
-    """Whether x is a plain tensor on the CPU and what is done with it is done at once: not compiled, exported or transformed."""
-    tracing = torch.compiler.is_compiling() or torch._C._is_tracing() or torch._C._are_functorch_transforms_active()
-    return type(x) is Tensor and x.device.type == "cpu" and not tracing
+    """Whether x is a plain tensor on the CPU and what is done with it is done at once: not compiled, exported, transformed or
+    counted (as FLOPs are)."""
+    if type(x) is not Tensor or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    inner = torch._C
+    return not (inner._is_tracing() or inner._are_functorch_transforms_active() or inner._len_torch_dispatch_stack())
 
 
 def kernels_here() -> Native:

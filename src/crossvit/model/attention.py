@@ -147,7 +147,7 @@ class CrossAttention(nn.Module):
 
     def _lazy(self, x: Tensor) -> Tensor:
         heads = (self.num_heads, -1)
-        if torch.is_autocast_enabled(x.device.type):  # which would cast it at each of its uses
+        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which would cast it at each of its uses
             x = x.to(torch.get_autocast_dtype(x.device.type))
         query = self.query(x[:, 0]).unflatten(-1, heads).transpose(0, 1)  # (H, B, K)
         probe = (query @ self.key.weight.unflatten(0, heads)).transpose(0, 1)  # (B, H, D): q W_kᵀ
