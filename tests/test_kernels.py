@@ -16,7 +16,8 @@ from conftest import lively
 from crossvit.kernels import block, functions
 from crossvit.kernels import native as module
 from crossvit.kernels.block import Half, attention_half, mlp_half
-from crossvit.kernels.native import native, without_kernels
+from crossvit.kernels.cross import read, read_normalised
+from crossvit.kernels.native import NAMES, Fold, native, without_kernels
 from crossvit.kernels.resize import bicubic, takes_resize
 from crossvit.model.attention import SelfAttention, attention_kernel
 from crossvit.model.config import BranchConfig, CrossViTConfig
@@ -158,6 +159,39 @@ def test_half_a_block_and_its_gradients_are_those_of_its_equation(
     for one, other in zip(found, torch.autograd.grad(exact, wide, given.double()), strict=True):
         assert one.dtype == torch.float32
         assert float((one - other).norm()) < 4 * NEAR[torch.bfloat16] * float(other.norm()) + 1e-4
+
+
+@needs_kernels
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize(("batch", "tokens", "heads", "width"), [(1, 1, 1, 16), (3, 2, 4, 32), (2, 77, 6, 96), (5, 401, 3, 144)])
+def test_a_cross_read_and_its_gradients_are_those_of_its_equation(
+    batch: int, tokens: int, heads: int, width: int, folded: bool
+) -> None:
+    """Tokens with a mean far from zero; heads and widths that leave remainders."""
+    generator = torch.Generator().manual_seed(tokens)
+    x = 2 * torch.randn(batch, tokens, width, generator=generator) + 3
+    probes = torch.randn(batch, heads, width, generator=generator) / math.sqrt(width)
+    leaves = [x, probes] + [torch.randn(size, generator=generator) for size in ((batch, width), (width,), (width,))] * folded
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    ours = read_normalised(*leaves[:2], Fold(*leaves[2:], eps=1e-6)) if folded else read(*leaves)
+    tokens_read = wide[0]
+    if folded:
+        normalised = F.layer_norm(wide[0], (width,), wide[3], wide[4], 1e-6)
+        tokens_read = torch.cat((wide[2][:, None], normalised[:, 1:]), dim=1)
+    exact = (wide[1] @ tokens_read.mT).softmax(dim=-1) @ tokens_read
+    assert error(ours, exact) < 1e-5
+    given = torch.randn(ours.shape, generator=generator)
+    found = torch.autograd.grad(ours, leaves, given)
+    for one, other in zip(found, torch.autograd.grad(exact, wide, given.double(), materialize_grads=True), strict=True):
+        assert float((one - other).norm()) < 2e-5 * float(other.norm()) + 1e-5
+    if torch.bfloat16 in NAMES and f"cross_read_{NAMES[torch.bfloat16]}" in getattr(native(), "functions", {}):
+        with torch.no_grad():
+            reduced = x.bfloat16()
+            fold = Fold(*leaves[2:], eps=1e-6) if folded else None
+            again = read_normalised(reduced, probes, fold) if fold else read(reduced, probes)
+            same = read_normalised(reduced.float(), probes, fold) if fold else read(reduced.float(), probes)
+        torch.testing.assert_close(again, same, rtol=1e-6, atol=1e-6)
 
 
 @needs_kernels

@@ -30,7 +30,7 @@ from crossvit.cache import cache_folder
 from crossvit.machine import processor
 
 FOLDER = Path(__file__).parent
-SOURCES = ("attention.cpp", "attention_gradient.cpp", "linear.cpp", "layers.cpp", "resize.cpp")
+SOURCES = ("attention.cpp", "attention_gradient.cpp", "linear.cpp", "layers.cpp", "resize.cpp", "cross.cpp")
 HEADERS = ("tiles.h",)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 COMPILE_SECONDS = 120
@@ -50,6 +50,15 @@ class Taps(NamedTuple):
     by_tap: Tensor  # (TAPS, outputs)
 
 
+class Fold(NamedTuple):
+    """What is read of tokens x: `first` (B, D) in the place of the first, and the LayerNorm of the others."""
+
+    first: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
 class Native:
     """The kernels of one library. Tensors are on the CPU and dense; their sizes are the caller's to check (`takes`)."""
 
@@ -62,6 +71,8 @@ class Native:
             "gelu": [pointer] * 2 + [count],
             "gelu_gradient": [pointer] * 4 + [count],
             "residual": [pointer] * 4 + [count] * 2,
+            **{f"cross_read_{name}": [pointer] * 10 + [count] * 4 + [number] for name in NAMES.values()},
+            "cross_read_gradient": [pointer] * 15 + [count] * 4,
             "resize": [pointer] * 2 + [count] * 5 + [pointer] * 4,
             "layer_norm": [pointer] * 5 + [count] * 2 + [number],
             "layer_norm_gradient": [pointer] * 8 + [count] * 2,
@@ -120,6 +131,30 @@ class Native:
         """out = x + factor · update: x (B, ...) fp32, update bf16, factor (B, 1, ...) fp32 or None for 1."""
         self.functions["residual"](*_places(x, update, factor, out), len(x), x[0].numel())
 
+    def cross_read(self, x: Tensor, probes: Tensor, fold: Fold | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """(Σ_j softmax_j(probe · z_j) z_j of each probe, what its gradient needs): x (B, N, D), probes (B, H, D) fp32 ->
+        (B, H, D). z is x, or what `fold` makes of it."""
+        (batch, tokens, width), heads = x.shape, probes.shape[1]
+        mixed, moments, eps = torch.empty_like(probes), torch.empty_like(probes), 0.0 if fold is None else fold.eps
+        shares, dots = probes.new_empty(batch, heads, tokens), probes.new_empty(batch, heads, tokens)
+        statistics = probes.new_empty(batch, tokens, 2)
+        places = _places(x, *_folded(fold), probes, mixed, shares, dots, statistics, moments)
+        self.functions[f"cross_read_{NAMES[x.dtype]}"](*places, batch, heads, tokens, width, eps)
+        return mixed, (shares, dots, statistics, moments)
+
+    def cross_read_gradient(
+        self, x: Tensor, probes: Tensor, fold: Fold | None, kept: tuple[Tensor, ...], gradient: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of x, the probes, and the fold's first token, weight and bias, all fp32."""
+        (batch, tokens, width), heads = x.shape, probes.shape[1]
+        of_x, of_probes = torch.empty_like(x), torch.empty_like(probes)
+        of_first, of_weight, of_bias = (None if fold is None else x.new_empty(batch, width) for _ in range(3))
+        places = _places(x, *_folded(fold), probes, *kept, gradient, of_x, of_first, of_probes, of_weight, of_bias)
+        self.functions["cross_read_gradient"](*places, batch, heads, tokens, width)
+        if of_weight is None or of_bias is None:
+            return of_x, of_probes, None, None, None
+        return of_x, of_probes, of_first, of_weight.sum(dim=0), of_bias.sum(dim=0)
+
     def resize(self, planes: Tensor, size: tuple[int, int], rows: Taps, columns: Taps) -> Tensor:
         """(..., H, W) fp32 -> (..., *size): each output the sum of TAPS inputs along each side."""
         height, width = planes.shape[-2:]
@@ -143,6 +178,10 @@ class Native:
         """given: dy (bf16), the gradient that x has of what goes past the norm, and x, all (..., D).  found: dx in all, which
         is written, dweight and dbias (D), to which is added. fp32 but for dy."""
         self.functions["layer_norm_gradient"](*_places(*given, weight, statistics, *found), len(statistics), weight.numel())
+
+
+def _folded(fold: Fold | None) -> tuple[Tensor | None, ...]:
+    return (None, None, None) if fold is None else (fold.first, fold.weight, fold.bias)
 
 
 def _places(*tensors: Tensor | None) -> list[int | None]:

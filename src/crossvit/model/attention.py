@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 from crossvit.errors import ConfigError
 from crossvit.kernels import functions
+from crossvit.kernels.cross import read, read_normalised, takes_read
+from crossvit.kernels.native import Fold
 from crossvit.model.cache_sized import cache_sized_attention
 
 KERNELS = ("auto", "fused", "plain")
@@ -145,27 +147,52 @@ class CrossAttention(nn.Module):
         mixed = self._lazy(x) if self.keys_values == "lazy" else self._materialised(x)  # (B, D)
         return self.drop(self.out(mixed.unsqueeze(1)))  # type: ignore[no-any-return]  # (B, 1, D)
 
+    def of_normalised(self, first: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """`forward` of [first ‖ LN(x_1), LN(x_2), ...]: (B, 1, D), (B, N, D) -> (B, 1, D). Our kernel makes nothing of size
+        N x D for it."""
+        if self._by_kernel(x):
+            fold = Fold(first[:, 0], norm.weight, norm.bias, norm.eps)
+            mixed = self._value(read_normalised(x, self._scaled_probe(first[:, 0]), fold))
+            return self.drop(self.out(mixed.unsqueeze(1)))  # type: ignore[no-any-return]
+        joined = norm(x)
+        joined[:, :1] = first
+        return self(joined)  # type: ignore[no-any-return]
+
     def _lazy(self, x: Tensor) -> Tensor:
-        heads = (self.num_heads, -1)
+        if self._by_kernel(x):
+            return self._value(read(x, self._scaled_probe(x[:, 0])))
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which would cast it at each of its uses
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        query = self.query(x[:, 0]).unflatten(-1, heads).transpose(0, 1)  # (H, B, K)
-        probe = (query @ self.key.weight.unflatten(0, heads)).transpose(0, 1)  # (B, H, D): q W_kᵀ
-        scale = 1 / math.sqrt(query.shape[-1])
+        fused = _kernel == "fused" or (_kernel == "auto" and not _beats_fused(x))
+        if fused and self.listener is None and not self._dropping:
+            probe, x = self._scaled_probe(x[:, 0]).unsqueeze(1), x.unsqueeze(1)  # one head of H queries
+            return self._value(F.scaled_dot_product_attention(probe, x, x, scale=1.0).squeeze(1))
+        weights = self._weights((self._scaled_probe(x[:, 0]) @ x.transpose(1, 2)).softmax(dim=-1))  # (B, H, N)
+        # Σ p_j is one, but its gradient is not zero: what listens is given that of the paper's form
+        told = self._dropping or self.listener is not None
+        return self._value(weights @ x, weights.sum(dim=-1, keepdim=True) if told else None)
+
+    def _scaled_probe(self, first: Tensor) -> Tensor:
+        """q W_kᵀ / √K of each head: (B, D) -> (B, H, D)."""
+        heads = (self.num_heads, -1)
+        query = self.query(first).unflatten(-1, heads).transpose(0, 1)  # (H, B, K)
+        return (query @ self.key.weight.unflatten(0, heads)).transpose(0, 1) / math.sqrt(query.shape[-1])  # type: ignore[no-any-return]
+
+    def _value(self, mixed: Tensor, total: Tensor | None = None) -> Tensor:
+        """Each head's mixture of tokens times its W_v, and b_v: (B, H, D) -> (B, D). total: Σ p_j (B, H, 1), 1 if not given."""
+        heads = (self.num_heads, -1)
         bias: Tensor = self.value.bias
         if torch.is_grad_enabled():
             bias = bias + 0 * self.key.bias  # so that b_k has its gradient, which distributed training insists on
-        fused = _kernel == "fused" or (_kernel == "auto" and not _beats_fused(probe))
-        if fused and self.listener is None and not self._dropping:
-            mixed = F.scaled_dot_product_attention(probe.unsqueeze(1), x.unsqueeze(1), x.unsqueeze(1), scale=scale).squeeze(1)
-        else:
-            weights = self._weights((scale * probe @ x.transpose(1, 2)).softmax(dim=-1))  # (B, H, N)
-            mixed = weights @ x  # (B, H, D)
-            # Σ p_j is one, but its gradient is not zero: what listens is given that of the paper's form
-            if self._dropping or self.listener is not None:
-                bias = (weights.sum(dim=-1, keepdim=True) * bias.unflatten(0, heads)).flatten(1)
+        if total is not None:
+            bias = (total * bias.unflatten(0, heads)).flatten(1)
+        mixed = mixed.to(self.value.weight.dtype)  # our kernel gives fp32
         value = mixed.transpose(0, 1) @ self.value.weight.unflatten(0, heads).transpose(1, 2)  # (H, B, K)
         return value.transpose(0, 1).flatten(1) + bias  # type: ignore[no-any-return]
+
+    def _by_kernel(self, x: Tensor) -> bool:
+        lazy = self.keys_values == "lazy" and self.listener is None and not self._dropping
+        return lazy and kernel_is_free() and takes_read(x)
 
     def _materialised(self, x: Tensor) -> Tensor:
         heads = (self.num_heads, -1)

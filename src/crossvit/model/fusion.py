@@ -165,8 +165,7 @@ class PairwiseFusion(nn.Module):
 class CrossReadBlock(nn.Module):
     """t ← t + CrossAttention(LN[t ‖ P]): (B, 1, D), (B, 1 + n, D) -> (B, 1, D). The residual is in the projected space.
 
-    P comes with a row before it that t takes the place of, so that nothing is joined: it is normalised as it is, and t's
-    row is written over the first (`make bench-fusion`; folding the LayerNorm as well is slower, see dev/LOG.md).
+    P comes with a row before it that t takes the place of, so that nothing is joined (`make bench-fusion`).
     """
 
     def __init__(self, branch: BranchConfig, config: CrossViTConfig, *, drop_path: float) -> None:
@@ -178,9 +177,8 @@ class CrossReadBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, query: Tensor, other: Tensor) -> Tensor:
-        joined = self.norm(other)
-        joined[:, :1] = self.norm(query)
-        return query + self.drop_path(self.attention(joined))  # type: ignore[no-any-return]
+        read = self.attention.of_normalised(self.norm(query), other, self.norm)
+        return query + self.drop_path(read)  # type: ignore[no-any-return]
 
 
 class CrossRead(nn.Module):
