@@ -120,13 +120,14 @@ def test_gelu_is_exact_to_the_last_bit_of_bf16_over_all_its_range() -> None:
 
 @needs_layers
 @pytest.mark.parametrize(("rows", "inward", "outward"), [(1, 32, 48), (9, 32, 48), (301, 80, 16), (520, 48, 112), (256, 64, 16)])
-def test_the_gradient_of_a_linear_layer_is_added(rows: int, inward: int, outward: int) -> None:
+def test_the_gradient_of_a_linear_layer_is_written_or_added(rows: int, inward: int, outward: int) -> None:
     kernels, x, gradient = native(), halves(rows, inward), halves(rows, outward, seed=1)
     assert kernels is not None
-    weight_gradient, bias_gradient = torch.ones(outward, inward), torch.ones(outward)
-    kernels.linear_gradient(gradient, x, weight_gradient, bias_gradient)
-    assert error(weight_gradient - 1, gradient.double().t() @ x.double()) < 1e-5
-    assert error(bias_gradient - 1, gradient.double().sum(dim=0)) < 1e-5
+    exact = (gradient.double().t() @ x.double(), gradient.double().sum(dim=0))
+    for adds in (False, True):
+        found = (torch.ones(outward, inward), torch.ones(outward))
+        kernels.linear_gradient(gradient, x, found, adds=adds)
+        assert all(error(one - float(adds), other) < 1e-5 for one, other in zip(found, exact, strict=True))
 
 
 @needs_layers

@@ -3,8 +3,8 @@
     attention half:  y = x + m · Out(Attention(QKV(LN x)))        MLP half:  y = x + m · Down(GELU(Up(LN x)))
 
 x, y and parameters are fp32; what goes into a product or comes out of one is bf16, as under torch's autocast. m is the factor
-of stochastic depth, one a sample. Kept for the backward pass: x, and qkv with what was mixed, or what GELU takes; the rest is
-computed again. Gradients of weights are summed in fp32. Differentiable once.
+of stochastic depth, one a sample. Kept for the backward pass: x, its norm, and qkv with what was mixed, or what GELU takes;
+weights of attention and GELU are computed again. Gradients of weights are summed in fp32. Differentiable once.
 
 Shapes: B batch, b images of a part, N tokens, D width, H heads, F hidden width of the MLP.
 """
@@ -44,7 +44,7 @@ class Half(NamedTuple):
 def takes(x: Tensor, half: Half, *, head_width: int) -> bool:
     """Whether a half is computed here: on a CPU with the kernels, under bf16 autocast, fp32 tokens and parameters, all widths
     whole registers, and nothing that traces or transforms."""
-    if x.dtype != torch.float32 or not is_eager(x) or not torch.is_autocast_enabled("cpu"):
+    if x.dtype != torch.float32 or not x.numel() or not is_eager(x) or not torch.is_autocast_enabled("cpu"):
         return False
     if torch.get_autocast_dtype("cpu") != torch.bfloat16 or any(tensor.dtype != torch.float32 for tensor in half[:-1]):
         return False
@@ -83,35 +83,34 @@ class _AttentionHalf(torch.autograd.Function):
         kernels, x = kernels_here(), x.contiguous()
         norm_weight, norm_bias = parameters[:2]
         in_weight, in_bias, out_weight, out_bias = _narrow(*parameters[2:])
-        ctx.scale, ctx.eps = math.sqrt(num_heads / x.shape[-1]), eps
+        ctx.scale = math.sqrt(num_heads / x.shape[-1])
         y, kept = torch.empty_like(x), []
         for part in _parts(x):
             own = x[part]
-            normalised, _ = kernels.layer_norm(own, norm_weight, norm_bias, eps)
+            normalised, statistics = kernels.layer_norm(own, norm_weight, norm_bias, eps)
             qkv = _linear(normalised, in_weight, in_bias)  # (b, N, 3 D)
             log_sums = own.new_empty(len(own), num_heads, own.shape[1])
             mixed = kernels.attention(qkv, num_heads, scale=ctx.scale, log_sums=log_sums)
             kernels.residual(own, _linear(mixed, out_weight, out_bias), None if factor is None else factor[part], y[part])
-            kept += [qkv, mixed, log_sums]
-        ctx.save_for_backward(x, factor, norm_weight, norm_bias, in_weight, out_weight, *kept)
+            kept += [normalised, statistics, qkv, mixed, log_sums]
+        ctx.save_for_backward(x, factor, norm_weight, in_weight, out_weight, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, factor, norm_weight, norm_bias, in_weight, out_weight, *kept = ctx.saved_tensors
+        x, factor, norm_weight, in_weight, out_weight, *kept = ctx.saved_tensors
         kernels, gradient = kernels_here(), gradient.contiguous()
         found = _Gradients(x, norm_weight, in_weight, out_weight)
         for number, part in enumerate(_parts(x)):
-            qkv, mixed, log_sums = kept[3 * number : 3 * number + 3]
-            normalised, statistics = kernels.layer_norm(x[part], norm_weight, norm_bias, ctx.eps)
+            normalised, statistics, qkv, mixed, log_sums = kept[5 * number : 5 * number + 5]
             update = _update_gradient(gradient[part], None if factor is None else factor[part])
-            kernels.linear_gradient(update, mixed, found.out_weight, found.out_bias)
+            kernels.linear_gradient(update, mixed, found.of_out, adds=number > 0)
             of_qkv = kernels.attention_gradient(qkv, mixed, update @ out_weight, log_sums, scale=ctx.scale)
-            kernels.linear_gradient(of_qkv, normalised, found.in_weight, found.in_bias)
+            kernels.linear_gradient(of_qkv, normalised, found.of_in, adds=number > 0)
             given = (of_qkv @ in_weight, gradient[part], x[part])
-            kernels.layer_norm_gradient(given, norm_weight, statistics, (found.x[part], found.norm_weight, found.norm_bias))
-        return found.x, None, None, None, *found.of_parameters()
+            kernels.layer_norm_gradient(given, norm_weight, statistics, (found.x[part], *found.of_norm))
+        return found.x, None, None, None, *found.of_norm, *found.of_in, *found.of_out
 
 
 class _MLPHalf(torch.autograd.Function):
@@ -120,45 +119,40 @@ class _MLPHalf(torch.autograd.Function):
         kernels, x = kernels_here(), x.contiguous()
         norm_weight, norm_bias = parameters[:2]
         in_weight, in_bias, out_weight, out_bias = _narrow(*parameters[2:])
-        ctx.eps = eps
         y, kept = torch.empty_like(x), []
         for part in _parts(x):
-            normalised, _ = kernels.layer_norm(x[part], norm_weight, norm_bias, eps)
+            normalised, statistics = kernels.layer_norm(x[part], norm_weight, norm_bias, eps)
             hidden = _linear(normalised, in_weight, in_bias)  # (b, N, F)
             update = _linear(kernels.gelu(hidden), out_weight, out_bias)
             kernels.residual(x[part], update, None if factor is None else factor[part], y[part])
-            kept.append(hidden)
-        ctx.save_for_backward(x, factor, norm_weight, norm_bias, in_weight, out_weight, *kept)
+            kept += [normalised, statistics, hidden]
+        ctx.save_for_backward(x, factor, norm_weight, in_weight, out_weight, *kept)
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, factor, norm_weight, norm_bias, in_weight, out_weight, *kept = ctx.saved_tensors
+        x, factor, norm_weight, in_weight, out_weight, *kept = ctx.saved_tensors
         kernels, gradient = kernels_here(), gradient.contiguous()
         found = _Gradients(x, norm_weight, in_weight, out_weight)
-        for hidden, part in zip(kept, _parts(x), strict=True):
-            normalised, statistics = kernels.layer_norm(x[part], norm_weight, norm_bias, ctx.eps)
+        for number, part in enumerate(_parts(x)):
+            normalised, statistics, hidden = kept[3 * number : 3 * number + 3]
             update = _update_gradient(gradient[part], None if factor is None else factor[part])
             activated, of_hidden = kernels.gelu_gradient(hidden, update @ out_weight)
-            kernels.linear_gradient(update, activated, found.out_weight, found.out_bias)
-            kernels.linear_gradient(of_hidden, normalised, found.in_weight, found.in_bias)
+            kernels.linear_gradient(update, activated, found.of_out, adds=number > 0)
+            kernels.linear_gradient(of_hidden, normalised, found.of_in, adds=number > 0)
             given = (of_hidden @ in_weight, gradient[part], x[part])
-            kernels.layer_norm_gradient(given, norm_weight, statistics, (found.x[part], found.norm_weight, found.norm_bias))
-        return found.x, None, None, *found.of_parameters()
+            kernels.layer_norm_gradient(given, norm_weight, statistics, (found.x[part], *found.of_norm))
+        return found.x, None, None, *found.of_norm, *found.of_in, *found.of_out
 
 
 class _Gradients:
-    """Where the gradients of one half are summed, in fp32."""
+    """Where the gradients of one half go, in fp32: of x, and (weight, bias) of the norm and of both linear layers."""
 
     def __init__(self, x: Tensor, norm_weight: Tensor, in_weight: Tensor, out_weight: Tensor) -> None:
         self.x = torch.empty_like(x)
-        self.norm_weight, self.norm_bias = torch.zeros_like(norm_weight), torch.zeros_like(norm_weight)
-        self.in_weight, self.in_bias = x.new_zeros(in_weight.shape), x.new_zeros(in_weight.shape[0])
-        self.out_weight, self.out_bias = x.new_zeros(out_weight.shape), x.new_zeros(out_weight.shape[0])
-
-    def of_parameters(self) -> tuple[Tensor, ...]:
-        return self.norm_weight, self.norm_bias, self.in_weight, self.in_bias, self.out_weight, self.out_bias
+        self.of_norm = (torch.zeros_like(norm_weight), torch.zeros_like(norm_weight))
+        self.of_in, self.of_out = ((x.new_empty(one.shape), x.new_empty(len(one))) for one in (in_weight, out_weight))
 
 
 def _update_gradient(gradient: Tensor, factor: Tensor | None) -> Tensor:

@@ -1,4 +1,5 @@
-// The gradient of a linear layer's weight and bias in bf16 on a CPU with AVX-512:  dW += dyᵀ x,  db += Σ dy over rows.
+// The gradient of a linear layer's weight and bias in bf16 on a CPU with AVX-512:  dW = dyᵀ x,  db = Σ dy over rows, added to
+// what is there or written over it.
 //
 //   y_gradient: (R, O), x: (R, I) bf16 as uint16_t;  weight_gradient: (O, I), bias_gradient: (O) fp32. O and I are multiples of 16.
 //
@@ -28,9 +29,9 @@ inline void lay_steps(uint16_t* to, const uint16_t* from, long width, long first
   }
 }
 
-// ROWS rows of dW from one block of dy's steps and `COLUMNS` blocks of x's, `apart` numbers from each other.
+// ROWS rows of dW from one block of dy's steps and `COLUMNS` blocks of x's, `apart` numbers from each other. adds: to what is there.
 template <int COLUMNS>
-inline void add_product(const uint16_t* slopes, const uint16_t* inputs, long apart, long steps, float* to, long stride) {
+inline void add_product(const uint16_t* slopes, const uint16_t* inputs, long apart, long steps, float* to, long stride, bool adds) {
   __m512 sums[ROWS][COLUMNS];
   for (auto& row : sums)
     for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -47,24 +48,25 @@ inline void add_product(const uint16_t* slopes, const uint16_t* inputs, long apa
   for (int row = 0; row < ROWS; ++row)
     for (int column = 0; column < COLUMNS; ++column) {
       float* sum = to + row * stride + column * LANES;
-      store(sum, _mm512_add_ps(load(sum), sums[row][column]));
+      store(sum, adds ? _mm512_add_ps(load(sum), sums[row][column]) : sums[row][column]);
     }
 }
 
 // Sums over the steps of a block of ROWS columns, in fp32.
-inline void add_sums(const uint16_t* slopes, long steps, float* to) {
+inline void add_sums(const uint16_t* slopes, long steps, float* to, bool adds) {
   __m512 sum = _mm512_setzero_ps();
   for (long step = 0; step < steps; ++step) sum = _mm512_add_ps(sum, load(slopes + step * 2 * ROWS));
   alignas(64) float pairs[LANES];
   store(pairs, sum);
-  for (int row = 0; row < ROWS; ++row) to[row] += pairs[2 * row] + pairs[2 * row + 1];
+  for (int row = 0; row < ROWS; ++row) to[row] = (adds ? to[row] : 0.0f) + (pairs[2 * row] + pairs[2 * row + 1]);
 }
 
 }  // namespace
 
 extern "C" {
 
-int linear_gradient(const uint16_t* y_gradient, const uint16_t* x, float* weight_gradient, float* bias_gradient, long rows, long out, long in) {
+int linear_gradient(const uint16_t* y_gradient, const uint16_t* x, float* weight_gradient, float* bias_gradient, long rows, long out, long in,
+                    int adds) {
   const size_t of_inputs = padded_to_lines(PANEL * in * sizeof *x), of_slopes = padded_to_lines(PANEL * out * sizeof *x);
   char* memory = (char*)std::aligned_alloc(64, of_inputs + of_slopes);
   if (memory == nullptr) return 1;
@@ -80,9 +82,9 @@ int linear_gradient(const uint16_t* y_gradient, const uint16_t* x, float* weight
 #pragma omp for schedule(static)
     for (long at = 0; at < out; at += ROWS) {
       const uint16_t* own = slopes + at * padded;
-      add_sums(own, padded / 2, bias_gradient + at);
+      add_sums(own, padded / 2, bias_gradient + at, adds || start > 0);
       in_columns<3>(in, [&](auto columns, long first) {
-        add_product<columns.value>(own, inputs + first * padded, LANES * padded, padded / 2, weight_gradient + at * in + first, in);
+        add_product<columns.value>(own, inputs + first * padded, LANES * padded, padded / 2, weight_gradient + at * in + first, in, adds || start > 0);
       });
     }
   }

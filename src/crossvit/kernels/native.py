@@ -67,7 +67,7 @@ class Native:
         signatures = {
             **{f"attention_{name}": [pointer] * 3 + [count] * 4 + [number] for name in NAMES.values()},
             **{f"attention_gradient_{name}": [pointer] * 5 + [count] * 4 + [number] for name in NAMES.values()},
-            "linear_gradient": [pointer] * 4 + [count] * 3,
+            "linear_gradient": [pointer] * 4 + [count] * 3 + [ctypes.c_int],
             "gelu": [pointer] * 2 + [count],
             "gelu_gradient": [pointer] * 4 + [count],
             "residual": [pointer] * 4 + [count] * 2,
@@ -108,11 +108,11 @@ class Native:
             raise MemoryError("not enough memory for the gradient of attention")
         return found
 
-    def linear_gradient(self, gradient: Tensor, x: Tensor, weight_gradient: Tensor, bias_gradient: Tensor) -> None:
-        """Add dyᵀ x to weight_gradient (O, I) and Σ dy over rows to bias_gradient (O), both fp32; of bf16 dy, x."""
-        outward, inward = weight_gradient.shape
-        function = self.functions["linear_gradient"]
-        if function(*_places(gradient, x, weight_gradient, bias_gradient), gradient.numel() // outward, outward, inward):
+    def linear_gradient(self, gradient: Tensor, x: Tensor, found: tuple[Tensor, Tensor], *, adds: bool) -> None:
+        """dyᵀ x (O, I) and Σ dy over rows (O) into the two of `found`, fp32, or added to them; dy (..., O), x (..., I) bf16."""
+        outward, inward = found[0].shape
+        rows = gradient.numel() // outward
+        if self.functions["linear_gradient"](*_places(gradient, x, *found), rows, outward, inward, adds):
             raise MemoryError("not enough memory for the gradient of a linear layer")
 
     def gelu(self, x: Tensor) -> Tensor:
@@ -273,8 +273,8 @@ def _check(kernels: Native) -> None:
         _near("GELU", kernels.gelu(normalised), F.gelu(normalised.float()), 2e-2)
         kernels.residual(x, normalised, None, total := torch.empty_like(x))
         _near("the residual", total, x + normalised.float(), 1e-6)
-        weight_gradient, bias_gradient = torch.zeros(width, width), torch.zeros(width)
-        kernels.linear_gradient(normalised, normalised, weight_gradient, bias_gradient)
+        weight_gradient, bias_gradient = torch.empty(width, width), torch.empty(width)
+        kernels.linear_gradient(normalised, normalised, (weight_gradient, bias_gradient), adds=False)
         _near("the gradient of a weight", weight_gradient, normalised.float().t() @ normalised.float(), 1e-4)
         _near("the gradient of a bias", bias_gradient, normalised.float().sum(dim=0), 1e-4)
 
