@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -39,6 +40,18 @@ PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "zentorch")
 Say = Callable[[str], object]
 
 
+@contextlib.contextmanager
+def a_thread_a_core() -> Iterator[None]:
+    """torch on as many threads as the other engines take, whatever OMP_NUM_THREADS says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(physical_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@a_thread_a_core()
 def bench(
     models: Sequence[str] = MODELS,
     *,

@@ -72,6 +72,8 @@ def bench(
     from crossvit.results import to_json
     from crossvit.run import write_atomically
 
+    if not models:
+        raise UsageError("--models takes names of released models: --models crossvit_9_240")
     if not batch or any(size < 1 for size in batch):
         raise UsageError("--batch takes numbers of images, 1 or more: --batch 16 1")
     if not precision or set(precision) - {"fp32", "bf16"}:
