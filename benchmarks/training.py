@@ -11,39 +11,18 @@ import argparse
 import contextlib
 import statistics
 import time
-from collections.abc import Callable
 
 import timm
 import torch
 from fusion import peak_megabytes
-from torch import Tensor, nn
-from torch.nn import functional as F
 
 import crossvit
-from crossvit.runtimes.torch import autocast
+from crossvit.bench.training import stepper
 from crossvit.train.plan import suitable_parts
 from crossvit.weights.keys import to_ours
 
 BATCH = 16
 MODELS = ("crossvit_9_240", "crossvit_small_240")
-CPU = torch.device("cpu")
-
-
-def stepper(model: nn.Module, precision: str, images: Tensor, labels: Tensor, *, parts: int = 1) -> Callable[[], None]:
-    """One step of AdamW as training takes it, the batch in so many parts whose gradients add up."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-    model.train()
-
-    def step() -> None:
-        for part, wanted in zip(images.chunk(parts), labels.chunk(parts), strict=True):
-            with autocast(CPU, precision):
-                logits = model(part)
-            loss = F.cross_entropy(logits.float(), wanted) * (len(part) / len(images))
-            loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-
-    return step
 
 
 def main() -> None:

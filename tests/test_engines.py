@@ -255,6 +255,33 @@ def test_auto_leaves_out_what_differs_and_remembers_its_choice(
     assert loaded == ["torch", "openvino"]  # no trial
 
 
+def test_auto_goes_on_without_what_fails_or_lacks_the_precision(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    class Failing(Fixed):
+        def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+            raise ValueError("an operator is not there\nat some place")
+
+    def load(trained: Trained, engine: str, **options: str) -> Fixed:
+        if engine == "openvino":
+            raise UsageError("this processor has no bf16 for OpenVINO: use --precision fp32")
+        return engines[engine]
+
+    monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(choose, "TRIAL_SECONDS", 0.05)
+    monkeypatch.setattr(choose, "installed_engines", lambda: ["torch", "onnxruntime", "openvino"])
+    monkeypatch.setitem(choose.PRECISIONS, "onnxruntime", ("fp32", "bf16"))
+    logits = np.ones((2, choose.TRIAL_BATCH, 3), dtype=np.float32)
+    engines = {"torch": Fixed(logits, "bf16"), "onnxruntime": Failing(logits, "bf16")}
+    monkeypatch.setattr(choose, "_load", load)
+    assert load_engine(trained, engine="auto", precision="bf16").engine is engines["torch"]
+    assert said(caplog) == [
+        "this processor has no bf16 for OpenVINO: use --precision fp32; left out",
+        "engine onnxruntime fails (an operator is not there); left out",
+    ]
+    assert list(json.loads((tmp_path / "engines.json").read_text()).values()) == ["torch"]
+
+
 def test_what_auto_remembers_depends_on_model_precision_and_versions(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
     other = dataclasses.replace(trained, config=dataclasses.replace(trained.config, stages=1))
     keys = [
@@ -270,12 +297,17 @@ def test_what_auto_remembers_depends_on_model_precision_and_versions(trained: Tr
 def test_a_batch_that_memory_does_not_hold_is_halved_and_said_once(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
     sizes: list[int] = []
 
+    class OrtFailure(Exception):
+        """As ONNX Runtime's: an Exception, no RuntimeError."""
+
     class Narrow:
         name = "torch"
         precision = "fp32"
 
         def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
             sizes.append(len(images))
+            if len(images) > 7:
+                raise OrtFailure("Failed to allocate memory for requested buffer of size 9663676416")
             if len(images) > 4:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
             return images.reshape(1, len(images), -1)

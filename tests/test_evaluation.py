@@ -344,4 +344,4 @@ def test_several_classes_and_no_threshold_are_printed_too(
     result = crossvit.evaluate(tiny_run.run, scans, target_risk=0.0)
     assert result.selective is not None
     print_evaluation(dataclasses.replace(result, selective=dataclasses.replace(result.selective, suggested=None)))
-    assert "no confidence has 0.0 % wrong at most" in capsys.readouterr().out
+    assert "at any confidence more than 0.0 % of the answers are wrong" in capsys.readouterr().out

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,11 +14,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossvit.bench.contestants import CONTESTANTS, REFERENCE, Call, Pair, make_pair, prepare
-from crossvit.errors import EngineError, UsageError
-from crossvit.factory import model_config
+from crossvit.bench.memory import memory_before, memory_since
+from crossvit.errors import UsageError
 from crossvit.machine import physical_cores, processor, version_of
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.cost import cost
+from crossvit.model.presets import list_models, preset
 from crossvit.results import Bench, BenchRow, Growth
 from crossvit.runtimes.choose import SETTLE_SECONDS
 from crossvit.runtimes.products import PackedLinear
@@ -41,6 +40,18 @@ PACKAGES = ("torch", "timm", "onnxruntime", "openvino", "zentorch")
 Say = Callable[[str], object]
 
 
+@contextlib.contextmanager
+def a_thread_a_core() -> Iterator[None]:
+    """torch on as many threads as the other engines take, whatever OMP_NUM_THREADS says."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(physical_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@a_thread_a_core()
 def bench(
     models: Sequence[str] = MODELS,
     *,
@@ -56,6 +67,7 @@ def bench(
 ) -> Bench:
     """Time every contestant on every model, in turn, in this process.
 
+    models: released ones, by timm's name or the authors'.
     engines: contestants by name (`ours-torch`, `timm-openvino`, ...) or by a word of it (`ours`, `openvino`); none is all.
     What is not installed or fails is left out with a line to `say`. timm-eager in fp32 is always there: ratios are to it.
     seconds: of timing for a model and a batch; `train` times a training step as well; `growth` how cost grows.
@@ -64,8 +76,7 @@ def bench(
 
     chosen = choose(engines)
     place = resolve_device(device)
-    for name in models:
-        model_config(name)  # a wrong name is said before anything is built
+    models = [released(name) for name in models]  # a wrong name is said before anything is built
     limits = {precision: matrix_limit(precision, place) for precision in precisions}
     rows: list[BenchRow] = []
     skipped: dict[str, str] = {}
@@ -80,6 +91,7 @@ def bench(
             if train:
                 say(f"{name}: training steps")
                 rows += training_rows(name, pair, precisions, max(batches))
+        torch.compiler.reset()  # what was compiled for this model
     return Bench(
         processor=torch.cuda.get_device_name(place) if place.type == "cuda" else processor(),
         threads=torch.get_num_threads(),
@@ -91,6 +103,15 @@ def bench(
         growth=tuple(_growth(models[0], place, image_size, say)) if growth else (),
         skipped=skipped,
     )
+
+
+def released(name: str) -> str:
+    """timm's name of a released model. UsageError for a model that timm lacks: there would be nothing to time it against."""
+    row = preset(name)
+    if not row.released:
+        others = ", ".join(other for other in list_models() if preset(other).released)
+        raise UsageError(f"{name} is not among timm's models, against which the bench times: use {others}")
+    return row.name
 
 
 def choose(engines: Sequence[str]) -> list[str]:
@@ -146,16 +167,16 @@ def _prepared(
             if precision not in precisions and key != (REFERENCE, "fp32"):
                 continue
             started = time.perf_counter()
-            before = _memory_before(pair.device)
+            before = memory_before(pair.device)
             try:
                 call = prepare(contestant, precision, pair)
                 for given in images:  # each size may be compiled by itself
                     call(given)
-            except (EngineError, UsageError, RuntimeError) as error:
+            except Exception as error:  # noqa: BLE001  # a compiler's or an engine's own, of any kind
                 skipped[f"{contestant} {precision}"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
                 say(f"  {contestant} {precision} left out: {skipped[f'{contestant} {precision}']}")
                 continue
-            calls[key], memory[key] = call, _memory_since(before, pair.device)
+            calls[key], memory[key] = call, memory_since(before, pair.device)
             say(f"  {contestant} {precision} ready in {time.perf_counter() - started:.0f} s")
     return calls, memory
 
@@ -228,35 +249,6 @@ def _rounds(
     return times
 
 
-# ---------------------------------------------------------------- memory
-
-
-def _memory_before(device: torch.device) -> float:
-    """Megabytes in use, with the peak set to them."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device) / 1e6
-    with contextlib.suppress(OSError, AttributeError):  # without them the peak is the process's own
-        ctypes.CDLL(None).malloc_trim(0)  # what others have freed goes back, so that it is not used again unseen
-        Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _memory_since(before: float, device: torch.device) -> float:
-    peak = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else _status("VmHWM")
-    return max(0.0, peak - before)
-
-
-def _status(field: str) -> float:
-    """A line of /proc/self/status in megabytes; 0 where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(f"{field}:"):
-                return int(line.split()[1]) / 1e3
-    return 0.0
-
-
 # ---------------------------------------------------------------- how cost grows
 
 
@@ -273,7 +265,10 @@ def _growth(name: str, device: torch.device, image_size: int | None, say: Say) -
             calls = {(who, "fp32"): _bound(prepare(who, "fp32", pair), images) for who in (REFERENCE, "ours-torch")}
             for call in calls.values():
                 call()
-            times = {key: [_seconds(call, device) for _ in range(GROWTH_ROUNDS)] for key, call in calls.items()}
+            times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+            for _ in range(GROWTH_ROUNDS):
+                for key, call in calls.items():
+                    times[key].append(_seconds(call, device))
         config = pair.ours.config
         for (who, _), seconds in times.items():
             found.append(

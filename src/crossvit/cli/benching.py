@@ -10,16 +10,19 @@ from cyclopts import Parameter
 from crossvit.cli.switch import Switch
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from crossvit.results import Bench
 
 TABLE_WIDTH = 120  # columns that a row of the table takes
-Many = Parameter(consume_multiple=True, negative=())
+Many = Parameter(consume_multiple=True, negative=(), show_default=lambda values: " ".join(map(str, values)))
+AllByDefault = Parameter(consume_multiple=True, negative=(), show_default=False)
 
 
 def bench(
     *,
     models: Annotated[tuple[str, ...], Many] = ("crossvit_9_240", "crossvit_15_dagger_240"),
-    engines: Annotated[tuple[str, ...], Many] = (),
+    engines: Annotated[tuple[str, ...], AllByDefault] = (),
     batch: Annotated[tuple[int, ...], Many] = (16, 1),
     precision: Annotated[tuple[str, ...], Many] = ("fp32", "bf16"),
     image_size: int | None = None,
@@ -51,9 +54,9 @@ def bench(
     device
         auto, cpu, cuda or mps.
     train
-        Time a training step as well.
+        Time a training step as well, of the largest batch: ratios are to timm in the same precision.
     skip_growth
-        Leave out how the first model's time grows with batch and image size, about a minute.
+        Leave out how the first model's time grows with batch, image size and tokens, about a minute.
     out
         A folder for bench.json and bench.svg.
     json
@@ -69,8 +72,20 @@ def bench(
     from crossvit.results import to_json
     from crossvit.run import write_atomically
 
-    if any(size < 1 for size in batch) or set(precision) - {"fp32", "bf16"} or seconds <= 0:
-        raise UsageError("--batch should be 1 or more, --precision fp32 or bf16, --seconds above 0")
+    if not models:
+        raise UsageError("--models takes names of released models: --models crossvit_9_240")
+    if not batch or any(size < 1 for size in batch):
+        raise UsageError("--batch takes numbers of images, 1 or more: --batch 16 1")
+    if not precision or set(precision) - {"fp32", "bf16"}:
+        raise UsageError("--precision takes fp32, bf16 or both: --precision fp32 bf16")
+    if seconds <= 0:
+        raise UsageError("--seconds should be above 0")
+    folder = None if out is None else Path(out).expanduser()
+    if folder is not None:  # now, not after the minutes that a run takes
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out {out} cannot be made: {error.strerror}") from None
     progress = Console(stderr=True, highlight=False, soft_wrap=True)
     found = run(
         models,
@@ -85,9 +100,7 @@ def bench(
         say=lambda line: progress.print(line, markup=False),
     )
     record = to_json(found)
-    if out is not None:
-        folder = Path(out).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
+    if folder is not None:
         write_atomically(folder / "bench.json", dumps(record, indent=1, allow_nan=False).encode())
         plot(found, folder / "bench.svg")
     if json:
@@ -127,11 +140,29 @@ def print_bench(found: Bench) -> None:
                 "" if row.limit_share is None else f"{100 * row.limit_share:.0f} %",
             )
         console.print(table)
-    for point in found.growth:
-        console.print(
-            f"{point.contestant:12} by {point.by:10}  batch {point.batch:3}  {point.image_size[0]:4} px  "
-            f"{point.tokens:5} tokens  {point.milliseconds:7.1f} ms an image",
-            soft_wrap=True,
-        )
+    for by in dict.fromkeys(point.by for point in found.growth):
+        console.print(_growth_table(found, by))
     for name, reason in found.skipped.items():
         console.print(f"left out: {name} ({reason})", soft_wrap=True, markup=False)
+
+
+def _growth_table(found: Bench, by: str) -> Table:
+    """How the milliseconds of an image, in fp32, grow by `by`: beside each the times that of the row before."""
+    from rich.table import Table
+
+    points = [point for point in found.growth if point.by == by]
+    names = list(dict.fromkeys(point.contestant for point in points))
+    table = Table(title=f"{found.rows[0].model}, ms an image in fp32 by {by}", title_justify="left", box=None)
+    for heading in ("batch", "pixels", "tokens", *(column for name in names for column in (name, "grown"))):
+        table.add_column(heading, justify="right", no_wrap=True)
+    before: dict[str, float] = {}
+    for key in dict.fromkeys((point.batch, point.image_size, point.tokens) for point in points):
+        batch, (height, width), tokens = key
+        cells = [f"{batch}", f"{height}x{width}", f"{tokens}"]
+        for point in points:
+            if (point.batch, point.image_size, point.tokens) == key:
+                last = before.get(point.contestant)
+                cells += [f"{point.milliseconds:.1f}", "" if last is None else f"{point.milliseconds / last:.2f}x"]
+                before[point.contestant] = point.milliseconds
+        table.add_row(*cells)
+    return table

@@ -176,14 +176,13 @@ def _print_calibration(found: Calibration, run: str) -> None:
 
 
 def _print_selective(found: Selective) -> None:
-    target = f"{_percent(found.target_risk)} wrong at most"
     if found.suggested is None:
-        print(f"abstain      no confidence has {target}")
+        print(f"abstain      at any confidence more than {_percent(found.target_risk)} of the answers are wrong")
         return
     point = found.suggested
     print(
         f"abstain      below {_percent(point.threshold)} sure: {_percent(point.coverage)} of the images are answered, "
-        f"{_percent(point.risk)} of the answers wrong ({target})"
+        f"{_percent(point.risk)} of the answers wrong ({_percent(found.target_risk)} wrong at most)"
     )
 
 

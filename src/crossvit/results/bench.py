@@ -12,8 +12,8 @@ class BenchRow:
     contestant: `who-how`, such as `timm-openvino`.  milliseconds: of a call, the median; fastest and slowest of the rounds.
     ratio: times as fast as timm eager in fp32 (a training step: as timm's in its precision), the median over rounds.
     difference: largest from timm eager in fp32, over the largest logit.  same_top1: share of images with the same class.
-    megabytes: what it took to come up and compute a batch.  limit_share: of a large matrix product's rate in its precision.
-    What does not go with a row is None.
+    megabytes: what it took to come up and compute a batch (a training step: beyond weights and optimiser).
+    limit_share: of a large matrix product's rate in its precision.  What does not go with a row is None.
     """
 
     model: str

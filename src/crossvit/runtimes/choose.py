@@ -118,12 +118,13 @@ def _fastest(trained: Trained, *, device: str, precision: str) -> Engine:
     for name in names[1:]:
         try:
             engines[name] = _load(trained, name, device="cpu", precision=resolved)
-        except EngineError as error:
+        except (EngineError, UsageError) as error:  # UsageError: a precision that it has not on this processor
             log.warning("%s; left out", error)
     exact = reference if resolved == "fp32" else _load(trained, "torch", device="cpu", precision="fp32")
     height, width = trained.config.image_size
     images = np.random.default_rng(0).standard_normal((TRIAL_BATCH, trained.config.in_channels, height, width), dtype=np.float32)
-    agreed = {name: engine for name, engine in engines.items() if _agrees(name, engine(images), exact(images), resolved)}
+    expected = exact(images)
+    agreed = {name: engine for name, engine in engines.items() if _agrees(name, engine, images, expected, resolved)}
     speeds = race({name: _call(engine, images) for name, engine in agreed.items()}, seconds=TRIAL_SECONDS)
     best = min(speeds, key=lambda name: speeds[name])
     log.info(
@@ -137,9 +138,16 @@ def _call(engine: Engine, images: Images) -> Callable[[], object]:
     return lambda: engine(images)
 
 
-def _agrees(name: str, logits: Logits, exact: Logits, precision: str) -> bool:
+def _agrees(name: str, engine: Engine, images: Images, exact: Logits, precision: str) -> bool:
+    if name == "torch":
+        return True
+    try:
+        logits = engine(images)
+    except Exception as error:  # noqa: BLE001  # an engine's own, of any kind
+        log.warning("engine %s fails (%s); left out", name, (str(error).splitlines() or [type(error).__name__])[0][:200])
+        return False
     difference = float(np.abs(logits - exact).max() / max(float(np.abs(exact).max()), 1e-6))
-    if difference <= TOLERANCE[precision] or name == "torch":
+    if difference <= TOLERANCE[precision]:
         return True
     log.warning(
         "engine %s differs from torch by %.1e of the largest logit (%.0e is let through); left out",
@@ -204,7 +212,7 @@ class _Halving:
             size = min(self.most or len(images), len(images) - done)
             try:
                 parts.append(self.engine(images[done : done + size]))
-            except (MemoryError, RuntimeError) as error:
+            except Exception as error:  # ONNX Runtime's are of no common kind
                 if size == 1 or not _out_of_memory(error):
                     raise
                 self.most = size // 2

@@ -61,7 +61,7 @@ def _session(path: Path, *, optimised: bool = False, save_to: Path | None = None
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = physical_cores()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # fatal: an error comes as an exception, and it writes the same on stderr itself
     if optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save_to is not None:
