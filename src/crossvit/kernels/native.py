@@ -1,7 +1,7 @@
 """The compiled kernels: found or made, checked, and called with tensors. The C++ beside this file has the equations.
 
-Without a C++ compiler, on another processor or with another operating system there are none, and `native()` is None. Nothing here
-has a gradient; kernels/functions.py has.
+Without a C++ compiler, on another processor, with another operating system or with CROSSVIT_KERNELS=off in the environment there
+are none, and `native()` is None. Nothing here has a gradient; kernels/functions.py has.
 
 Shapes: B batch, N tokens, D width, H heads, K = D / H width of a head.
 """
@@ -27,13 +27,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crossvit.cache import cache_folder
-from crossvit.machine import processor
+from crossvit.machine import instruction_sets, processor
 
 FOLDER = Path(__file__).parent
 SOURCES = ("attention.cpp", "attention_gradient.cpp", "linear.cpp", "layers.cpp", "resize.cpp")
 HEADERS = ("tiles.h",)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 COMPILE_SECONDS = 120
+SWITCH = "CROSSVIT_KERNELS"  # in the environment: `off` for none
 TAPS = 4  # of a bicubic resize
 LANES = 16  # a row's width is a multiple of it, as the C++ has it
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -152,7 +153,22 @@ def _places(*tensors: Tensor | None) -> list[int | None]:
 
 def native() -> Native | None:
     """The kernels, compiled where they have not been; None where there can be none or `without_kernels` is in force."""
-    return _found() if _wanted else None
+    found = _found() if _wanted else None
+    return found if isinstance(found, Native) else None
+
+
+def kernels_here() -> Native:
+    """The kernels, for who has asked whether they are there: also where `without_kernels` has come between, in another thread or
+    before the backward pass."""
+    found = _found()
+    assert isinstance(found, Native)
+    return found
+
+
+def why_none() -> str:
+    """Why `native()` is None, in a few words; empty where it is not."""
+    found = _found() if _wanted else "they are switched off"
+    return found if isinstance(found, str) else ""
 
 
 @contextlib.contextmanager
@@ -167,10 +183,14 @@ def without_kernels() -> Iterator[None]:
 
 
 @lru_cache
-def _found() -> Native | None:
-    """Why there are none is in the log (at level INFO)."""
+def _found() -> Native | str:
+    """The kernels, or why there are none, which is in the log too (at level INFO)."""
+    if (asked := os.environ.get(SWITCH, "on").lower()) == "off":
+        return f"{SWITCH}=off"
+    if asked not in ("on", ""):
+        log.warning("%s=%s means nothing: use off, or on", SWITCH, asked)
     if not sys.platform.startswith("linux") or not torch.cpu.get_capabilities().get("avx512_f"):
-        return None
+        return "no processor with AVX-512 under Linux"
     try:
         # torch is loaded, and its OpenMP goes by the system's name: both share one set of threads.
         kernels = Native(ctypes.CDLL(str(_library())))
@@ -179,37 +199,60 @@ def _found() -> Native | None:
             _check(kernels)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         log.info("our kernels are not used: %s", error)
-        return None
+        return str(error)
     return kernels
 
 
 def _library() -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    """The library for these sources on this machine, made where it is not in the cache or not as it was made."""
+    compiler = _compiler()
     texts = b"".join((FOLDER / name).read_bytes() for name in (*HEADERS, *SOURCES))
-    machine = f"{processor()} {sorted(torch.cpu.get_capabilities().items())} {compiler} {FLAGS}"
+    machine = f"{processor()} {instruction_sets()} {compiler} {FLAGS}"  # what -march=native goes by
     path = cache_folder() / "kernels" / f"{hashlib.sha256(texts + machine.encode()).hexdigest()[:24]}.so"
-    if path.is_file():
+    if _is_whole(path):
         return path
-    if compiler is None:
+    if not compiler:
         raise RuntimeError("no C++ compiler (g++, or $CXX)")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "kernels.so"
         subprocess.run(  # noqa: S603  # the user's compiler on our own files
-            [compiler, *FLAGS, "-o", str(made), *(str(FOLDER / name) for name in SOURCES)],
+            [*compiler, *FLAGS, "-o", str(made), *(str(FOLDER / name) for name in SOURCES)],
             check=True,
             capture_output=True,
             timeout=COMPILE_SECONDS,
         )
+        with made.open("rb+") as file:
+            file.write(hashlib.sha256(file.read()).digest())  # behind what the loader reads
         made.replace(path)
     return path
+
+
+def _compiler() -> list[str]:
+    """$CXX, a path or a command with arguments (`ccache g++`), or g++; empty where it is not there."""
+    named = os.environ.get("CXX") or "g++"
+    if there := shutil.which(named):
+        return [there]
+    first, *arguments = named.split() or [""]
+    return [there, *arguments] if (there := shutil.which(first)) else []
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there and as it was made: the system would load one that a crash cut short, and die of it later."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _check(kernels: Native) -> None:
     """RuntimeError if what was compiled does not compute what it should."""
     tokens, heads, width = 19, 2, 32
-    exact_qkv = torch.linspace(-1, 1, tokens * 3 * width).sin().reshape(1, tokens, 3 * width)
-    given = torch.linspace(1, -1, tokens * width).cos().reshape(1, tokens, width)
+    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
+    exact_qkv = torch.linspace(-1, 1, tokens * 3 * width, **plain).sin().reshape(1, tokens, 3 * width)
+    given = torch.linspace(1, -1, tokens * width, **plain).cos().reshape(1, tokens, width)
     query, key, value = exact_qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     weights = (query @ key.mT).softmax(dim=-1)
     exact = (weights @ value).transpose(1, 2).flatten(2)
@@ -222,19 +265,19 @@ def _check(kernels: Native) -> None:
         qkv = exact_qkv.to(dtype)
         if not kernels.takes(qkv, heads):
             continue
-        log_sums = torch.empty(1, heads, tokens)
+        log_sums = given.new_empty(1, heads, tokens)
         mixed = kernels.attention(qkv, heads, log_sums=log_sums)
         gradient = kernels.attention_gradient(qkv, mixed, given.to(dtype), log_sums, scale=1.0)
         _near(f"attention in {dtype}", mixed, exact, near)
         _near(f"the gradient of attention in {dtype}", gradient, exact_gradient, near)
     if kernels.has_layers:
-        x, ones = given[0], torch.ones(width)
+        x, ones = given[0], given.new_ones(width)
         normalised, _ = kernels.layer_norm(x, ones, ones, 1e-6)
         _near("LayerNorm", normalised, F.layer_norm(x, (width,), ones, ones, 1e-6), 2e-2)
         _near("GELU", kernels.gelu(normalised), F.gelu(normalised.float()), 2e-2)
         kernels.residual(x, normalised, None, total := torch.empty_like(x))
         _near("the residual", total, x + normalised.float(), 1e-6)
-        weight_gradient, bias_gradient = torch.zeros(width, width), torch.zeros(width)
+        weight_gradient, bias_gradient = x.new_zeros(width, width), x.new_zeros(width)
         kernels.linear_gradient(normalised, normalised, weight_gradient, bias_gradient)
         _near("the gradient of a weight", weight_gradient, normalised.float().t() @ normalised.float(), 1e-4)
         _near("the gradient of a bias", bias_gradient, normalised.float().sum(dim=0), 1e-4)
