@@ -197,8 +197,8 @@ def _found() -> Native | str:
         # Whatever mode the first caller is in.
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             _check(kernels)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        log.info("our kernels are not used: %s", error)
+    except (OSError, RuntimeError) as error:
+        log.info("our kernels are not used: %s", error, exc_info=error.__cause__)
         return str(error)
     return kernels
 
@@ -216,12 +216,15 @@ def _library() -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "kernels.so"
-        subprocess.run(  # noqa: S603  # the user's compiler on our own files
-            [*compiler, *FLAGS, "-o", str(made), *(str(FOLDER / name) for name in SOURCES)],
-            check=True,
-            capture_output=True,
-            timeout=COMPILE_SECONDS,
-        )
+        try:
+            subprocess.run(  # noqa: S603  # the user's compiler on our own files
+                [*compiler, *FLAGS, "-o", str(made), *(str(FOLDER / name) for name in SOURCES)],
+                check=True,
+                capture_output=True,
+                timeout=COMPILE_SECONDS,
+            )
+        except subprocess.SubprocessError as error:
+            raise RuntimeError(f"{compiler[0]} does not compile them") from error
         with made.open("rb+") as file:
             file.write(hashlib.sha256(file.read()).digest())  # behind what the loader reads
         made.replace(path)
