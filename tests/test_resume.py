@@ -169,6 +169,13 @@ def test_a_run_whose_kernels_are_not_here_is_warned_about_and_goes_on(
     assert result.record["kernels"] is False
 
 
+def test_a_run_of_the_first_schema_is_read_as_one_without_kernels() -> None:
+    old = Run(Path(__file__).parent / "fixtures" / "run_schema_1").record()
+    assert "kernels" not in old
+    with same_kernels(old, torch.device("cpu"), Heard(), Team()):
+        assert native() is None
+
+
 def test_kernels_compute_where_every_process_has_them(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """One process whose cache is full leaves torch to compute in all; a GPU has nothing to do with it."""
     here = native() is not None

@@ -20,7 +20,7 @@ import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -253,7 +253,7 @@ def _is_whole(path: Path) -> bool:
 def _check(kernels: Native) -> None:
     """RuntimeError if what was compiled does not compute what it should."""
     tokens, heads, width = 19, 2, 32
-    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
     exact_qkv = torch.linspace(-1, 1, tokens * 3 * width, **plain).sin().reshape(1, tokens, 3 * width)
     given = torch.linspace(1, -1, tokens * width, **plain).cos().reshape(1, tokens, width)
     query, key, value = exact_qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)

@@ -74,8 +74,9 @@ class EncoderBlock(nn.Module):
         }
         if _has_any_global_hook() or not all(is_as_written(module, kind) for kind, own in kinds.items() for module in own):
             return False
-        dropping = any(drop.training and drop.p > 0 for drop in drops) or (attention.training and attention.attention_drop > 0)
-        return not dropping and gelu.approximate == "none"
+        if (attention.training and attention.attention_drop > 0) or gelu.approximate != "none":
+            return False
+        return not any(isinstance(drop, nn.Dropout) and drop.training and drop.p > 0 for drop in drops)
 
 
 class MultiScaleEncoder(nn.Module):
