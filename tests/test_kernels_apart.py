@@ -137,6 +137,31 @@ def test_a_gradient_can_be_added_to_taken_twice_and_taken_of_a_copy() -> None:
     assert all(torch.equal(2 * one, parameter.grad) for one, parameter in zip(once, twin.parameters(), strict=True))  # type: ignore[arg-type]
 
 
+@needs_layers
+def test_tokens_that_are_not_dense_are_read_as_they_are() -> None:
+    """As they come from a convolution, every other image of them, and with a gradient that is one number for all."""
+    block = block_of(lively(CONFIG))
+    tokens = torch.randn(4, 32, 9, generator=torch.Generator().manual_seed(0)).transpose(1, 2)[::2]
+    found = []
+    assert not tokens.is_contiguous()
+    for own in (tokens.detach().requires_grad_(), tokens.contiguous().requires_grad_()):
+        with torch.autocast("cpu", torch.bfloat16):
+            after = block(own)
+        found.append((after, *torch.autograd.grad(after.sum(), [own, *block.parameters()])))
+    assert all(map(torch.equal, *found))
+
+
+@needs_kernels
+def test_attention_that_does_not_fit_is_left_to_torch() -> None:
+    qkv = torch.zeros(2, 5, 96, requires_grad=True)
+    assert functions.takes_attention(qkv, 2)
+    assert not functions.takes_attention(qkv.transpose(0, 1), 2)
+    assert not functions.takes_attention(qkv[0], 2)
+    assert not functions.takes_attention(torch.zeros(2, 5, 100, requires_grad=True), 2)
+    assert not functions.takes_attention(qkv, 4)
+    assert not functions.takes_attention(qkv.double(), 2)
+
+
 # ---- modules that are not as built
 
 

@@ -75,8 +75,9 @@ class Native:
     def takes(self, qkv: Tensor, heads: int) -> bool:
         """Whether `attention` computes it: dense fp32 or bf16 on the CPU, heads of a whole number of registers."""
         width = qkv.shape[-1] // (3 * heads)
-        known = f"attention_{NAMES.get(qkv.dtype)}" in self.functions
-        return known and qkv.device.type == "cpu" and width % LANES == 0 and qkv.is_contiguous()
+        known = f"attention_{NAMES.get(qkv.dtype)}" in self.functions and qkv.device.type == "cpu"
+        fits = qkv.ndim == 3 and qkv.shape[-1] == 3 * heads * width and width % LANES == 0
+        return known and fits and qkv.is_contiguous()
 
     def attention(self, qkv: Tensor, heads: int, *, scale: float = 1.0, log_sums: Tensor | None = None) -> Tensor:
         """softmax(scale q kᵀ) v: (B, N, 3 D) -> (B, N, D), in the dtype of qkv. log_sums: (B, H, N) fp32, filled if given."""
