@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -14,11 +15,14 @@ import torch
 from conftest import TINY, Heard
 from crossvit.data.augment import seed_generators
 from crossvit.errors import UsageError
+from crossvit.kernels import native as native_module
+from crossvit.kernels.native import native, without_kernels
 from crossvit.run import Run
 from crossvit.train.loop import fit
 from crossvit.train.losses import Mixing
+from crossvit.train.parallel import Team
 from crossvit.train.recipe import MixingRecipe, load_recipe
-from crossvit.train.repeatable import CUBLAS, deterministic, threads
+from crossvit.train.repeatable import CUBLAS, deterministic, same_kernels, threads
 from crossvit.train.resuming import refuse_changes
 from crossvit.train.training import Training
 from crossvit.train.watch import Watch
@@ -108,6 +112,79 @@ def test_threads_and_precision_are_the_runs_own(scans: Path, tmp_path: Path, mon
         torch.set_num_threads(before)
     record = Run(tmp_path / "run").record()
     assert (record["threads"], record["precision"]) == (1, "fp32")
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Kernels are looked for again, before and after."""
+    native_module._found.cache_clear()
+    yield
+    native_module._found.cache_clear()
+
+
+@pytest.mark.parametrize("record", ["with", "without", "of before"])
+def test_kernels_are_the_runs_own(record: str, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run goes on with them if it was begun with them; runs of before they were recorded had none."""
+    if native() is None:
+        pytest.skip("no AVX-512, or no C++ compiler: there are no kernels here")
+    seen: list[bool] = []
+    step = Training.train_step
+
+    def looked_at(training: Training, *given: Any) -> tuple[float, int]:
+        seen.append(native() is not None)
+        return step(training, *given)
+
+    plan = {"epochs": 2, "precision": "bf16", "every": "1 steps"}
+    run = Run(tmp_path / "run")
+    had = record == "with"
+    with contextlib.nullcontext() if had else without_kernels():
+        fit(recipe(scans, tmp_path / "whole", **plan))
+        cut(recipe(scans, run.path, **plan), after=2)
+    assert run.record()["kernels"] is had
+    if record == "of before":
+        run.write_record({key: value for key, value in run.record().items() if key not in ("schema", "kernels")})
+    monkeypatch.setattr(Training, "train_step", looked_at)
+    watch = Heard()
+    result = fit(recipe(scans, run.path, **plan), resume=True, watch=watch)
+    assert set(seen) == {had}
+    assert result.record["kernels"] is had
+    assert native() is not None
+    assert not [line for line in watch.lines if line.startswith("warn") and "kernels" in line]
+    assert same_bits(weights_of(run.path), weights_of(tmp_path / "whole"))
+
+
+def test_a_run_whose_kernels_are_not_here_is_warned_about_and_goes_on(
+    forgotten: None, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CROSSVIT_KERNELS", "off")
+    plan = recipe(scans, tmp_path / "run")
+    cut(plan, after=1)
+    run = Run(tmp_path / "run")
+    assert run.record()["kernels"] is False
+    run.amend(kernels=True)
+    watch = Heard()
+    result = fit(plan, resume=True, watch=watch)
+    problem = "the run was computed with our kernels, and here there are none (CROSSVIT_KERNELS=off)"
+    assert [line for line in watch.lines if "kernels" in line] == [f"warn   {problem}: its last bits become others"]
+    assert result.record["kernels"] is False
+
+
+def test_a_run_of_the_first_schema_is_read_as_one_without_kernels() -> None:
+    old = Run(Path(__file__).parent / "fixtures" / "run_schema_1").record()
+    assert "kernels" not in old
+    with same_kernels(old, torch.device("cpu"), Heard(), Team()):
+        assert native() is None
+
+
+def test_kernels_compute_where_every_process_has_them(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process whose cache is full leaves torch to compute in all; a GPU has nothing to do with it."""
+    here = native() is not None
+    for reasons, there in ((["", ""], here), (["", "no space left"], False)):
+        monkeypatch.setattr(Team, "gather", lambda team, own, reasons=reasons: reasons)
+        with same_kernels(None, torch.device("cpu"), Heard(), Team(size=2)):
+            assert (native() is not None) == there
+        with same_kernels({"device": "cpu"}, torch.device("cuda"), Heard(), Team(size=2)):
+            assert (native() is not None) == here
 
 
 def test_checkpoints_by_time_come_in_the_middle_of_an_epoch(scans: Path, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from crossvit.kernels.functions import is_eager, kernels_here
-from crossvit.kernels.native import LANES, native
+from crossvit.kernels.functions import is_eager
+from crossvit.kernels.native import LANES, kernels_here, native
 
 PART_TOKENS = 3300  # that are worked on at once: the best of 800 to 6,500; see dev/LOG.md
 
@@ -44,12 +44,25 @@ class Half(NamedTuple):
 def takes(x: Tensor, half: Half, *, head_width: int) -> bool:
     """Whether a half is computed here: on a CPU with the kernels, under bf16 autocast, fp32 tokens and parameters, all widths
     whole registers, and nothing that traces or transforms."""
-    if x.dtype != torch.float32 or not x.numel() or not is_eager(x) or not torch.is_autocast_enabled("cpu"):
+    if (
+        not x.numel()
+        or not is_eager(x)
+        or not torch.is_autocast_enabled("cpu")
+        or torch.get_autocast_dtype("cpu") != torch.bfloat16
+    ):
         return False
-    if torch.get_autocast_dtype("cpu") != torch.bfloat16 or any(tensor.dtype != torch.float32 for tensor in half[:-1]):
+    if not all(_is_plain(tensor) for tensor in (x, *half[:-1])) or x.ndim != 3:
         return False
-    fits = all(width % LANES == 0 for width in (*half.in_weight.shape, head_width))
-    return fits and (kernels := native()) is not None and kernels.has_layers
+    (inner, width), (_, outer) = half.in_weight.shape, half.out_weight.shape
+    fits = x.shape[-1] == width == len(half.norm_weight) == len(half.out_weight)  # else torch says what is wrong
+    whole = all(size % LANES == 0 for size in (width, inner, outer, head_width))
+    return fits and whole and torch.backends.mkldnn.is_available() and (kernels := native()) is not None and kernels.has_layers
+
+
+def _is_plain(tensor: Tensor | None) -> bool:
+    """Whether its numbers are fp32 in this machine's memory."""
+    known = type(tensor) in (Tensor, nn.Parameter)
+    return known and tensor is not None and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def attention_half(x: Tensor, half: Half, num_heads: int, factor: Tensor | None) -> Tensor:
@@ -64,7 +77,7 @@ def mlp_half(x: Tensor, half: Half, factor: Tensor | None) -> Tensor:
 
 def _parts(x: Tensor) -> Iterator[slice]:
     batch, tokens = x.shape[:2]
-    size = max(1, PART_TOKENS // tokens)
+    size = max(1, PART_TOKENS // max(1, tokens))
     return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
 
 
@@ -81,7 +94,7 @@ class _AttentionHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor | None, num_heads: int, eps: float, *parameters: Tensor) -> Tensor:
         kernels, x = kernels_here(), x.contiguous()
-        norm_weight, norm_bias = parameters[:2]
+        norm_weight, norm_bias = (parameter.contiguous() for parameter in parameters[:2])
         in_weight, in_bias, out_weight, out_bias = _narrow(*parameters[2:])
         ctx.scale = math.sqrt(num_heads / x.shape[-1])
         y, kept = torch.empty_like(x), []
@@ -92,7 +105,7 @@ class _AttentionHalf(torch.autograd.Function):
             log_sums = own.new_empty(len(own), num_heads, own.shape[1])
             mixed = kernels.attention(qkv, num_heads, scale=ctx.scale, log_sums=log_sums)
             kernels.residual(own, _linear(mixed, out_weight, out_bias), None if factor is None else factor[part], y[part])
-            kept += [normalised, statistics, qkv, mixed, log_sums]
+            kept += [normalised, statistics, qkv, mixed, log_sums] if any(ctx.needs_input_grad) else []
         ctx.save_for_backward(x, factor, norm_weight, in_weight, out_weight, *kept)
         return y
 
@@ -117,7 +130,7 @@ class _MLPHalf(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Tensor | None, eps: float, *parameters: Tensor) -> Tensor:
         kernels, x = kernels_here(), x.contiguous()
-        norm_weight, norm_bias = parameters[:2]
+        norm_weight, norm_bias = (parameter.contiguous() for parameter in parameters[:2])
         in_weight, in_bias, out_weight, out_bias = _narrow(*parameters[2:])
         y, kept = torch.empty_like(x), []
         for part in _parts(x):
@@ -125,7 +138,7 @@ class _MLPHalf(torch.autograd.Function):
             hidden = _linear(normalised, in_weight, in_bias)  # (b, N, F)
             update = _linear(kernels.gelu(hidden), out_weight, out_bias)
             kernels.residual(x[part], update, None if factor is None else factor[part], y[part])
-            kept += [normalised, statistics, hidden]
+            kept += [normalised, statistics, hidden] if any(ctx.needs_input_grad) else []
         ctx.save_for_backward(x, factor, norm_weight, in_weight, out_weight, *kept)
         return y
 

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crossvit.kernels.functions import is_eager, kernels_here
-from crossvit.kernels.native import LANES, NAMES, Fold, native
+from crossvit.kernels.functions import is_eager
+from crossvit.kernels.native import LANES, NAMES, Fold, kernels_here, native
 
 
 def takes_read(x: Tensor) -> bool:
     """Whether `read` computes it: dense fp32, or bf16 without a backward pass, whole registers, and nothing that traces or
     transforms."""
     known = x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and not torch.is_grad_enabled())
-    if not (known and is_eager(x) and x.is_contiguous() and x.shape[-1] % LANES == 0 and x.numel()):
+    if not (known and is_eager(x) and x.ndim == 3 and x.is_contiguous() and x.shape[-1] % LANES == 0 and x.numel()):
         return False
     return (kernels := native()) is not None and f"cross_read_{NAMES[x.dtype]}" in kernels.functions
 

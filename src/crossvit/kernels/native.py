@@ -1,7 +1,7 @@
 """The compiled kernels: found or made, checked, and called with tensors. The C++ beside this file has the equations.
 
-Without a C++ compiler, on another processor or with another operating system there are none, and `native()` is None. Nothing here
-has a gradient; kernels/functions.py has.
+Without a C++ compiler, on another processor, with another operating system or with CROSSVIT_KERNELS=off in the environment there
+are none, and `native()` is None. Nothing here has a gradient; kernels/functions.py has.
 
 Shapes: B batch, N tokens, D width, H heads, K = D / H width of a head.
 """
@@ -20,20 +20,21 @@ import tempfile
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from crossvit.cache import cache_folder
-from crossvit.machine import processor
+from crossvit.machine import instruction_sets, processor
 
 FOLDER = Path(__file__).parent
 SOURCES = ("attention.cpp", "attention_gradient.cpp", "linear.cpp", "layers.cpp", "resize.cpp", "cross.cpp")
 HEADERS = ("tiles.h",)
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 COMPILE_SECONDS = 120
+SWITCH = "CROSSVIT_KERNELS"  # in the environment: `off` for none
 TAPS = 4  # of a bicubic resize
 LANES = 16  # a row's width is a multiple of it, as the C++ has it
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
@@ -85,8 +86,9 @@ class Native:
     def takes(self, qkv: Tensor, heads: int) -> bool:
         """Whether `attention` computes it: dense fp32 or bf16 on the CPU, heads of a whole number of registers."""
         width = qkv.shape[-1] // (3 * heads)
-        known = f"attention_{NAMES.get(qkv.dtype)}" in self.functions
-        return known and qkv.device.type == "cpu" and width % LANES == 0 and qkv.is_contiguous()
+        known = f"attention_{NAMES.get(qkv.dtype)}" in self.functions and qkv.device.type == "cpu"
+        fits = qkv.ndim == 3 and qkv.shape[-1] == 3 * heads * width and width % LANES == 0
+        return known and fits and qkv.is_contiguous()
 
     def attention(self, qkv: Tensor, heads: int, *, scale: float = 1.0, log_sums: Tensor | None = None) -> Tensor:
         """softmax(scale q kᵀ) v: (B, N, 3 D) -> (B, N, D), in the dtype of qkv. log_sums: (B, H, N) fp32, filled if given."""
@@ -191,7 +193,22 @@ def _places(*tensors: Tensor | None) -> list[int | None]:
 
 def native() -> Native | None:
     """The kernels, compiled where they have not been; None where there can be none or `without_kernels` is in force."""
-    return _found() if _wanted else None
+    found = _found() if _wanted else None
+    return found if isinstance(found, Native) else None
+
+
+def kernels_here() -> Native:
+    """The kernels, for who has asked whether they are there: also where `without_kernels` has come between, in another thread or
+    before the backward pass."""
+    found = _found()
+    assert isinstance(found, Native)
+    return found
+
+
+def why_none() -> str:
+    """Why `native()` is None, in a few words; empty where it is not."""
+    found = _found() if _wanted else "they are switched off"
+    return found if isinstance(found, str) else ""
 
 
 @contextlib.contextmanager
@@ -206,49 +223,79 @@ def without_kernels() -> Iterator[None]:
 
 
 @lru_cache
-def _found() -> Native | None:
-    """Why there are none is in the log (at level INFO)."""
+def _found() -> Native | str:
+    """The kernels, or why there are none, which is in the log too (at level INFO)."""
+    if (asked := os.environ.get(SWITCH, "on").lower()) == "off":
+        return f"{SWITCH}=off"
+    if asked not in ("on", ""):
+        log.warning("%s=%s means nothing: use off, or on", SWITCH, asked)
     if not sys.platform.startswith("linux") or not torch.cpu.get_capabilities().get("avx512_f"):
-        return None
+        return "no processor with AVX-512 under Linux"
     try:
         # torch is loaded, and its OpenMP goes by the system's name: both share one set of threads.
         kernels = Native(ctypes.CDLL(str(_library())))
         # Whatever mode the first caller is in.
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             _check(kernels)
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        log.info("our kernels are not used: %s", error)
-        return None
+    except (OSError, RuntimeError) as error:
+        log.info("our kernels are not used: %s", error, exc_info=error.__cause__)
+        return str(error)
     return kernels
 
 
 def _library() -> Path:
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    """The library for these sources on this machine, made where it is not in the cache or not as it was made."""
+    compiler = _compiler()
     texts = b"".join((FOLDER / name).read_bytes() for name in (*HEADERS, *SOURCES))
-    machine = f"{processor()} {sorted(torch.cpu.get_capabilities().items())} {compiler} {FLAGS}"
+    machine = f"{processor()} {instruction_sets()} {compiler} {FLAGS}"  # what -march=native goes by
     path = cache_folder() / "kernels" / f"{hashlib.sha256(texts + machine.encode()).hexdigest()[:24]}.so"
-    if path.is_file():
+    if _is_whole(path):
         return path
-    if compiler is None:
+    if not compiler:
         raise RuntimeError("no C++ compiler (g++, or $CXX)")
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / "kernels.so"
-        subprocess.run(  # noqa: S603  # the user's compiler on our own files
-            [compiler, *FLAGS, "-o", str(made), *(str(FOLDER / name) for name in SOURCES)],
-            check=True,
-            capture_output=True,
-            timeout=COMPILE_SECONDS,
-        )
+        try:
+            subprocess.run(  # noqa: S603  # the user's compiler on our own files
+                [*compiler, *FLAGS, "-o", str(made), *(str(FOLDER / name) for name in SOURCES)],
+                check=True,
+                capture_output=True,
+                timeout=COMPILE_SECONDS,
+            )
+        except subprocess.SubprocessError as error:
+            raise RuntimeError(f"{compiler[0]} does not compile them") from error
+        with made.open("rb+") as file:
+            file.write(hashlib.sha256(file.read()).digest())  # behind what the loader reads
         made.replace(path)
     return path
+
+
+def _compiler() -> list[str]:
+    """$CXX, a path or a command with arguments (`ccache g++`), or g++; empty where it is not there."""
+    named = os.environ.get("CXX") or "g++"
+    if there := shutil.which(named):
+        return [there]
+    first, *arguments = named.split() or [""]
+    return [there, *arguments] if (there := shutil.which(first)) else []
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a library is there and as it was made: the system would load one that a crash cut short, and die of it later."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    size = hashlib.sha256().digest_size
+    return hashlib.sha256(content[:-size]).digest() == content[-size:]
 
 
 def _check(kernels: Native) -> None:
     """RuntimeError if what was compiled does not compute what it should."""
     tokens, heads, width = 19, 2, 32
-    exact_qkv = torch.linspace(-1, 1, tokens * 3 * width).sin().reshape(1, tokens, 3 * width)
-    given = torch.linspace(1, -1, tokens * width).cos().reshape(1, tokens, width)
+    plain: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are set to
+    exact_qkv = torch.linspace(-1, 1, tokens * 3 * width, **plain).sin().reshape(1, tokens, 3 * width)
+    given = torch.linspace(1, -1, tokens * width, **plain).cos().reshape(1, tokens, width)
     query, key, value = exact_qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     weights = (query @ key.mT).softmax(dim=-1)
     exact = (weights @ value).transpose(1, 2).flatten(2)
@@ -261,19 +308,26 @@ def _check(kernels: Native) -> None:
         qkv = exact_qkv.to(dtype)
         if not kernels.takes(qkv, heads):
             continue
-        log_sums = torch.empty(1, heads, tokens)
+        log_sums = given.new_empty(1, heads, tokens)
         mixed = kernels.attention(qkv, heads, log_sums=log_sums)
         gradient = kernels.attention_gradient(qkv, mixed, given.to(dtype), log_sums, scale=1.0)
         _near(f"attention in {dtype}", mixed, exact, near)
         _near(f"the gradient of attention in {dtype}", gradient, exact_gradient, near)
+    probes, ones = given[:, :heads], given.new_ones(width)
+    exact = (probes @ given.mT).softmax(dim=-1) @ given
+    _near("cross-attention", kernels.cross_read(given, probes, None)[0], exact, 1e-5)
+    normalised = torch.cat((ones.expand(1, 1, -1), F.layer_norm(given, (width,), ones, ones, 1e-6)[:, 1:]), dim=1)
+    exact = (probes @ normalised.mT).softmax(dim=-1) @ normalised
+    folded, _ = kernels.cross_read(given, probes, Fold(ones[None], ones, ones, 1e-6))
+    _near("cross-attention of a LayerNorm", folded, exact, 1e-3)  # of tokens that hardly vary
     if kernels.has_layers:
-        x, ones = given[0], torch.ones(width)
+        x = given[0]
         normalised, _ = kernels.layer_norm(x, ones, ones, 1e-6)
         _near("LayerNorm", normalised, F.layer_norm(x, (width,), ones, ones, 1e-6), 2e-2)
         _near("GELU", kernels.gelu(normalised), F.gelu(normalised.float()), 2e-2)
         kernels.residual(x, normalised, None, total := torch.empty_like(x))
         _near("the residual", total, x + normalised.float(), 1e-6)
-        weight_gradient, bias_gradient = torch.empty(width, width), torch.empty(width)
+        weight_gradient, bias_gradient = x.new_empty(width, width), x.new_empty(width)
         kernels.linear_gradient(normalised, normalised, (weight_gradient, bias_gradient), adds=False)
         _near("the gradient of a weight", weight_gradient, normalised.float().t() @ normalised.float(), 1e-4)
         _near("the gradient of a bias", bias_gradient, normalised.float().sum(dim=0), 1e-4)

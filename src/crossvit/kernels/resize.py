@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossvit.kernels.functions import is_eager, kernels_here
-from crossvit.kernels.native import TAPS, Taps, native
+from crossvit.kernels.functions import is_eager
+from crossvit.kernels.native import TAPS, Taps, kernels_here, native
 
 
 def takes_resize(images: Tensor) -> bool:
@@ -29,7 +29,8 @@ def bicubic(images: Tensor, size: tuple[int, int]) -> Tensor:
 def _taps(given: int, size: int) -> Taps:
     """torch's own weights, from the resize of a unit matrix: four in a row, fewer at an edge, where they add up."""
     with torch.inference_mode(False), torch.no_grad():
-        matrix = F.interpolate(torch.eye(given)[None, None], size=(size, given), mode="bicubic", align_corners=False)[0, 0]
+        unit = torch.eye(given, dtype=torch.float32, device="cpu")  # whatever torch's defaults are set to
+        matrix = F.interpolate(unit[None, None], size=(size, given), mode="bicubic", align_corners=False)[0, 0]
         first = (matrix != 0).int().argmax(dim=1).clamp(max=given - TAPS)
-        weights = matrix.gather(1, first[:, None] + torch.arange(TAPS))
+        weights = matrix.gather(1, first[:, None] + torch.arange(TAPS, device="cpu"))
         return Taps(first.int(), weights.contiguous(), weights.t().contiguous())

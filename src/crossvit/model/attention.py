@@ -150,7 +150,7 @@ class CrossAttention(nn.Module):
     def of_normalised(self, first: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """`forward` of [first ‖ LN(x_1), LN(x_2), ...]: (B, 1, D), (B, N, D) -> (B, 1, D). Our kernel makes nothing of size
         N x D for it."""
-        if self._by_kernel(x):
+        if self._by_kernel(x) and functions.is_as_written(norm, nn.LayerNorm):
             fold = Fold(first[:, 0], norm.weight, norm.bias, norm.eps)
             mixed = self._value(read_normalised(x, self._scaled_probe(first[:, 0]), fold))
             return self.drop(self.out(mixed.unsqueeze(1)))  # type: ignore[no-any-return]

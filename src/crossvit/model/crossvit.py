@@ -11,9 +11,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
 from crossvit.kernels.block import Half, attention_half, mlp_half, takes
+from crossvit.kernels.functions import is_as_written, is_eager
 from crossvit.model.attention import SelfAttention, kernel_is_free
 from crossvit.model.config import BranchConfig, CrossViTConfig
 from crossvit.model.drop_path import DropPath, drop_path_rates
@@ -37,7 +39,6 @@ class EncoderBlock(nn.Module):
         self.attention = SelfAttention(branch.dim, branch.heads, drop=drop, attention_drop=attention_drop)
         self.mlp_norm = nn.LayerNorm(branch.dim, eps=NORM_EPS)
         self.mlp = MLP(branch.dim, branch.mlp_dim, drop=drop)
-        self.has_dropout = max(drop, attention_drop) > 0
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,13 +51,32 @@ class EncoderBlock(nn.Module):
     def _halves_for_kernels(self, x: Tensor) -> tuple[Half, Half] | None:
         """The parameters of both lines of the equation where our kernels compute them, else None."""
         attention, up, down = self.attention, self.mlp[0], self.mlp[3]
-        if attention.listener is not None or not kernel_is_free() or (self.training and self.has_dropout):
+        if not is_eager(x) or attention.listener is not None or not kernel_is_free() or not self._is_as_built():
             return None
         assert isinstance(up, nn.Linear)
         assert isinstance(down, nn.Linear)
         halves = (Half.of(self.attention_norm, attention.qkv, attention.out), Half.of(self.mlp_norm, up, down))
         head_width = x.shape[-1] // attention.num_heads
         return halves if all(takes(x, half, head_width=head_width) for half in halves) else None
+
+    def _is_as_built(self) -> bool:
+        """Whether the equation is all there is to compute: no dropout, no module in another's place, none with a hook."""
+        attention, (up, gelu, middle_drop, down, last_drop) = self.attention, self.mlp
+        drops = (attention.drop, middle_drop, last_drop)
+        kinds: dict[type[nn.Module], tuple[nn.Module, ...]] = {
+            nn.LayerNorm: (self.attention_norm, self.mlp_norm),
+            nn.Linear: (attention.qkv, attention.out, up, down),
+            nn.GELU: (gelu,),
+            nn.Dropout: drops,
+            SelfAttention: (attention,),
+            MLP: (self.mlp,),
+            DropPath: (self.drop_path,),
+        }
+        if _has_any_global_hook() or not all(is_as_written(module, kind) for kind, own in kinds.items() for module in own):
+            return False
+        if (attention.training and attention.attention_drop > 0) or gelu.approximate != "none":
+            return False
+        return not any(isinstance(drop, nn.Dropout) and drop.training and drop.p > 0 for drop in drops)
 
 
 class MultiScaleEncoder(nn.Module):

@@ -25,7 +25,7 @@ from crossvit.train.losses import Criterion, Mixing, Teacher, class_weights, pos
 from crossvit.train.optim import freeze, learning_rate, make_optimiser
 from crossvit.train.parallel import ALONE, BranchLogits, Team
 from crossvit.train.plan import Plan
-from crossvit.train.repeatable import step_seed
+from crossvit.train.repeatable import computes_with_kernels, step_seed
 from crossvit.train.tally import Tally, surest_right
 
 BAD_IN_A_ROW = 10  # steps without a finite loss and gradient after which a run goes back; fp16 needs a few to find its scale
@@ -45,6 +45,7 @@ class Learner:
         if recipe.batch_size < team.size:
             raise UsageError(f"--batch-size {recipe.batch_size} for {team.size} processes: give each at least one image")
         self.precision = resolve_precision(precision, self.device)
+        self.kernels = computes_with_kernels(self.device)
         torch.manual_seed(recipe.seed)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.model: CrossViT = create_model(plan.config).to(self.device, memory_format=layout)  # type: ignore[call-overload]

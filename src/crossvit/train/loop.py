@@ -19,7 +19,7 @@ from crossvit.train.losses import Teacher
 from crossvit.train.parallel import ALONE, Team, assembled
 from crossvit.train.plan import make_plan, suitable_parts
 from crossvit.train.recipe import Recipe
-from crossvit.train.repeatable import deterministic, threads
+from crossvit.train.repeatable import deterministic, same_kernels, threads
 from crossvit.train.resuming import as_given, gone_on_with, recorded_run, refuse_contradiction
 from crossvit.train.teachers import A_CALLABLE, load_teacher
 from crossvit.train.training import Training
@@ -55,6 +55,7 @@ def fit(
             held.enter_context(run.lock())  # before the images are read; a new run's folder is made only after them
         if recorded is not None:
             held.enter_context(threads(recorded["threads"]))
+        held.enter_context(same_kernels(recorded, device, watch, team))
         training = prepare(recipe, run, watch, recorded=recorded, teacher=teacher, team=team)
         if recorded is None and team.leads:
             if not run.exists():

@@ -1,13 +1,20 @@
-"""On what the last bits of a run depend: the seeds of its steps, and settings of torch, which are put back afterwards."""
+"""On what the last bits of a run depend: the seeds of its steps, whether our kernels compute, and settings of torch. What is set
+is put back afterwards."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
+
+from crossvit.kernels.native import native, why_none, without_kernels
+from crossvit.train.parallel import Team
+from crossvit.train.resuming import had_kernels
+from crossvit.train.watch import Watch
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # without a fixed workspace cuBLAS may add in another order; see its documentation
 
@@ -21,6 +28,27 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def computes_with_kernels(device: torch.device) -> bool:
+    """Whether our kernels take part in what is trained on `device`: they round otherwise than torch."""
+    return device.type == "cpu" and native() is not None
+
+
+def same_kernels(recorded: dict[str, Any] | None, device: torch.device, watch: Watch, team: Team) -> AbstractContextManager[None]:
+    """Inside, our kernels compute if they did in the run that is gone on with (`recorded`, None for a new one), and only where
+    every process of `team` has them. A run whose kernels are not to be had is warned about."""
+    if device.type != "cpu":
+        return nullcontext()
+    goes_on = recorded is not None and recorded["device"] == "cpu"
+    if goes_on and not had_kernels(recorded or {}):
+        return without_kernels()
+    missing = next(filter(None, team.gather(why_none())), "")
+    if missing and goes_on:
+        watch.say(
+            f"warn   the run was computed with our kernels, and here there are none ({missing}): its last bits become others"
+        )
+    return without_kernels() if missing else nullcontext()
 
 
 @contextmanager

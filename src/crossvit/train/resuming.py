@@ -33,6 +33,11 @@ def recorded_run(recipe: Recipe, run: Run, *, resume: bool, overwrite: bool) -> 
     return recorded
 
 
+def had_kernels(recorded: dict[str, Any]) -> bool:
+    """Whether our kernels took part in a run. Those of before they were recorded were computed without."""
+    return bool(recorded.get("kernels", False))
+
+
 def as_given(recorded: dict[str, Any]) -> Recipe:
     """The recipe that a run was begun with, before the images decided what it leaves open. Older runs have the latter alone."""
     return Recipe.from_dict(recorded.get("given", recorded["recipe"]))

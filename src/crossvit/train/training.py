@@ -269,6 +269,7 @@ class Training(Learner):
             "precision": self.precision,
             "device": self.device.type,
             "threads": torch.get_num_threads(),
+            "kernels": self.kernels,
             "processes": self.team.size,
             "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
             "recipe": self.recipe.to_dict(),
