@@ -101,11 +101,10 @@ def test_a_model_shows_what_is_not_finite_in_its_input_or_in_any_weight() -> Non
 
 
 @needs_layers
-def test_no_images_give_no_logits_and_gradients_of_zero(calls: list[str]) -> None:
+def test_no_images_give_no_logits_and_gradients_of_zero() -> None:
     model = lively(CONFIG)
     logits = mixed(model, IMAGES[:0])
     logits.float().sum().backward()
-    assert calls
     assert logits.shape == (0, 7)
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
