@@ -315,11 +315,22 @@ def _check(kernels: Native) -> None:
         _near(f"the gradient of attention in {dtype}", gradient, exact_gradient, near)
     probes, ones = given[:, :heads], given.new_ones(width)
     exact = (probes @ given.mT).softmax(dim=-1) @ given
-    _near("cross-attention", kernels.cross_read(given, probes, None)[0], exact, 1e-5)
+    mixed, kept = kernels.cross_read(given, probes, None)
+    _near("cross-attention", mixed, exact, 1e-5)
+    weights, of_mixed = (probes @ given.mT).softmax(dim=-1), probes.cos()
+    of_weights = of_mixed @ given.mT
+    of_scores = weights * (of_weights - (weights * of_weights).sum(dim=-1, keepdim=True))
+    of_x, of_probes, *_ = kernels.cross_read_gradient(given, probes, None, kept, of_mixed)
+    _near("the gradient of cross-attention", of_x, of_scores.mT @ probes + weights.mT @ of_mixed, 1e-4)
+    _near("the gradient of its probes", of_probes, of_scores @ given, 1e-4)
     normalised = torch.cat((ones.expand(1, 1, -1), F.layer_norm(given, (width,), ones, ones, 1e-6)[:, 1:]), dim=1)
     exact = (probes @ normalised.mT).softmax(dim=-1) @ normalised
     folded, _ = kernels.cross_read(given, probes, Fold(ones[None], ones, ones, 1e-6))
     _near("cross-attention of a LayerNorm", folded, exact, 1e-3)  # of tokens that hardly vary
+    if "cross_read_bf16" in kernels.functions:
+        reduced = given.bfloat16()
+        exact, _ = kernels.cross_read(reduced.float(), probes, None)
+        _near("cross-attention in bf16", kernels.cross_read(reduced, probes, None)[0], exact, 1e-5)
     if kernels.has_layers:
         x = given[0]
         normalised, _ = kernels.layer_norm(x, ones, ones, 1e-6)

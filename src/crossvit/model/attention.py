@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from crossvit.errors import ConfigError
 from crossvit.kernels import functions
@@ -148,20 +149,27 @@ class CrossAttention(nn.Module):
         return self.drop(self.out(mixed.unsqueeze(1)))  # type: ignore[no-any-return]  # (B, 1, D)
 
     def of_normalised(self, first: Tensor, x: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """`forward` of [first ‖ LN(x_1), LN(x_2), ...]: (B, 1, D), (B, N, D) -> (B, 1, D). Our kernel makes nothing of size
-        N x D for it."""
-        if self._by_kernel(x) and functions.is_as_written(norm, nn.LayerNorm):
-            fold = Fold(first[:, 0], norm.weight, norm.bias, norm.eps)
-            mixed = self._value(read_normalised(x, self._scaled_probe(first[:, 0]), fold))
-            return self.drop(self.out(mixed.unsqueeze(1)))  # type: ignore[no-any-return]
-        joined = norm(x)
-        joined[:, :1] = first
-        return self(joined)  # type: ignore[no-any-return]
+        """`forward` of [first ‖ LN(x_1), LN(x_2), ...] where `folds` says so: (B, 1, D), (B, N, D) -> (B, 1, D). Nothing of
+        size N x D is made for it."""
+        fold = Fold(first[:, 0], norm.weight, norm.bias, norm.eps)
+        mixed = self._value(read_normalised(x, self._scaled_probe(first[:, 0]), fold))
+        return self.drop(self.out(mixed.unsqueeze(1)))  # type: ignore[no-any-return]
+
+    def folds(self, first: Tensor, x: Tensor, norm: nn.LayerNorm) -> bool:
+        """Whether `of_normalised` computes it: our kernel takes x, and no hook, other `forward` or other shape is passed over."""
+        if not self._by_kernel(x) or _has_any_global_hook():
+            return False
+        if not (functions.is_as_written(norm, nn.LayerNorm) and functions.is_as_written(self, CrossAttention)):
+            return False
+        affine = isinstance(norm.weight, Tensor) and isinstance(norm.bias, Tensor)
+        batch, _, width = x.shape
+        return affine and norm.normalized_shape == (width,) and first.shape == (batch, 1, width)
 
     def _lazy(self, x: Tensor) -> Tensor:
         if self._by_kernel(x):
             return self._value(read(x, self._scaled_probe(x[:, 0])))
-        if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):  # which would cast it at each of its uses
+        if x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+            # which would cast it at each of its uses, but never doubles
             x = x.to(torch.get_autocast_dtype(x.device.type))
         fused = _kernel == "fused" or (_kernel == "auto" and not _beats_fused(x))
         if fused and self.listener is None and not self._dropping:

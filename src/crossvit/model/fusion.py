@@ -177,7 +177,13 @@ class CrossReadBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, query: Tensor, other: Tensor) -> Tensor:
-        read = self.attention.of_normalised(self.norm(query), other, self.norm)
+        first, attention = self.norm(query), self.attention
+        if isinstance(attention, CrossAttention) and attention.folds(first, other, self.norm):
+            read = attention.of_normalised(first, other, self.norm)
+        else:
+            joined = self.norm(other)
+            joined[:, :1] = first
+            read = attention(joined)
         return query + self.drop_path(read)  # type: ignore[no-any-return]
 
 
