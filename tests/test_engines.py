@@ -17,7 +17,7 @@ import crossvit
 from conftest import SMALL, lively
 from crossvit.data.sources import open_data
 from crossvit.errors import EngineError, UsageError
-from crossvit.kernels.native import native
+from crossvit.kernels.native import native, without_kernels
 from crossvit.results import TrainingResult
 from crossvit.runtimes import choose
 from crossvit.runtimes.choose import installed_engines, load_engine
@@ -105,6 +105,21 @@ def test_the_inference_form_is_the_model_to_1e_5(name: str) -> None:
         exact = model.branch_logits(images)
     torch.testing.assert_close(form.branch_logits(images), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
     torch.testing.assert_close(form(images), exact.mean(0), rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_inference_form_in_bf16_is_as_near_with_kernels_as_without(name: str) -> None:
+    """Every fusion; the larger of both errors is some steps of bf16."""
+    torch.manual_seed(0)
+    model = lively(CONFIGS[name])
+    images = torch.randn(5, 3, *model.config.image_size)
+    with torch.no_grad():
+        exact = model.branch_logits(images)
+    ours = crossvit.optimize(model, precision="bf16").branch_logits(images)
+    with without_kernels():
+        torchs = crossvit.optimize(model, precision="bf16").branch_logits(images)
+    errors = [float((found - exact).norm() / exact.norm()) for found in (ours, torchs)]
+    assert errors[0] < 1.5 * errors[1] + 2e-3
 
 
 def test_a_released_model_in_its_inference_form_is_the_model_to_1e_5() -> None:

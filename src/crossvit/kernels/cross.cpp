@@ -4,7 +4,7 @@
 //
 //   x: (B, N, D) fp32 or bf16;  probes, mixed: (B, H, D) fp32, the scale in the probes.  Plain: z = x.  Folded (`first` is given):
 //   z_0 = first (B, D), and z_j = weight ∘ n_j + bias with n_j = (x_j − mean_j) rstd_j is the LayerNorm of the others, which is
-//   never made: probe · z_j = rstd_j ((weight ∘ probe) · x_j − mean_j Σ weight ∘ probe) + probe · bias, and so on.
+//   never made: probe · z_j = rstd_j (weight ∘ probe) · (x_j − mean_j) + probe · bias, and so on.
 //
 // Kept for the gradient: shares p (B, H, N), dots (weight ∘ probe) · n_j (B, H, N), statistics (B, N, 2), moments Σ p_hj n_j (B, H, D).
 
@@ -48,19 +48,20 @@ inline void statistics_of(const T* token, long width, float eps, float* to) {
   to[1] = 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / width + eps);
 }
 
-// to[h][j] = rstd_j (vectors_h · x_j − mean_j sums_h) = vectors_h · n_j for the tokens from `start`.
+// to[h][j] = rstd_j vectors_h · (x_j − mean_j) = vectors_h · n_j for the tokens from `start`. The mean is taken away from each
+// number: of a product with a large mean little would be left.
 template <typename T>
-void dots_of(const T* x, const float* statistics, const float* vectors, const float* sums, float* to, long heads, long start, long tokens, long width) {
+void dots_of(const T* x, const float* statistics, const float* vectors, float* to, long heads, long start, long tokens, long width) {
   for (long token = start; token < tokens; ++token) {
-    const float mean = statistics[2 * token], rstd = statistics[2 * token + 1];
+    const __m512 mean = _mm512_set1_ps(statistics[2 * token]);
     for (long head = 0; head < heads; head += HEADS) {
       const int count = (int)std::min<long>(HEADS, heads - head);
       __m512 found[HEADS] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
       for (long at = 0; at < width; at += LANES) {
-        const __m512 own = load(x + token * width + at);
+        const __m512 own = _mm512_sub_ps(load(x + token * width + at), mean);
         for (int in = 0; in < count; ++in) found[in] = _mm512_fmadd_ps(own, load(vectors + (head + in) * width + at), found[in]);
       }
-      for (int in = 0; in < count; ++in) to[(head + in) * tokens + token] = rstd * (_mm512_reduce_add_ps(found[in]) - mean * sums[head + in]);
+      for (int in = 0; in < count; ++in) to[(head + in) * tokens + token] = statistics[2 * token + 1] * _mm512_reduce_add_ps(found[in]);
     }
   }
 }
@@ -68,13 +69,8 @@ void dots_of(const T* x, const float* statistics, const float* vectors, const fl
 // to_h = Σ_j factors_hj n_j over the tokens from `start`. scratch: (H, N)
 template <typename T>
 void weighted_sums(const T* x, const float* statistics, const float* factors, float* scratch, float* to, long heads, long start, long tokens, long width) {
-  std::vector<float> means(heads, 0.0f);
   for (long head = 0; head < heads; ++head)
-    for (long token = start; token < tokens; ++token) {
-      const float factor = factors[head * tokens + token] * statistics[2 * token + 1];
-      scratch[head * tokens + token] = factor;
-      means[head] += factor * statistics[2 * token];
-    }
+    for (long token = start; token < tokens; ++token) scratch[head * tokens + token] = factors[head * tokens + token] * statistics[2 * token + 1];
   for (long head = 0; head < heads; head += HEADS) {
     const int count = (int)std::min<long>(HEADS, heads - head);
     for (long at = 0; at < width; at += 4 * LANES) {
@@ -84,8 +80,9 @@ void weighted_sums(const T* x, const float* statistics, const float* factors, fl
         for (auto& sum : row) sum = _mm512_setzero_ps();
       const auto add = [&](auto wide, auto all) {
         for (long token = start; token < tokens; ++token) {
+          const __m512 mean = _mm512_set1_ps(statistics[2 * token]);
           __m512 own[4];
-          for (int column = 0; column < (wide ? 4 : columns); ++column) own[column] = load(x + token * width + at + column * LANES);
+          for (int column = 0; column < (wide ? 4 : columns); ++column) own[column] = _mm512_sub_ps(load(x + token * width + at + column * LANES), mean);
           for (int in = 0; in < (all ? HEADS : count); ++in) {
             const __m512 factor = _mm512_set1_ps(scratch[(head + in) * tokens + token]);
             for (int column = 0; column < (wide ? 4 : columns); ++column) sums[in][column] = _mm512_fmadd_ps(factor, own[column], sums[in][column]);
@@ -96,7 +93,7 @@ void weighted_sums(const T* x, const float* statistics, const float* factors, fl
       else add(std::false_type{}, std::false_type{});
       for (int in = 0; in < count; ++in)
         for (int column = 0; column < columns; ++column)
-          store(to + (head + in) * width + at + column * LANES, _mm512_sub_ps(sums[in][column], _mm512_set1_ps(means[head + in])));
+          store(to + (head + in) * width + at + column * LANES, sums[in][column]);
     }
   }
 }
@@ -130,17 +127,14 @@ template <typename T>
 void read_one(const T* x, Fold fold, const float* probes, float* mixed, float* shares, float* dots, float* statistics, float* moments, Sizes sizes) {
   const auto [heads, tokens, width, eps] = sizes;
   const long start = fold.first ? 1 : 0;
-  std::vector<float> vectors(heads * width), sums(heads, 0.0f), scratch(heads * tokens);
-  for (long head = 0; head < heads; ++head) {
-    scaled(probes + head * width, fold.weight, vectors.data() + head * width, width);
-    sums[head] = sum_of(vectors.data() + head * width, width);
-  }
+  std::vector<float> vectors(heads * width), scratch(heads * tokens);
+  for (long head = 0; head < heads; ++head) scaled(probes + head * width, fold.weight, vectors.data() + head * width, width);
   for (long token = 0; token < tokens; ++token) {
     statistics[2 * token] = 0.0f;
     statistics[2 * token + 1] = 1.0f;
     if (fold.first) statistics_of(x + token * width, width, eps, statistics + 2 * token);
   }
-  dots_of(x, statistics, vectors.data(), sums.data(), dots, heads, start, tokens, width);
+  dots_of(x, statistics, vectors.data(), dots, heads, start, tokens, width);
   for (long head = 0; head < heads; ++head) {
     float* own = dots + head * tokens;
     const float offset = fold.first ? dot(probes + head * width, fold.bias, width) : 0.0f;
@@ -184,7 +178,7 @@ void gradient_one(const float* x, Fold fold, Kept kept, const float* gradient, F
     sums[head] = sum_of(of_probes + head * width, width);
     sums[heads + head] = sum_of(of_gradient + head * width, width);
   }
-  dots_of(x, kept.statistics, of_gradient, sums.data() + heads, reads.data(), heads, start, tokens, width);
+  dots_of(x, kept.statistics, of_gradient, reads.data(), heads, start, tokens, width);
   for (long head = 0; head < heads; ++head) {
     const float* share = kept.shares + head * tokens;
     float *read = reads.data() + head * tokens, *slope = slopes.data() + head * tokens, mean = 0.0f;
@@ -220,9 +214,9 @@ void gradient_one(const float* x, Fold fold, Kept kept, const float* gradient, F
         of_sum += slope * sums[head] + share * sums[heads + head];
         of_normal += slope * kept.dots[head * tokens + token] + share * reads[head * tokens + token];
       }
-    const __m512 along = _mm512_set1_ps(-of_normal / width * rstd), offset = _mm512_set1_ps(of_normal / width * rstd * mean - of_sum / width);
+    const __m512 along = _mm512_set1_ps(-of_normal / width * rstd), offset = _mm512_set1_ps(-of_sum / width);
     for (long at = 0; at < width; at += LANES) {
-      __m512 own = _mm512_fmadd_ps(along, load(x + token * width + at), offset);
+      __m512 own = _mm512_fmadd_ps(along, _mm512_sub_ps(load(x + token * width + at), _mm512_set1_ps(mean)), offset);
       for (long head = 0; head < heads; ++head) {
         own = _mm512_fmadd_ps(_mm512_set1_ps(slopes[head * tokens + token]), load(of_probes + head * width + at), own);
         own = _mm512_fmadd_ps(_mm512_set1_ps(kept.shares[head * tokens + token]), load(of_gradient + head * width + at), own);
