@@ -12,7 +12,7 @@ Shapes: B batch, b images of a part, N tokens, D width, H heads, F hidden width 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,10 @@ from crossvit.kernels.functions import is_eager
 from crossvit.kernels.native import LANES, kernels_here, native
 
 PART_TOKENS = 3300  # that are worked on at once: the best of 800 to 6,500; see dev/LOG.md
+
+# What was kept of what lies between the linear layers, and the gradient of what the second reads -> (what it reads, the gradient
+# of what the first gives).
+Between = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
 class Half(NamedTuple):
@@ -112,18 +116,12 @@ class _AttentionHalf(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, factor, norm_weight, in_weight, out_weight, *kept = ctx.saved_tensors
-        kernels, gradient = kernels_here(), gradient.contiguous()
-        found = _Gradients(x, norm_weight, in_weight, out_weight)
-        for number, part in enumerate(_parts(x)):
-            normalised, statistics, qkv, mixed, log_sums = kept[5 * number : 5 * number + 5]
-            update = _update_gradient(gradient[part], None if factor is None else factor[part])
-            kernels.linear_gradient(update, mixed, found.of_out, adds=number > 0)
-            of_qkv = kernels.attention_gradient(qkv, mixed, update @ out_weight, log_sums, scale=ctx.scale)
-            kernels.linear_gradient(of_qkv, normalised, found.of_in, adds=number > 0)
-            given = (of_qkv @ in_weight, gradient[part], x[part])
-            kernels.layer_norm_gradient(given, norm_weight, statistics, (found.x[part], *found.of_norm))
-        return found.x, None, None, None, *found.of_norm, *found.of_in, *found.of_out
+        def between(kept: list[Tensor], of_mixed: Tensor) -> tuple[Tensor, Tensor]:
+            qkv, mixed, log_sums = kept
+            return mixed, kernels_here().attention_gradient(qkv, mixed, of_mixed, log_sums, scale=ctx.scale)
+
+        of_x, of_parameters = _gradients(ctx, gradient, between)
+        return of_x, None, None, None, *of_parameters
 
 
 class _MLPHalf(torch.autograd.Function):
@@ -145,18 +143,30 @@ class _MLPHalf(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x, factor, norm_weight, in_weight, out_weight, *kept = ctx.saved_tensors
-        kernels, gradient = kernels_here(), gradient.contiguous()
-        found = _Gradients(x, norm_weight, in_weight, out_weight)
-        for number, part in enumerate(_parts(x)):
-            normalised, statistics, hidden = kept[3 * number : 3 * number + 3]
-            update = _update_gradient(gradient[part], None if factor is None else factor[part])
-            activated, of_hidden = kernels.gelu_gradient(hidden, update @ out_weight)
-            kernels.linear_gradient(update, activated, found.of_out, adds=number > 0)
-            kernels.linear_gradient(of_hidden, normalised, found.of_in, adds=number > 0)
-            given = (of_hidden @ in_weight, gradient[part], x[part])
-            kernels.layer_norm_gradient(given, norm_weight, statistics, (found.x[part], *found.of_norm))
-        return found.x, None, None, *found.of_norm, *found.of_in, *found.of_out
+        def between(kept: list[Tensor], of_activated: Tensor) -> tuple[Tensor, Tensor]:
+            (hidden,) = kept
+            return kernels_here().gelu_gradient(hidden, of_activated)
+
+        of_x, of_parameters = _gradients(ctx, gradient, between)
+        return of_x, None, None, *of_parameters
+
+
+def _gradients(ctx: Any, gradient: Tensor, between: Between) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The gradients of x and of the parameters of a half, part by part."""
+    x, factor, norm_weight, in_weight, out_weight, *kept = ctx.saved_tensors
+    kernels, gradient = kernels_here(), gradient.contiguous()
+    found = _Gradients(x, norm_weight, in_weight, out_weight)
+    parts = list(_parts(x))
+    each = len(kept) // len(parts)
+    for number, part in enumerate(parts):
+        normalised, statistics, *own = kept[each * number : each * (number + 1)]
+        update = _update_gradient(gradient[part], None if factor is None else factor[part])
+        read, of_hidden = between(own, update @ out_weight)
+        kernels.linear_gradient(update, read, found.of_out, adds=number > 0)
+        kernels.linear_gradient(of_hidden, normalised, found.of_in, adds=number > 0)
+        given = (of_hidden @ in_weight, gradient[part], x[part])
+        kernels.layer_norm_gradient(given, norm_weight, statistics, (found.x[part], *found.of_norm))
+    return found.x, (*found.of_norm, *found.of_in, *found.of_out)
 
 
 class _Gradients:
