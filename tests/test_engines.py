@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +209,28 @@ def test_an_engine_that_is_not_installed_is_one_line_and_torch_computes(
     assert [record.getMessage() for record in caplog.records] == [
         "engine openvino is not installed (pip install 'crossvit[openvino]'); torch computes instead"
     ]
+
+
+HEARS_A_SIGNAL = """
+import gc, os, signal
+from crossvit.runtimes import openvino
+signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
+cores = [openvino._core(), openvino._core()]
+for core in cores:
+    core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+del core
+while cores:
+    del cores[0]
+    gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_are_heard_after_openvino_was_used_twice() -> None:
+    """It ended the process, as at Ctrl-C: OpenVINO put back a signal stack whose memory was gone."""
+    pytest.importorskip("openvino")
+    done = subprocess.run([sys.executable, "-c", HEARS_A_SIGNAL], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
 def test_a_compile_that_ends_the_process_is_one_line_and_torch_computes(

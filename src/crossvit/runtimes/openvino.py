@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,10 @@ def stream_count() -> int:
     return min(physical_cores(), MOST_STREAMS)
 
 
+@lru_cache
 def _core() -> Any:
+    """The one of this process, kept to its end. OpenVINO gives the thread a signal stack with each, and of two that go in the order
+    they came the last puts back the stack of the first, whose memory is gone: the next signal Python hears ends the process."""
     import openvino
 
     return openvino.Core()
