@@ -16,8 +16,9 @@ from conftest import lively
 from crossvit.kernels import block, functions
 from crossvit.kernels import native as module
 from crossvit.kernels.block import Half, attention_half, mlp_half
+from crossvit.kernels.calls import NAMES, Fold, Linear, Norm
 from crossvit.kernels.cross import read, read_normalised
-from crossvit.kernels.native import NAMES, Fold, native, without_kernels
+from crossvit.kernels.native import native, without_kernels
 from crossvit.kernels.resize import bicubic, takes_resize
 from crossvit.model.attention import SelfAttention, attention_kernel
 from crossvit.model.config import BranchConfig, CrossViTConfig
@@ -25,7 +26,7 @@ from crossvit.model.tokens import resize
 
 NEAR = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the largest, in the norm: half a step of bf16 is 2e-3
 needs_kernels = pytest.mark.skipif(native() is None, reason="no AVX-512, or no C++ compiler: there are no kernels here")
-needs_layers = pytest.mark.skipif(not getattr(native(), "has_layers", False), reason="this processor has no AVX-512 bf16")
+needs_layers = pytest.mark.skipif(not getattr(native(), "has_bf16", False), reason="this processor has no AVX-512 bf16")
 
 CONFIG = CrossViTConfig(
     branches=(
@@ -90,13 +91,17 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish() -> None:
 
 @needs_kernels
 def test_the_number_of_threads_changes_no_bit() -> None:
-    qkv = torch.randn(3, 50, 3 * 64, requires_grad=True)
+    qkv, x = torch.randn(3, 50, 3 * 64, requires_grad=True), torch.randn(3, 77, 32, requires_grad=True)
+    half = Half(*(torch.randn(size, requires_grad=True) for size in ((32,), (32,), (64, 32), (64,), (32, 64), (32,))), eps=1e-6)
     before = torch.get_num_threads()
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
         mixed = functions.attention(qkv, 4)
-        found.append((mixed.detach(), *torch.autograd.grad(mixed.sum(), qkv)))
+        found.append([mixed.detach(), *torch.autograd.grad(mixed.sum(), qkv)])
+        if native().has_bf16:  # type: ignore[union-attr]
+            mixed = mlp_half(x, half, None)
+            found[-1] += [mixed.detach(), *torch.autograd.grad(mixed.sin().sum(), [x, *half[:-1]])]
     torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -105,17 +110,62 @@ def halves(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
-@needs_layers
-def test_gelu_is_exact_to_the_last_bit_of_bf16_over_all_its_range() -> None:
-    kernels, x = native(), torch.linspace(-12, 12, 4096).bfloat16()
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gelu_is_exact_to_the_last_bit_of_bf16_over_all_its_range(dtype: torch.dtype) -> None:
+    """In an MLP whose norm gives zeros, whose first layer's bias is what GELU takes and whose second layer is the identity."""
+    kernels, size = native(), 512
     assert kernels is not None
-    wide = x.double().requires_grad_()
-    exact = F.gelu(wide)
-    (exact_gradient,) = torch.autograd.grad(exact.sum(), wide)
-    assert ((kernels.gelu(x) - exact).abs() <= exact.abs() / 256 + 1e-5).all()
-    again, gradient = kernels.gelu_gradient(x, torch.ones_like(x))
-    assert torch.equal(again, kernels.gelu(x))
-    assert ((gradient - exact_gradient).abs() <= exact_gradient.abs() / 256 + 1e-4).all()
+    if dtype == torch.bfloat16 and not kernels.has_bf16:
+        pytest.skip("this processor has no AVX-512 bf16")
+    near, tiny = {torch.float32: (1e-6, 3e-7), torch.bfloat16: (1 / 256, 1e-5)}[dtype]
+    zeros, identity = torch.zeros(1, 1, size), kernels.pack(torch.eye(size), dtype, transposed=False)
+    norm, outward = Norm(zeros[0, 0], zeros[0, 0], 1e-6), Linear(identity, zeros[0, 0])
+    for values in torch.linspace(-12, 12, 4096).to(dtype).split(size):
+        inward = Linear(kernels.pack(torch.zeros(size, size), dtype, transposed=True), values.float())
+        found, hidden, _ = kernels.mlp(zeros, (norm, inward, outward), None, keeps=True)
+        assert hidden is not None
+        assert torch.equal(hidden[0, 0], values)
+        wide = values.double().requires_grad_()
+        exact = F.gelu(wide)
+        assert ((found[0, 0] - exact).abs() <= near * exact.abs() + tiny).all()
+        if dtype == torch.bfloat16:
+            (slope,) = torch.autograd.grad(exact.sum(), wide)
+            ones, statistics, packed = torch.ones(1, 1, size), torch.zeros(1, 1, 2), (identity, identity)
+            into = (zeros.clone(), torch.zeros(size), torch.zeros(size))
+            _, again, gradient = kernels.mlp_gradient(
+                ones, None, packed, hidden, zeros, norm=(norm.weight, statistics), found=into
+            )
+            assert torch.equal(again[0, 0], found[0, 0].bfloat16())
+            assert ((gradient[0, 0] - slope).abs() <= slope.abs() / 256 + 1e-4).all()
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "width", "inner"), [(1, 16, 32), (7, 48, 64), (65, 64, 112), (200, 80, 16), (130, 128, 256)])
+def test_linear_layers_are_torchs(rows: int, width: int, inner: int, dtype: torch.dtype) -> None:
+    """Every remainder of columns, rows and steps; a factor for each of two images."""
+    kernels, generator = native(), torch.Generator().manual_seed(rows)
+    assert kernels is not None
+    if dtype == torch.bfloat16 and not kernels.has_bf16:
+        pytest.skip("this processor has no AVX-512 bf16")
+    weight, x = (
+        torch.randn(inner, width, generator=generator) / math.sqrt(width),
+        torch.randn(2, rows, width, generator=generator),
+    )
+    scale, shift, bias = (torch.randn(size, generator=generator) for size in (width, width, inner))
+    norm, inward = Norm(scale, shift, 1e-6), Linear(kernels.pack(weight, dtype, transposed=True), bias)
+    found, kept = kernels.norm_linear(x, norm, inward, keeps=True)
+    normalised = F.layer_norm(x.double(), (width,), scale.double(), shift.double(), 1e-6)
+    assert kept.normalised is not None
+    assert error(kept.normalised, normalised) < NEAR[dtype]
+    assert error(found, F.linear(kept.normalised.double(), weight.double(), bias.double())) < 2 * NEAR[dtype]
+    assert torch.equal(found, kernels.norm_linear(x, norm, inward, keeps=False)[0])
+    factor, outward = torch.tensor([0.0, 2.0])[:, None, None], Linear(kernels.pack(weight, dtype, transposed=False), shift)
+    exact = x + factor.double() * (found.double() @ weight.double() + shift)
+    assert error(sums := kernels.linear_residual(found, outward, x, factor), exact) < NEAR[dtype]
+    assert kernels.linear_residual(found, outward, x, factor, in_place=True) is x
+    assert torch.equal(x, sums)
 
 
 @needs_layers
@@ -276,10 +326,10 @@ def test_without_a_compiler_or_with_one_that_fails_torch_computes(
 
 
 @needs_kernels
-@pytest.mark.parametrize("wrong", ["attention", "attention_gradient", "gelu", "cross_read", "cross_read_gradient"])
+@pytest.mark.parametrize(
+    "wrong", ["attention", "attention_gradient", "mlp", "norm_linear", "linear_residual", "cross_read", "cross_read_gradient"]
+)
 def test_kernels_that_were_compiled_wrong_are_not_used(forgotten: None, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if wrong == "gelu" and not native().has_layers:  # type: ignore[union-attr]
-        pytest.skip("this processor has no AVX-512 bf16")
     module._found.cache_clear()
     real = getattr(module.Native, wrong)
 

@@ -172,7 +172,7 @@ def test_a_half_of_another_shape_or_place_is_not_taken() -> None:
         with torch.autocast("cpu", torch.bfloat16):
             return takes(x, Half.of(*modules), head_width=16)  # type: ignore[arg-type]
 
-    assert taken(x, norm, inward, outward) == bool(getattr(native(), "has_layers", False))
+    assert taken(x, norm, inward, outward) == bool(getattr(native(), "has_bf16", False))
     assert not taken(x[..., :16], norm, inward, outward)
     assert not taken(x[0], norm, inward, outward)
     assert not taken(x, nn.LayerNorm(16), inward, outward)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
+from crossvit.kernels.calls import Fold
 from crossvit.kernels.cross import read, read_normalised, takes_read
-from crossvit.kernels.native import Fold, native, without_kernels
+from crossvit.kernels.native import native, without_kernels
 from crossvit.model import attention as of_model
 from crossvit.model.attention import CrossAttention
 from crossvit.model.config import BranchConfig, CrossViTConfig

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from crossvit.cli import FIRST_SAYS_WITHIN, run
 from crossvit.errors import TrainingError
 from crossvit.run import Run
 from crossvit.train import parallel
@@ -141,6 +142,18 @@ def test_wrong_calls_are_said_once(scans: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "run.json").exists()
     status, _, said = train(2, tmp_path / "nowhere", tmp_path / "run", {"epochs": 1})
     assert said.count("crossvit: no folder") == 1
+
+
+def test_an_error_that_one_process_alone_finds_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the time in which torchrun would have ended it, had the first process found the same."""
+    waited: list[float] = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("crossvit.cli.time.sleep", waited.append)
+    assert run(["train", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]) == 2
+    assert waited == [FIRST_SAYS_WITHIN]
+    assert capsys.readouterr().err.count("crossvit: no folder") == 1
 
 
 def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 
 from crossvit.cli.collector import uncollected
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
+FIRST_SAYS_WITHIN = 5.0  # seconds
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
@@ -39,11 +42,12 @@ def run(words: list[str], *, debug: bool = False) -> int:
         sys.stdout.flush()
         return int(status or 0)
     except CycloptsError as error:
+        _let_the_first_say_it()
         return _fail(f"{str(error).strip().rstrip('.')} (see `{_help_for(words)}`)", 2, debug=debug)
     except CrossViTError as error:
-        # Where torchrun started several processes, the first one says what all of them found.
-        quiet = os.environ.get("RANK", "0") != "0" and isinstance(error, UsageError | DataError)
-        return error.exit_status if quiet else _fail(str(error), error.exit_status, debug=debug)
+        if isinstance(error, UsageError | DataError):
+            _let_the_first_say_it()
+        return _fail(str(error), error.exit_status, debug=debug)
     except KeyboardInterrupt:
         return _fail("stopped", INTERRUPTED)
     except (BrokenPipeError, SystemExit):  # standard output was closed early, as by `| head`; SystemExit is rich's word for it
@@ -55,6 +59,14 @@ def run(words: list[str], *, debug: bool = False) -> int:
 
 def _help_for(words: list[str]) -> str:
     return f"crossvit {words[0]} --help" if words and words[0].isalpha() else "crossvit --help"
+
+
+def _let_the_first_say_it() -> None:
+    """Wait, in any but the first of the processes that torchrun started: most errors are found by all, and torchrun ends the
+    others as soon as one has ended. One that is still there afterwards was alone in finding its error."""
+    if os.environ.get("RANK", "0") != "0":
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(FIRST_SAYS_WITHIN)
 
 
 def _fail(line: str, status: int, *, debug: bool = False) -> int:

@@ -16,7 +16,7 @@ namespace {
 template <typename T>
 inline float softmax(float* scores, typename T::type* weights, long tokens, long padded, float scale, float* log_sum) {
   const long last = padded - LANES;
-  const __mmask16 real = (__mmask16)(0xFFFFu >> (padded - tokens));
+  const __mmask16 real = first_lanes(tokens - last);
   __m512 end = _mm512_mask_blend_ps(real, _mm512_set1_ps(-1e30f), load(scores + last));
   store(scores + last, end);
   for (long at = 0; at < last; at += LANES) end = _mm512_max_ps(end, load(scores + at));

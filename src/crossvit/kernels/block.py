@@ -12,21 +12,18 @@ Shapes: B batch, b images of a part, N tokens, D width, H heads, F hidden width 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from crossvit.kernels.calls import LANES, Linear, Norm
 from crossvit.kernels.functions import is_eager
-from crossvit.kernels.native import LANES, kernels_here, native
+from crossvit.kernels.native import kernels_here, native
 
 PART_TOKENS = 3300  # that are worked on at once: the best of 800 to 6,500; see dev/LOG.md
-
-# What was kept of what lies between the linear layers, and the gradient of what the second reads -> (what it reads, the gradient
-# of what the first gives).
-Between = Callable[[list[Tensor], Tensor], tuple[Tensor, Tensor]]
 
 
 class Half(NamedTuple):
@@ -60,7 +57,7 @@ def takes(x: Tensor, half: Half, *, head_width: int) -> bool:
     (inner, width), (_, outer) = half.in_weight.shape, half.out_weight.shape
     fits = x.shape[-1] == width == len(half.norm_weight) == len(half.out_weight)  # else torch says what is wrong
     whole = all(size % LANES == 0 for size in (width, inner, outer, head_width))
-    return fits and whole and torch.backends.mkldnn.is_available() and (kernels := native()) is not None and kernels.has_layers
+    return fits and whole and (kernels := native()) is not None and kernels.has_bf16
 
 
 def _is_plain(tensor: Tensor | None) -> bool:
@@ -79,104 +76,108 @@ def mlp_half(x: Tensor, half: Half, factor: Tensor | None) -> Tensor:
     return _MLPHalf.apply(x, factor, half.eps, *half[:-1])  # type: ignore[no-any-return]
 
 
+class _AttentionHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor | None, num_heads: int, eps: float, *parameters: Tensor) -> Tensor:
+        kernels, x, keeps = kernels_here(), x.contiguous(), any(ctx.needs_input_grad)
+        norm, inward, outward = _layers(parameters, eps)
+        ctx.scale = math.sqrt(num_heads / x.shape[-1])
+        qkv, kept = kernels.norm_linear(x, norm, inward, keeps=keeps)
+        log_sums = x.new_empty(len(x), num_heads, x.shape[1]) if keeps else None
+        mixed = kernels.attention(qkv, num_heads, scale=ctx.scale, log_sums=log_sums)
+        if keeps:
+            ctx.save_for_backward(factor, *_weights(parameters), x, *kept, qkv, mixed, log_sums)
+        return kernels.linear_residual(mixed, outward, x, factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        kernels = kernels_here()
+        factor, norm_weight, in_weight, out_weight, *kept = ctx.saved_tensors
+        found = _Gradients(ctx.needs_input_grad[-6:], kept[0], norm_weight, in_weight, out_weight)
+        in_packed, out_packed = _packed(in_weight), _packed(out_weight)
+        for part in _parts(kept[0]):
+            own_factor = None if factor is None else factor[part]
+            x, normalised, statistics, qkv, mixed, log_sums = (one[part] for one in kept)
+            past = gradient[part].contiguous()
+            update, of_mixed = kernels.linear_residual_gradient(past, own_factor, out_packed)
+            of_qkv = kernels.attention_gradient(qkv, mixed, of_mixed, log_sums, scale=ctx.scale)
+            kernels.norm_linear_gradient(of_qkv, in_packed, past, x, norm=(norm_weight, statistics), found=found.behind(part))
+            found.add((of_qkv, normalised), (update, mixed))
+        return found.x, None, None, None, *found.of_parameters()
+
+
+class _MLPHalf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: Tensor | None, eps: float, *parameters: Tensor) -> Tensor:
+        x, keeps = x.contiguous(), any(ctx.needs_input_grad)
+        y, hidden, kept = kernels_here().mlp(x, _layers(parameters, eps), factor, keeps=keeps)
+        if keeps:
+            ctx.save_for_backward(factor, *_weights(parameters), x, *kept, hidden)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        kernels = kernels_here()
+        factor, norm_weight, in_weight, out_weight, *kept = ctx.saved_tensors
+        found = _Gradients(ctx.needs_input_grad[-6:], kept[0], norm_weight, in_weight, out_weight)
+        packed = _packed(out_weight), _packed(in_weight)
+        for part in _parts(kept[0]):
+            own_factor = None if factor is None else factor[part]
+            x, normalised, statistics, hidden = (one[part] for one in kept)
+            norm, past = (norm_weight, statistics), gradient[part].contiguous()
+            update, activated, of_hidden = kernels.mlp_gradient(
+                past, own_factor, packed, hidden, x, norm=norm, found=found.behind(part)
+            )
+            found.add((of_hidden, normalised), (update, activated))
+        return found.x, None, None, *found.of_parameters()
+
+
+def _layers(parameters: Sequence[Tensor], eps: float) -> tuple[Norm, Linear, Linear]:
+    """A half's layers, ready for products in bf16."""
+    norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = (one.contiguous() for one in parameters)
+    inward, outward = (kernels_here().pack(weight, torch.bfloat16, transposed=True) for weight in (in_weight, out_weight))
+    return Norm(norm_weight, norm_bias, eps), Linear(inward, in_bias), Linear(outward, out_bias)
+
+
+def _weights(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """What a backward pass needs of the parameters."""
+    return tuple(parameters[index].contiguous() for index in (0, 2, 4))
+
+
+def _packed(weight: Tensor) -> Tensor:
+    return kernels_here().pack(weight, torch.bfloat16, transposed=False)
+
+
 def _parts(x: Tensor) -> Iterator[slice]:
     batch, tokens = x.shape[:2]
     size = max(1, PART_TOKENS // max(1, tokens))
     return (slice(start, min(start + size, batch)) for start in range(0, batch, size))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x W ᵀ + b in bf16 through oneDNN, the bias added in registers."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
-
-
-def _narrow(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(tensor.to(torch.bfloat16) for tensor in tensors)
-
-
-class _AttentionHalf(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor | None, num_heads: int, eps: float, *parameters: Tensor) -> Tensor:
-        kernels, x = kernels_here(), x.contiguous()
-        norm_weight, norm_bias = (parameter.contiguous() for parameter in parameters[:2])
-        in_weight, in_bias, out_weight, out_bias = _narrow(*parameters[2:])
-        ctx.scale = math.sqrt(num_heads / x.shape[-1])
-        y, kept = torch.empty_like(x), []
-        for part in _parts(x):
-            own = x[part]
-            normalised, statistics = kernels.layer_norm(own, norm_weight, norm_bias, eps)
-            qkv = _linear(normalised, in_weight, in_bias)  # (b, N, 3 D)
-            log_sums = own.new_empty(len(own), num_heads, own.shape[1])
-            mixed = kernels.attention(qkv, num_heads, scale=ctx.scale, log_sums=log_sums)
-            kernels.residual(own, _linear(mixed, out_weight, out_bias), None if factor is None else factor[part], y[part])
-            kept += [normalised, statistics, qkv, mixed, log_sums] if any(ctx.needs_input_grad) else []
-        ctx.save_for_backward(x, factor, norm_weight, in_weight, out_weight, *kept)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        def between(kept: list[Tensor], of_mixed: Tensor) -> tuple[Tensor, Tensor]:
-            qkv, mixed, log_sums = kept
-            return mixed, kernels_here().attention_gradient(qkv, mixed, of_mixed, log_sums, scale=ctx.scale)
-
-        of_x, of_parameters = _gradients(ctx, gradient, between)
-        return of_x, None, None, None, *of_parameters
-
-
-class _MLPHalf(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: Tensor | None, eps: float, *parameters: Tensor) -> Tensor:
-        kernels, x = kernels_here(), x.contiguous()
-        norm_weight, norm_bias = (parameter.contiguous() for parameter in parameters[:2])
-        in_weight, in_bias, out_weight, out_bias = _narrow(*parameters[2:])
-        y, kept = torch.empty_like(x), []
-        for part in _parts(x):
-            normalised, statistics = kernels.layer_norm(x[part], norm_weight, norm_bias, eps)
-            hidden = _linear(normalised, in_weight, in_bias)  # (b, N, F)
-            update = _linear(kernels.gelu(hidden), out_weight, out_bias)
-            kernels.residual(x[part], update, None if factor is None else factor[part], y[part])
-            kept += [normalised, statistics, hidden] if any(ctx.needs_input_grad) else []
-        ctx.save_for_backward(x, factor, norm_weight, in_weight, out_weight, *kept)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        def between(kept: list[Tensor], of_activated: Tensor) -> tuple[Tensor, Tensor]:
-            (hidden,) = kept
-            return kernels_here().gelu_gradient(hidden, of_activated)
-
-        of_x, of_parameters = _gradients(ctx, gradient, between)
-        return of_x, None, None, *of_parameters
-
-
-def _gradients(ctx: Any, gradient: Tensor, between: Between) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The gradients of x and of the parameters of a half, part by part."""
-    x, factor, norm_weight, in_weight, out_weight, *kept = ctx.saved_tensors
-    kernels, gradient = kernels_here(), gradient.contiguous()
-    found = _Gradients(x, norm_weight, in_weight, out_weight)
-    parts = list(_parts(x))
-    each = len(kept) // len(parts)
-    for number, part in enumerate(parts):
-        normalised, statistics, *own = kept[each * number : each * (number + 1)]
-        update = _update_gradient(gradient[part], None if factor is None else factor[part])
-        read, of_hidden = between(own, update @ out_weight)
-        kernels.linear_gradient(update, read, found.of_out, adds=number > 0)
-        kernels.linear_gradient(of_hidden, normalised, found.of_in, adds=number > 0)
-        given = (of_hidden @ in_weight, gradient[part], x[part])
-        kernels.layer_norm_gradient(given, norm_weight, statistics, (found.x[part], *found.of_norm))
-    return found.x, (*found.of_norm, *found.of_in, *found.of_out)
-
-
 class _Gradients:
-    """Where the gradients of one half go, in fp32: of x, and (weight, bias) of the norm and of both linear layers."""
+    """Where the gradients of one half go, in fp32: of x, and (weight, bias) of the norm and, if wanted, of each linear layer."""
 
-    def __init__(self, x: Tensor, norm_weight: Tensor, in_weight: Tensor, out_weight: Tensor) -> None:
+    def __init__(self, wanted: Sequence[bool], x: Tensor, norm_weight: Tensor, in_weight: Tensor, out_weight: Tensor) -> None:
         self.x = torch.empty_like(x)
         self.of_norm = (torch.zeros_like(norm_weight), torch.zeros_like(norm_weight))
-        self.of_in, self.of_out = ((x.new_empty(one.shape), x.new_empty(len(one))) for one in (in_weight, out_weight))
+        self.of_linear: list[tuple[Tensor, Tensor] | None] = [
+            (x.new_empty(weight.shape), x.new_empty(len(weight))) if any(wanted[first : first + 2]) else None
+            for first, weight in ((2, in_weight), (4, out_weight))
+        ]
+        self._adds = False
 
+    def behind(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Where what comes out at the norm's far side goes."""
+        return self.x[part], *self.of_norm
 
-def _update_gradient(gradient: Tensor, factor: Tensor | None) -> Tensor:
-    return (gradient if factor is None else gradient * factor).to(torch.bfloat16)
+    def add(self, inward: tuple[Tensor, Tensor], outward: tuple[Tensor, Tensor]) -> None:
+        """Of each linear layer: the gradient of what it gave in a part, and what it read."""
+        for found, (gradient, read) in zip(self.of_linear, (inward, outward), strict=True):
+            if found is not None:
+                kernels_here().linear_gradient(gradient, read, found, adds=self._adds)
+        self._adds = True
+
+    def of_parameters(self) -> tuple[Tensor | None, ...]:
+        return (*self.of_norm, *(one for found in self.of_linear for one in found or (None, None)))

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crossvit.kernels.calls import LANES, NAMES, Fold
 from crossvit.kernels.functions import is_eager
-from crossvit.kernels.native import LANES, NAMES, Fold, kernels_here, native
+from crossvit.kernels.native import kernels_here, native
 
 
 def takes_read(x: Tensor) -> bool:

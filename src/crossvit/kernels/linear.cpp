@@ -1,14 +1,60 @@
-// The gradient of a linear layer's weight and bias in bf16 on a CPU with AVX-512:  dW = dyᵀ x,  db = Σ dy over rows, added to
-// what is there or written over it.
+// The weights of linear layers on a CPU with AVX-512: laid out for products, and their gradient in bf16.
+//
+//   Packed for x M: the columns of M by threes of registers (`in_columns`), each panel in one piece, (in / STEP, columns) steps.
+//
+// The gradient of a layer's weight and bias:  dW = dyᵀ x,  db = Σ dy over rows, added to what is there or written over it.
 //
 //   y_gradient: (R, O), x: (R, I) bf16 as uint16_t;  weight_gradient: (O, I), bias_gradient: (O) fp32. O and I are multiples of 16.
 //
 // PANEL rows at a time are laid out for the registers, which the second cache holds, and added to dW, each number of it by one
 // thread and in the order of the rows: the same bits whatever the number of threads. A "step" is two rows, pair by pair.
 
+#include <omp.h>
 #include <algorithm>
 
 #include "tiles.h"
+
+namespace {
+
+// weight (rows, width) fp32. M is the weight, or its transpose.
+template <typename T>
+void pack(const float* weight, typename T::type* packed, long rows, long width, bool transposed) {
+  const long in = transposed ? width : rows, out = transposed ? rows : width, steps = in / T::STEP;
+#pragma omp parallel
+  {
+    long panel = 0;
+    in_columns<3>(out, [&](auto columns, long first) {
+      if (panel++ % omp_get_num_threads() != omp_get_thread_num()) return;
+      for (long column = 0; column < columns.value * LANES; column += LANES) {
+        const auto place = [&](long step) { return packed + first * in + (step * columns.value * LANES + column) * T::STEP; };
+        if (transposed)
+          for (long start = 0; start < steps; start += LANES) {
+            const long count = std::min(LANES, steps - start);
+            __m512 square[LANES];
+            for (long row = 0; row < LANES; ++row) square[row] = T::take(weight + (first + column + row) * width + start * T::STEP, count);
+            transpose(square);
+            for (long step = 0; step < count; ++step) _mm512_storeu_ps((void*)place(start + step), square[step]);
+          }
+        else
+          for (long step = 0; step < steps; ++step) {
+            const float* row = weight + step * T::STEP * width + first + column;
+            T::lay_step(place(step), row, row + (T::STEP - 1) * width);
+          }
+      }
+    });
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void pack_fp32(const float* weight, float* packed, long rows, long width, int transposed) { pack<Fp32>(weight, packed, rows, width, transposed); }
+
+#ifdef __AVX512BF16__
+void pack_bf16(const float* weight, uint16_t* packed, long rows, long width, int transposed) { pack<Bf16>(weight, packed, rows, width, transposed); }
+#endif
+}
 
 #ifdef __AVX512BF16__
 

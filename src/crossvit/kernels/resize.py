@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from crossvit.kernels.calls import TAPS, Taps
 from crossvit.kernels.functions import is_eager
-from crossvit.kernels.native import TAPS, Taps, kernels_here, native
+from crossvit.kernels.native import kernels_here, native
 
 
 def takes_resize(images: Tensor) -> bool:

@@ -18,8 +18,8 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from crossvit.errors import ConfigError
 from crossvit.kernels import functions
+from crossvit.kernels.calls import Fold
 from crossvit.kernels.cross import read, read_normalised, takes_read
-from crossvit.kernels.native import Fold
 from crossvit.model.cache_sized import cache_sized_attention
 
 KERNELS = ("auto", "fused", "plain")

@@ -205,11 +205,14 @@ class CrossRead(nn.Module):
         self.restore = projection(other.dim, own.dim, config)
 
     def forward(self, own: Tensor, other: Tensor) -> Tensor:
-        return with_summary(own, self.read(own, other), self.has_class_token)
+        if not self.has_class_token:
+            return own + self.read(summary(own, has_class_token=False), other)
+        first, patches = own.split([1, own.shape[1] - 1], dim=1)  # whose gradient is made in one pass; that of two slices in five
+        return torch.cat((self.read(first, other), patches), dim=1)
 
-    def read(self, own: Tensor, other: Tensor) -> Tensor:
-        """g(t), what the class token becomes: (B, 1, D_own)."""
-        query = self.project(summary(own, self.has_class_token))  # (B, 1, D_other)
+    def read(self, query: Tensor, other: Tensor) -> Tensor:
+        """g(t), what the class token c_own becomes: (B, 1, D_own) -> the same."""
+        query = self.project(query)  # (B, 1, D_other)
         if not self.has_class_token:
             other = torch.cat((query, other), dim=1)
         for block in self.blocks:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossvit.kernels.calls import LANES, NAMES, Linear, Native, Norm
 from crossvit.kernels.native import native
 from crossvit.model.crossvit import CrossViT, EncoderBlock, MultiScaleEncoder, check_images
 from crossvit.model.fusion import NORM_EPS, CrossAttentionFusion, CrossRead, Grid, summary
@@ -24,7 +25,8 @@ CACHE_TOKENS = 6500  # tokens a pass takes at most: with our kernels 16 images a
 class CpuForm(nn.Module):
     """A model for inference. images: (B, C, H, W) float32, normalised. Batches are cut to what the caches hold.
 
-    dtype: of weights and tokens, float32 or bfloat16; LayerNorm, sums and softmax compute in float32 either way.
+    dtype: of what goes into products, float32 or bfloat16; LayerNorm, sums and softmax compute in float32 either way. Tokens
+    are in float32 where our kernels compute the blocks, else in dtype.
     """
 
     def __init__(self, model: CrossViT, *, dtype: torch.dtype) -> None:
@@ -36,8 +38,10 @@ class CpuForm(nn.Module):
         tokens = max(rows * columns for rows, columns in grids)
         self.images_a_pass = max(1, CACHE_TOKENS // tokens)
         rows = self.images_a_pass * tokens
-        self.tokens = nn.ModuleList(_FastTokens(embed, self.config.image_size, dtype) for embed in model.tokens)  # type: ignore[arg-type]
-        self.encoders = nn.ModuleList(_FastEncoder(encoder, rows, dtype) for encoder in model.encoders)  # type: ignore[arg-type]
+        kernels = _kernels_for(model, dtype)
+        kept = dtype if kernels is None else torch.float32
+        self.tokens = nn.ModuleList(_FastTokens(embed, self.config.image_size, dtype, kept) for embed in model.tokens)  # type: ignore[arg-type]
+        self.encoders = nn.ModuleList(_FastEncoder(encoder, rows, dtype, kernels) for encoder in model.encoders)  # type: ignore[arg-type]
         self.norms = nn.ModuleList(_FastNorm(norm) for norm in model.norms)  # type: ignore[arg-type]
         self.heads = copy.deepcopy(model.heads).float()  # a head reads one token: precision costs nothing there
         self.requires_grad_(False).eval()
@@ -65,11 +69,11 @@ class CpuForm(nn.Module):
 
 
 class _FastTokens(nn.Module):
-    """`Tokens` with the stem in `dtype`, channels last."""
+    """`Tokens` with the stem in `dtype`, channels last. kept: the dtype of the tokens."""
 
-    def __init__(self, embed: Tokens, image_size: tuple[int, int], dtype: torch.dtype) -> None:
+    def __init__(self, embed: Tokens, image_size: tuple[int, int], dtype: torch.dtype, kept: torch.dtype) -> None:
         super().__init__()
-        self.branch, self.grid, self.dtype = embed.branch, embed.grid, dtype
+        self.branch, self.grid, self.kept = embed.branch, embed.grid, kept
         size = embed.branch.image_size(image_size)
         # Without kernels products are the faster way.
         self.products = None if size == image_size or native() is not None else Resize(image_size, size)
@@ -89,7 +93,7 @@ class _FastTokens(nn.Module):
         own = own.to(self.stem_dtype, memory_format=torch.channels_last)
         patches = self.stem(own).flatten(2).transpose(1, 2)  # (B, n, D)
         positions = resample_positions(self.positions, self.grid, self.branch.grid(given))
-        tokens = torch.empty(patches.shape[0], positions.shape[1], patches.shape[2], dtype=self.dtype)
+        tokens = torch.empty(patches.shape[0], positions.shape[1], patches.shape[2], dtype=self.kept)
         if self.class_token is not None:
             tokens[:, :1] = self.class_token + positions[:, :1]
         first = positions.shape[1] - patches.shape[1]
@@ -129,6 +133,48 @@ class _FastBlock(nn.Module):
         return self.down.add(self.hidden.gelu(self.mlp_norm(x)), x)
 
 
+class _KernelBlock(nn.Module):
+    """`EncoderBlock` by our kernels: (B, N, D) -> the same, in place."""
+
+    def __init__(self, block: nn.Module, dtype: torch.dtype, kernels: Native) -> None:
+        super().__init__()
+        assert isinstance(block, EncoderBlock)
+        attention, self.kernels = block.attention, kernels
+        self.num_heads = attention.num_heads
+        self.norm = _norm_of(block.attention_norm)
+        self.qkv = self._linear(*scaled_qkv(attention.qkv.weight, attention.qkv.bias, self.num_heads), dtype)
+        self.out = self._linear(*_parameters(attention.out), dtype)
+        inward, outward = (self._linear(*_parameters(block.mlp[index]), dtype) for index in (0, 3))
+        self.mlp = _norm_of(block.mlp_norm), inward, outward
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv, _ = self.kernels.norm_linear(x, self.norm, self.qkv, keeps=False)
+        self.kernels.linear_residual(self.kernels.attention(qkv, self.num_heads), self.out, x, None, in_place=True)
+        self.kernels.mlp(x, self.mlp, None, keeps=False, in_place=True)
+        return x
+
+    def _linear(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Linear:
+        own = weight.detach().float().contiguous()
+        return Linear(self.kernels.pack(own, dtype, transposed=True), bias.detach().float().clone())
+
+
+def _parameters(linear: nn.Module) -> tuple[Tensor, Tensor]:
+    assert isinstance(linear, nn.Linear)
+    return linear.weight, linear.bias
+
+
+def _norm_of(norm: nn.LayerNorm) -> Norm:
+    return Norm(norm.weight.detach().float().clone(), norm.bias.detach().float().clone(), norm.eps)
+
+
+def _kernels_for(model: CrossViT, dtype: torch.dtype) -> Native | None:
+    """Our kernels, where they compute all of its blocks: widths that are whole registers."""
+    if (kernels := native()) is None or f"mlp_{NAMES[dtype]}" not in kernels.functions:
+        return None
+    widths = [size for branch in model.config.branches for size in (branch.dim, branch.dim // branch.heads, branch.mlp_dim)]
+    return kernels if all(width % LANES == 0 for width in widths) else None
+
+
 def _packed(linear: nn.Module, rows: int, dtype: torch.dtype) -> PackedLinear:
     assert isinstance(linear, nn.Linear)
     return PackedLinear(linear.weight.to(dtype), linear.bias.to(dtype), rows=rows)
@@ -146,15 +192,17 @@ def _pack_inside(module: nn.Module, rows: int, dtype: torch.dtype) -> None:
 class _FastEncoder(nn.Module):
     """`MultiScaleEncoder`: every branch's blocks, then the fusion, which writes class tokens in place where it may."""
 
-    def __init__(self, encoder: MultiScaleEncoder, rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, encoder: MultiScaleEncoder, rows: int, dtype: torch.dtype, kernels: Native | None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList()
         for own in encoder.blocks:
             assert isinstance(own, nn.ModuleList)
-            self.blocks.append(nn.Sequential(*(_FastBlock(block, rows, dtype) for block in own)))
+            fast = (_KernelBlock(block, dtype, kernels) if kernels else _FastBlock(block, rows, dtype) for block in own)
+            self.blocks.append(nn.Sequential(*fast))
         self.fusion = copy.deepcopy(encoder.fusion)
-        _pack_inside(self.fusion, rows, dtype)
-        self.fusion.to(dtype)
+        kept = torch.float32 if kernels else dtype
+        _pack_inside(self.fusion, rows, kept)
+        self.fusion.to(kept)
         reads = list(self.fusion.reads) if isinstance(self.fusion, CrossAttentionFusion) else []
         self.in_place = bool(reads) and all(isinstance(read, CrossRead) and read.has_class_token for read in reads)
 
@@ -165,7 +213,7 @@ class _FastEncoder(nn.Module):
         others = [*encoded[1:], *encoded[:1]]
         reads = self.fusion.reads
         # A read takes its own class token and the other's patches, so all are made before any is written.
-        read = [read.read(own, other) for read, own, other in zip(reads, encoded, others, strict=True)]  # type: ignore[arg-type]
+        read = [read.read(own[:, :1], other) for read, own, other in zip(reads, encoded, others, strict=True)]  # type: ignore[arg-type]
         for own, new in zip(encoded, read, strict=True):
             own[:, :1] = new
         return encoded

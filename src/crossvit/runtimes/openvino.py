@@ -120,8 +120,8 @@ def stream_count() -> int:
 
 @lru_cache
 def _core() -> Any:
-    """The one of this process, kept to its end. OpenVINO gives the thread a signal stack with each, and of two that go in the order
-    they came the last puts back the stack of the first, whose memory is gone: the next signal Python hears ends the process."""
+    """The one of this process, kept to its end. Each gives the thread a signal stack, and of two that go in the order they came
+    the last puts back the stack of the first, whose memory is gone: the next signal Python hears ends the process."""
     import openvino
 
     return openvino.Core()

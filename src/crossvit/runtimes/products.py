@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossvit.kernels.native import Native
+from crossvit.kernels.calls import Native
 
 RESIZE_BLOCK = 32  # outputs a product of the resize makes at once; their taps lie in about as many inputs and four more
 
