@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crossvit
@@ -19,6 +19,7 @@ from crossvit.kernels.block import Half, attention_half, mlp_half
 from crossvit.kernels.calls import NAMES, Fold, Linear, Norm
 from crossvit.kernels.cross import read, read_normalised
 from crossvit.kernels.native import native, without_kernels
+from crossvit.kernels.patches import patch_tokens, takes_patches
 from crossvit.kernels.resize import bicubic, takes_resize
 from crossvit.model.attention import SelfAttention, attention_kernel
 from crossvit.model.config import BranchConfig, CrossViTConfig
@@ -210,6 +211,55 @@ def test_half_a_block_and_its_gradients_are_those_of_its_equation(
     for one, other in zip(found, torch.autograd.grad(exact, wide, given.double()), strict=True):
         assert one.dtype == torch.float32
         assert float((one - other).norm()) < 4 * NEAR[torch.bfloat16] * float(other.norm()) + 1e-4
+
+
+@needs_layers
+@pytest.mark.parametrize(
+    ("channels", "patch", "side", "width"), [(3, 12, 48, 32), (3, 16, 64, 112), (1, 4, 20, 16), (2, 40, 80, 48)]
+)
+@pytest.mark.parametrize("has_class_token", [False, True])
+def test_patches_and_their_gradients_are_a_convolutions(
+    has_class_token: bool, channels: int, patch: int, side: int, width: int
+) -> None:
+    """Patches narrower and wider than a register, images that are not square."""
+    generator = torch.Generator().manual_seed(side)
+    images = torch.randn(3, channels, side, side + 2 * patch, generator=generator)
+    stem = nn.Conv2d(channels, width, patch, stride=patch)
+    tokens = (side // patch) * (side // patch + 2) + has_class_token
+    positions = torch.randn(1, tokens, width, generator=generator).requires_grad_()
+    class_token = torch.randn(1, 1, width, generator=generator).requires_grad_() if has_class_token else None
+    with torch.autocast("cpu", torch.bfloat16):
+        assert takes_patches(images, stem, class_token, positions)
+        ours = patch_tokens(images, stem, class_token, positions)
+    assert not takes_patches(images, stem, class_token, positions)
+    leaves = [*stem.parameters(), positions, *([] if class_token is None else [class_token])]
+    wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    exact = F.conv2d(images.double(), wide[0], wide[1], stride=patch).flatten(2).transpose(1, 2)
+    exact = torch.cat((*(one.expand(3, -1, -1) for one in wide[3:]), exact), dim=1) + wide[2]
+    assert ours.dtype == torch.float32
+    assert error(ours, exact) < NEAR[torch.bfloat16]
+    given = torch.randn(ours.shape, generator=generator)
+    found = torch.autograd.grad(ours, leaves, given)
+    for one, other in zip(found, torch.autograd.grad(exact, wide, given.double()), strict=True):
+        assert error(one, other) < NEAR[torch.bfloat16]
+
+
+@needs_layers
+def test_a_stem_that_is_more_than_its_patches_is_left_to_torch() -> None:
+    images, positions = torch.zeros(1, 3, 32, 32), torch.zeros(1, 5, 32)
+    plain = nn.Conv2d(3, 32, 16, stride=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert takes_patches(images, plain, positions[:, :1], positions)
+        others = [
+            nn.Conv2d(3, 32, 16, stride=8),
+            nn.Conv2d(3, 32, 16, stride=16, padding=1),
+            nn.Conv2d(3, 32, 16, 16, bias=False),
+        ]
+        others += [nn.Conv2d(3, 33, 16, stride=16), nn.Conv2d(3, 32, 5, stride=5), nn.Sequential(plain)]
+        assert not any(takes_patches(images, stem, positions[:, :1], positions) for stem in others)
+        assert not takes_patches(images.clone().requires_grad_(), plain, None, positions)
+        plain.register_forward_hook(lambda *_: None)
+        assert not takes_patches(images, plain, None, positions)
 
 
 @needs_kernels

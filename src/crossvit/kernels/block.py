@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from crossvit.kernels.calls import LANES, Linear, Norm
-from crossvit.kernels.functions import is_eager
+from crossvit.kernels.functions import is_eager, is_plain, is_reduced
 from crossvit.kernels.native import kernels_here, native
 
 PART_TOKENS = 3300  # that are worked on at once: the best of 800 to 6,500; see dev/LOG.md
@@ -45,25 +45,14 @@ class Half(NamedTuple):
 def takes(x: Tensor, half: Half, *, head_width: int) -> bool:
     """Whether a half is computed here: on a CPU with the kernels, under bf16 autocast, fp32 tokens and parameters, all widths
     whole registers, and nothing that traces or transforms."""
-    if (
-        not x.numel()
-        or not is_eager(x)
-        or not torch.is_autocast_enabled("cpu")
-        or torch.get_autocast_dtype("cpu") != torch.bfloat16
-    ):
+    if not (x.numel() and is_eager(x) and is_reduced()):
         return False
-    if not all(_is_plain(tensor) for tensor in (x, *half[:-1])) or x.ndim != 3:
+    if not all(is_plain(tensor) for tensor in (x, *half[:-1])) or x.ndim != 3:
         return False
     (inner, width), (_, outer) = half.in_weight.shape, half.out_weight.shape
     fits = x.shape[-1] == width == len(half.norm_weight) == len(half.out_weight)  # else torch says what is wrong
     whole = all(size % LANES == 0 for size in (width, inner, outer, head_width))
     return fits and whole and (kernels := native()) is not None and kernels.has_bf16
-
-
-def _is_plain(tensor: Tensor | None) -> bool:
-    """Whether its numbers are fp32 in this machine's memory."""
-    known = type(tensor) in (Tensor, nn.Parameter)
-    return known and tensor is not None and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def attention_half(x: Tensor, half: Half, num_heads: int, factor: Tensor | None) -> Tensor:

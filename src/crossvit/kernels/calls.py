@@ -71,6 +71,7 @@ class Native:
             **{f"norm_linear_{name}": [pointer] * 8 + [count] * 3 + [number] for name in NAMES.values()},
             **{f"linear_residual_{name}": [pointer] * 6 + [count] * 4 for name in NAMES.values()},
             **{f"mlp_{name}": [pointer] * 12 + [count] * 4 + [number] for name in NAMES.values()},
+            **{f"patch_tokens_{name}": [pointer] * 6 + [count] * 7 for name in NAMES.values()},
             "linear_residual_gradient": [pointer] * 5 + [count] * 4,
             "norm_linear_gradient": [pointer] * 9 + [count] * 3,
             "mlp_gradient": [pointer] * 14 + [count] * 4,
@@ -203,6 +204,21 @@ class Native:
         if self.functions["mlp_gradient"](*places, x.numel() // width, x.shape[-2], width, inner):
             raise MemoryError(NO_MEMORY)
         return update, activated, of_hidden
+
+    def patch_tokens(
+        self, images: Tensor, stem: Linear, patch: int, positions: Tensor, *, first: int, keeps: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(tokens (B, N, D) fp32 but for the first ones, which are left empty; the patches that were read (B n, C P P), if `keeps`):
+        images (B, C, H, W), positions (1, N, D) fp32, N = first + n."""
+        batch, channels, height, across = images.shape
+        tokens = images.new_empty(batch, *positions.shape[1:])
+        shape = (batch * (positions.shape[1] - first), channels * patch**2)
+        patches = images.new_empty(shape, dtype=stem.packed.dtype) if keeps else None
+        function = self.functions[f"patch_tokens_{NAMES[stem.packed.dtype]}"]
+        places = _places(images, *stem, positions, patches, tokens)
+        if function(*places, batch, channels, height, across, patch, first, tokens.shape[-1]):
+            raise MemoryError("not enough memory for the patches")
+        return tokens, patches
 
     def cross_read(self, x: Tensor, probes: Tensor, fold: Fold | None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(Σ_j softmax_j(probe · z_j) z_j of each probe, what its gradient needs): x (B, N, D), probes (B, H, D) fp32 ->

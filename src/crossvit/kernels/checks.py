@@ -73,6 +73,12 @@ def _check_halves(kernels: Native, x: Tensor, dtype: torch.dtype, near: float) -
     found, _ = kernels.norm_linear(x, norm, inward, keeps=False)
     _near(f"a linear layer of a LayerNorm in {dtype}", found, hidden, near)
     _near(f"a residual in {dtype}", kernels.linear_residual(hidden.to(dtype), outward, x, None), x + hidden @ weight, near)
+    images, patch = x.flatten()[: 2 * 12 * 20].reshape(1, 2, 12, 20), 4
+    filters = x.flatten()[:512].reshape(16, 2, patch, patch)
+    stem, positions = Linear(kernels.pack(filters.flatten(1), dtype, transposed=True), bias), x.new_ones(1, 16, 16)
+    patches, _ = kernels.patch_tokens(images, stem, patch, positions, first=1, keeps=False)
+    exact = F.conv2d(images, filters, bias, stride=patch).flatten(2).transpose(1, 2) + 1
+    _near(f"patches in {dtype}", patches[:, 1:], exact, near)
     found, taken, kept = kernels.mlp(x, (norm, inward, outward), None, keeps=dtype == torch.bfloat16)
     _near(f"an MLP in {dtype}", found, x + F.gelu(hidden) @ weight, near)
     if taken is None or kept.statistics is None:

@@ -41,6 +41,17 @@ def is_eager(x: Tensor) -> bool:
     return not (inner._is_tracing() or inner._are_functorch_transforms_active() or inner._len_torch_dispatch_stack())
 
 
+def is_reduced() -> bool:
+    """Whether autocast to bf16 is at work on the CPU."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+
+
+def is_plain(tensor: Tensor | None) -> bool:
+    """Whether its numbers are fp32 in this machine's memory."""
+    known = type(tensor) in (Tensor, nn.Parameter)
+    return known and tensor is not None and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
 def is_as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether calling it is what `kind` says and nothing more: no other class in its place, no hook, no other `forward`."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)

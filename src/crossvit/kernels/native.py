@@ -29,7 +29,7 @@ from crossvit.kernels.checks import check
 from crossvit.machine import instruction_sets, processor
 
 FOLDER = Path(__file__).parent
-SOURCES = ("attention.cpp", "attention_gradient.cpp", "linear.cpp", "halves.cpp", "resize.cpp", "cross.cpp")
+SOURCES = ("attention.cpp", "attention_gradient.cpp", "linear.cpp", "halves.cpp", "patches.cpp", "resize.cpp", "cross.cpp")
 HEADERS = ("tiles.h", "rows.h")
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
 COMPILE_SECONDS = 120

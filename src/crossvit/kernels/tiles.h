@@ -80,6 +80,7 @@ struct Fp32 {
   }
   // The first `steps` steps of a row.
   static __m512 take(const float* row, long steps) { return _mm512_maskz_loadu_ps(first_lanes(steps), row); }
+  static void store_first(float* to, __m512 numbers, long count) { _mm512_mask_storeu_ps(to, first_lanes(count), numbers); }
   // STEP rows of LANES numbers: each into its own row, `stride` apart, and all of them as a step.
   static void store_rows(float* to, long, const __m512 (&row)[1]) { store(to, row[0]); }
   static void store_rows_and_step(float* to, long, float* step, const __m512 (&row)[1]) {
@@ -113,6 +114,9 @@ struct Bf16 {
     const long numbers = 2 * steps;
     const __m512 low = _mm512_maskz_loadu_ps(first_lanes(numbers), row);
     return (__m512)_mm512_cvtne2ps_pbh(_mm512_maskz_loadu_ps(first_lanes(numbers - LANES), row + LANES), low);
+  }
+  static void store_first(uint16_t* to, __m512 numbers, long count) {
+    _mm256_mask_storeu_epi16(to, first_lanes(count), (__m256i)_mm512_cvtneps_pbh(numbers));
   }
   static void store_rows(uint16_t* to, long stride, const __m512 (&rows)[2]) { store_halves(to, stride, narrow(rows)); }
   static void store_rows_and_step(uint16_t* to, long stride, uint16_t* step, const __m512 (&rows)[2]) {

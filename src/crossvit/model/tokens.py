@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossvit.kernels.patches import patch_tokens, takes_patches
 from crossvit.kernels.resize import bicubic, takes_resize
 from crossvit.model.config import BranchConfig
 from crossvit.model.t2t import TokensToToken
@@ -66,8 +67,11 @@ class Tokens(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         height, width = images.shape[-2:]
         size = self.branch.image_size((height, width))
-        tokens = self.patches(resize(images, size)).flatten(2).transpose(1, 2)  # (B, n, D)
+        images = resize(images, size)
+        positions = resample_positions(self.positions, self.grid, self.branch.grid((height, width)))
+        if takes_patches(images, self.patches, self.class_token, positions):  # the same, in bf16 on a CPU
+            return self.drop(patch_tokens(images, self.patches, self.class_token, positions))  # type: ignore[no-any-return, arg-type]
+        tokens = self.patches(images).flatten(2).transpose(1, 2)  # (B, n, D)
         if self.class_token is not None:
             tokens = torch.cat((self.class_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
-        positions = resample_positions(self.positions, self.grid, self.branch.grid((height, width)))
         return self.drop(tokens + positions)  # type: ignore[no-any-return]

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossvit.kernels.calls import LANES, NAMES, Linear, Native, Norm
+from crossvit.kernels.calls import Native
 from crossvit.kernels.native import native
 from crossvit.model.crossvit import CrossViT, EncoderBlock, MultiScaleEncoder, check_images
 from crossvit.model.fusion import NORM_EPS, CrossAttentionFusion, CrossRead, Grid, summary
 from crossvit.model.tokens import Tokens, resample_positions, resize
+from crossvit.runtimes.by_kernels import KernelBlock, KernelTokens, kernels_for, takes_stem
 from crossvit.runtimes.products import PackedLinear, Resize, attention_of, scaled_qkv
 
 CACHE_TOKENS = 6500  # tokens a pass takes at most: with our kernels 16 images a pass beat 6 and 8 of both models; see dev/LOG.md
@@ -38,9 +39,8 @@ class CpuForm(nn.Module):
         tokens = max(rows * columns for rows, columns in grids)
         self.images_a_pass = max(1, CACHE_TOKENS // tokens)
         rows = self.images_a_pass * tokens
-        kernels = _kernels_for(model, dtype)
-        kept = dtype if kernels is None else torch.float32
-        self.tokens = nn.ModuleList(_FastTokens(embed, self.config.image_size, dtype, kept) for embed in model.tokens)  # type: ignore[arg-type]
+        kernels = kernels_for(model, dtype)
+        self.tokens = nn.ModuleList(_fast_tokens(embed, self.config.image_size, dtype, kernels) for embed in model.tokens)  # type: ignore[arg-type]
         self.encoders = nn.ModuleList(_FastEncoder(encoder, rows, dtype, kernels) for encoder in model.encoders)  # type: ignore[arg-type]
         self.norms = nn.ModuleList(_FastNorm(norm) for norm in model.norms)  # type: ignore[arg-type]
         self.heads = copy.deepcopy(model.heads).float()  # a head reads one token: precision costs nothing there
@@ -66,6 +66,12 @@ class CpuForm(nn.Module):
             read = norm(own[:, :1]) if self.has_class_token else summary(norm(own), has_class_token=False)
             logits.append(head(read[:, 0].float()))
         return torch.stack(logits)
+
+
+def _fast_tokens(embed: Tokens, image_size: tuple[int, int], dtype: torch.dtype, kernels: Native | None) -> nn.Module:
+    if kernels and takes_stem(embed, dtype, kernels):
+        return KernelTokens(embed, dtype, kernels)
+    return _FastTokens(embed, image_size, dtype, dtype if kernels is None else torch.float32)
 
 
 class _FastTokens(nn.Module):
@@ -133,48 +139,6 @@ class _FastBlock(nn.Module):
         return self.down.add(self.hidden.gelu(self.mlp_norm(x)), x)
 
 
-class _KernelBlock(nn.Module):
-    """`EncoderBlock` by our kernels: (B, N, D) -> the same, in place."""
-
-    def __init__(self, block: nn.Module, dtype: torch.dtype, kernels: Native) -> None:
-        super().__init__()
-        assert isinstance(block, EncoderBlock)
-        attention, self.kernels = block.attention, kernels
-        self.num_heads = attention.num_heads
-        self.norm = _norm_of(block.attention_norm)
-        self.qkv = self._linear(*scaled_qkv(attention.qkv.weight, attention.qkv.bias, self.num_heads), dtype)
-        self.out = self._linear(*_parameters(attention.out), dtype)
-        inward, outward = (self._linear(*_parameters(block.mlp[index]), dtype) for index in (0, 3))
-        self.mlp = _norm_of(block.mlp_norm), inward, outward
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv, _ = self.kernels.norm_linear(x, self.norm, self.qkv, keeps=False)
-        self.kernels.linear_residual(self.kernels.attention(qkv, self.num_heads), self.out, x, None, in_place=True)
-        self.kernels.mlp(x, self.mlp, None, keeps=False, in_place=True)
-        return x
-
-    def _linear(self, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Linear:
-        own = weight.detach().float().contiguous()
-        return Linear(self.kernels.pack(own, dtype, transposed=True), bias.detach().float().clone())
-
-
-def _parameters(linear: nn.Module) -> tuple[Tensor, Tensor]:
-    assert isinstance(linear, nn.Linear)
-    return linear.weight, linear.bias
-
-
-def _norm_of(norm: nn.LayerNorm) -> Norm:
-    return Norm(norm.weight.detach().float().clone(), norm.bias.detach().float().clone(), norm.eps)
-
-
-def _kernels_for(model: CrossViT, dtype: torch.dtype) -> Native | None:
-    """Our kernels, where they compute all of its blocks: widths that are whole registers."""
-    if (kernels := native()) is None or f"mlp_{NAMES[dtype]}" not in kernels.functions:
-        return None
-    widths = [size for branch in model.config.branches for size in (branch.dim, branch.dim // branch.heads, branch.mlp_dim)]
-    return kernels if all(width % LANES == 0 for width in widths) else None
-
-
 def _packed(linear: nn.Module, rows: int, dtype: torch.dtype) -> PackedLinear:
     assert isinstance(linear, nn.Linear)
     return PackedLinear(linear.weight.to(dtype), linear.bias.to(dtype), rows=rows)
@@ -197,7 +161,7 @@ class _FastEncoder(nn.Module):
         self.blocks = nn.ModuleList()
         for own in encoder.blocks:
             assert isinstance(own, nn.ModuleList)
-            fast = (_KernelBlock(block, dtype, kernels) if kernels else _FastBlock(block, rows, dtype) for block in own)
+            fast = (KernelBlock(block, dtype, kernels) if kernels else _FastBlock(block, rows, dtype) for block in own)
             self.blocks.append(nn.Sequential(*fast))
         self.fusion = copy.deepcopy(encoder.fusion)
         kept = torch.float32 if kernels else dtype
