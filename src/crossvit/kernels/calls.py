@@ -208,7 +208,7 @@ class Native:
     def patch_tokens(
         self, images: Tensor, stem: Linear, patch: int, positions: Tensor, *, first: int, keeps: bool
     ) -> tuple[Tensor, Tensor | None]:
-        """(tokens (B, N, D) fp32 but for the first ones, which are left empty; the patches that were read (B n, C P P), if `keeps`):
+        """(tokens (B, N, D) fp32 but for the first ones, which are left empty; the patches read (B n, C P P), if `keeps`):
         images (B, C, H, W), positions (1, N, D) fp32, N = first + n."""
         batch, channels, height, across = images.shape
         tokens = images.new_empty(batch, *positions.shape[1:])
