@@ -257,9 +257,12 @@ def test_a_stem_that_is_more_than_its_patches_is_left_to_torch() -> None:
         ]
         others += [nn.Conv2d(3, 33, 16, stride=16), nn.Conv2d(3, 32, 5, stride=5), nn.Sequential(plain)]
         assert not any(takes_patches(images, stem, positions[:, :1], positions) for stem in others)
-        assert not takes_patches(images.clone().requires_grad_(), plain, None, positions)
+        assert not takes_patches(images.clone().requires_grad_(), plain, positions[:, :1], positions)
+        assert not takes_patches(images, plain, None, positions)  # a position too many
+        assert not takes_patches(images[:, :2], plain, positions[:, :1], positions)
+        assert not takes_patches(images[..., :8], plain, positions[:, :1], positions[:, :1])
         plain.register_forward_hook(lambda *_: None)
-        assert not takes_patches(images, plain, None, positions)
+        assert not takes_patches(images, plain, positions[:, :1], positions)
 
 
 @needs_kernels

@@ -22,8 +22,13 @@ def takes_patches(images: Tensor, stem: nn.Module, class_token: Tensor | None, p
     if not (isinstance(stem, nn.Conv2d) and is_as_written(stem, nn.Conv2d) and is_reduced() and is_eager(images)):
         return False
     tensors = (images, stem.weight, stem.bias, positions, *(() if class_token is None else (class_token,)))
-    plain = all(is_plain(tensor) for tensor in tensors) and not images.requires_grad and images.numel() > 0
-    return plain and has_patches(stem) and (kernels := native()) is not None and kernels.has_bf16
+    if not all(is_plain(tensor) for tensor in tensors) or images.requires_grad or not images.numel() or not has_patches(stem):
+        return False
+    side, first = stem.kernel_size[0], int(class_token is not None)
+    count = (images.shape[-2] // side) * (images.shape[-1] // side)
+    fits = images.ndim == 4 and images.shape[1] == stem.in_channels  # else torch says what is wrong
+    fits = fits and count > 0 and positions.shape == (1, first + count, stem.out_channels)
+    return fits and (kernels := native()) is not None and kernels.has_bf16
 
 
 def has_patches(stem: nn.Module) -> bool:
