@@ -77,7 +77,7 @@ int attention(const typename T::type* qkv, typename T::type* out, float* log_sum
 #pragma omp parallel reduction(| : failed)
   {
     using type = typename T::type;
-    char* space = (char*)std::aligned_alloc(64, 2 * matrix + 2 * scores);
+    char* space = workspace(2 * matrix + 2 * scores);
     failed = space == nullptr;
 #pragma omp for schedule(static)
     for (long item = 0; item < batch * heads; ++item) {
@@ -87,7 +87,6 @@ int attention(const typename T::type* qkv, typename T::type* out, float* log_sum
               log_sums ? log_sums + item * tokens : nullptr, tokens, heads, width, scale, (type*)space, (type*)(space + matrix),
               (float*)(space + 2 * matrix), (type*)(space + 2 * matrix + scores));
     }
-    std::free(space);
   }
   return failed;
 }

@@ -165,7 +165,7 @@ int attention_gradient(const typename T::type* qkv, const typename T::type* out,
   int failed = 0;
 #pragma omp parallel reduction(| : failed)
   {
-    char* memory = (char*)std::aligned_alloc(64, Space<T>::lay_out(nullptr, nullptr, padded, width));
+    char* memory = workspace(Space<T>::lay_out(nullptr, nullptr, padded, width));
     failed = memory == nullptr;
     Space<T> space;
     Space<T>::lay_out(&space, memory, padded, width);
@@ -176,7 +176,6 @@ int attention_gradient(const typename T::type* qkv, const typename T::type* out,
       head<T>(space, qkv + 3 * one + which, out + one + which, out_gradient + one + which, log_sums + item * tokens, gradient + 3 * one + which, tokens,
               heads, width, scale);
     }
-    std::free(memory);
   }
   return failed;
 }

@@ -85,24 +85,23 @@ inline void back_through_norm(const uint16_t* y_gradient, const uint16_t* packed
 template <typename Work>
 int over_blocks(long rows, size_t bytes, long width, float* weight_gradient, float* bias_gradient, Work work) {
   const long blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, each = padded_to_lines(bytes);
-  float* sums = (float*)std::calloc(blocks * 2 * width + 1, sizeof *sums);
-  char* memory = (char*)std::aligned_alloc(64, std::max(64L, each * omp_get_max_threads()));
-  if (sums && memory) {
+  const size_t of_sums = padded_to_lines(blocks * 2 * width * sizeof(float));
+  char* memory = workspace(of_sums + each * omp_get_max_threads());
+  if (memory == nullptr) return 1;
+  float* sums = (float*)memory;
 #pragma omp parallel for schedule(dynamic)
-    for (long block = 0; block < blocks; ++block) {
-      const long first = block * BLOCK_ROWS;
-      work(first, std::min(BLOCK_ROWS, rows - first), sums + block * 2 * width, memory + omp_get_thread_num() * each);
-    }
-    for (long block = 0; block < blocks; ++block)
-      for (long at = 0; at < width; ++at) {
-        weight_gradient[at] += sums[block * 2 * width + at];
-        bias_gradient[at] += sums[block * 2 * width + width + at];
-      }
+  for (long block = 0; block < blocks; ++block) {
+    const long first = block * BLOCK_ROWS;
+    float* own = sums + block * 2 * width;
+    std::fill(own, own + 2 * width, 0.0f);
+    work(first, std::min(BLOCK_ROWS, rows - first), own, memory + of_sums + omp_get_thread_num() * each);
   }
-  const int failed = sums == nullptr || memory == nullptr;
-  std::free(sums);
-  std::free(memory);
-  return failed;
+  for (long block = 0; block < blocks; ++block)
+    for (long at = 0; at < width; ++at) {
+      weight_gradient[at] += sums[block * 2 * width + at];
+      bias_gradient[at] += sums[block * 2 * width + width + at];
+    }
+  return 0;
 }
 
 #endif

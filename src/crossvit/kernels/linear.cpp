@@ -114,7 +114,7 @@ extern "C" {
 int linear_gradient(const uint16_t* y_gradient, const uint16_t* x, float* weight_gradient, float* bias_gradient, long rows, long out, long in,
                     int adds) {
   const size_t of_inputs = padded_to_lines(PANEL * in * sizeof *x), of_slopes = padded_to_lines(PANEL * out * sizeof *x);
-  char* memory = (char*)std::aligned_alloc(64, of_inputs + of_slopes);
+  char* memory = workspace(of_inputs + of_slopes);
   if (memory == nullptr) return 1;
   uint16_t *inputs = (uint16_t*)memory, *slopes = (uint16_t*)(memory + of_inputs);
 #pragma omp parallel
@@ -125,16 +125,17 @@ int linear_gradient(const uint16_t* y_gradient, const uint16_t* x, float* weight
       lay_steps<LANES>(inputs, x + start * in, in, first, count, padded);
       lay_steps<ROWS>(slopes, y_gradient + start * out, out, first, count, padded);
     }
-#pragma omp for schedule(static)
-    for (long at = 0; at < out; at += ROWS) {
-      const uint16_t* own = slopes + at * padded;
-      add_sums(own, padded / 2, bias_gradient + at, adds || start > 0);
-      in_columns<3>(in, [&](auto columns, long first) {
-        add_product<columns.value>(own, inputs + first * padded, LANES * padded, padded / 2, weight_gradient + at * in + first, in, adds || start > 0);
-      });
-    }
+    // A panel of columns stays in the cache while a thread's own rows of dW pass by.
+    const long blocks = out / ROWS, thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const long own = blocks * thread / threads * ROWS, end = blocks * (thread + 1) / threads * ROWS;
+    for (long at = own; at < end; at += ROWS) add_sums(slopes + at * padded, padded / 2, bias_gradient + at, adds || start > 0);
+    in_columns<3>(in, [&](auto columns, long first) {
+      for (long at = own; at < end; at += ROWS)
+        add_product<columns.value>(slopes + at * padded, inputs + first * padded, LANES * padded, padded / 2, weight_gradient + at * in + first, in,
+                                   adds || start > 0);
+    });
+#pragma omp barrier
   }
-  std::free(memory);
   return 0;
 }
 }

@@ -21,7 +21,7 @@ inline size_t block_of(long width) { return padded_to_lines(BLOCK_ROWS * width *
 template <typename Work>
 bool over_rows(long rows, size_t bytes, Work work) {
   const long tiles = (rows + ROWS - 1) / ROWS, each = padded_to_lines(bytes);
-  char* memory = (char*)std::aligned_alloc(64, std::max(64L, each * omp_get_max_threads()));
+  char* memory = workspace(std::max(64L, each * omp_get_max_threads()));
   if (memory == nullptr) return true;
 #pragma omp parallel
   {
@@ -29,7 +29,6 @@ bool over_rows(long rows, size_t bytes, Work work) {
     const long start = tiles * thread / threads * ROWS, stop = std::min(rows, tiles * (thread + 1) / threads * ROWS);
     for (long first = start; first < stop; first += BLOCK_ROWS) work(first, std::min(BLOCK_ROWS, stop - first), memory + thread * each);
   }
-  std::free(memory);
   return false;
 }
 

@@ -19,6 +19,23 @@ inline long padded_to_lanes(long count) { return (count + LANES - 1) / LANES * L
 inline size_t padded_to_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 inline __mmask16 first_lanes(long count) { return (__mmask16)(count >= LANES ? 0xFFFF : count <= 0 ? 0 : 0xFFFF >> (LANES - count)); }
 
+// This thread's memory for what a kernel makes on the way, kept for the next call: what the system takes back and gives again costs a
+// fault for every page. `bytes` of it in whole lines, or null if there is too little.
+inline char* workspace(size_t bytes) {
+  struct Kept {
+    char* start = nullptr;
+    size_t size = 0;
+    ~Kept() { std::free(start); }
+  };
+  static thread_local Kept kept;
+  if (bytes > kept.size) {
+    std::free(kept.start);
+    kept.start = (char*)std::aligned_alloc(64, padded_to_lines(bytes));
+    kept.size = kept.start ? bytes : 0;
+  }
+  return kept.start;
+}
+
 // Squares of sixteen registers, transposed in place.
 inline void transpose(__m512 (&square)[LANES]) {
   __m512 pairs[LANES];
