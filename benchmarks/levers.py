@@ -8,31 +8,20 @@ change: the median over rounds, and the fastest rounds compared, which a disturb
 from __future__ import annotations
 
 import argparse
-import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from unittest import mock
 
 import torch
 from torch import Tensor
 
 import crossvit
+from crossvit.kernels.native import without_kernels
 from crossvit.runtimes.cpu import CpuForm
 from crossvit.runtimes.torch import autocast
 
 CPU = torch.device("cpu")
-
-
-@contextlib.contextmanager
-def without(change: str) -> Iterator[None]:
-    """Inside, a form is made without `change`."""
-    replaced = {
-        "our kernels": ("crossvit.runtimes.cpu.native", lambda: None),
-        "oneDNN's packed products": ("crossvit.runtimes.products._has_onednn", lambda: False),
-    }
-    with mock.patch(*replaced[change]):
-        yield
 
 
 def candidates(model: crossvit.CrossViT, dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -44,9 +33,20 @@ def candidates(model: crossvit.CrossViT, dtype: torch.dtype) -> dict[str, Callab
 
     form = CpuForm(model, dtype=dtype)
     found: dict[str, Callable[[Tensor], Tensor]] = {"the form": form, "the model as it trains": eager}
-    for change in ("our kernels", "oneDNN's packed products"):
-        with without(change):
-            found[f"without {change}"] = CpuForm(model, dtype=dtype)
+    with without_kernels():
+        torchs = CpuForm(model, dtype=dtype)
+        with mock.patch("crossvit.runtimes.products._has_onednn", return_value=False):
+            plain = CpuForm(model, dtype=dtype)
+
+    def apart(form: CpuForm) -> Callable[[Tensor], Tensor]:
+        def logits(images: Tensor) -> Tensor:
+            with without_kernels():
+                return form(images)  # type: ignore[no-any-return]
+
+        return logits
+
+    found["without our kernels"] = apart(torchs)
+    found["and without oneDNN's packed products"] = apart(plain)
     for images_a_pass in (1, 2, 4, 8, 16):
         cut = CpuForm(model, dtype=dtype)
         cut.images_a_pass = images_a_pass
