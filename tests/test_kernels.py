@@ -48,6 +48,15 @@ def forgotten() -> Iterator[None]:
     module._found.cache_clear()
 
 
+def counted(monkeypatch: pytest.MonkeyPatch, place: object, *names: str) -> list[str]:
+    """Fills with the name of each of these functions of `place` as it is called."""
+    seen: list[str] = []
+    for name in names:
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given, name=name, real=real: seen.append(name) or real(*given))
+    return seen
+
+
 def error(found: Tensor, exact: Tensor) -> float:
     return float(((found.double() - exact.double()).norm() / (exact.double().norm() + 1e-12)).detach())
 

@@ -20,7 +20,7 @@ from crossvit.kernels import native as module
 from crossvit.kernels.block import Half, takes
 from crossvit.kernels.native import native, why_none, without_kernels
 from crossvit.model.crossvit import CrossViT, EncoderBlock
-from test_kernels import CONFIG, NEAR, error, exact_attention, forgotten, needs_kernels, needs_layers
+from test_kernels import CONFIG, NEAR, counted, error, exact_attention, forgotten, needs_kernels, needs_layers
 
 __all__ = ["forgotten"]  # a fixture
 
@@ -44,11 +44,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fills with a word for every half of a block that our kernels compute."""
     from crossvit.model import crossvit as of_model
 
-    seen: list[str] = []
-    for name in ("attention_half", "mlp_half"):
-        real = getattr(of_model, name)
-        monkeypatch.setattr(of_model, name, lambda *given, name=name, real=real: seen.append(name) or real(*given))
-    return seen
+    return counted(monkeypatch, of_model, "attention_half", "mlp_half")
 
 
 # ---- what comes in

@@ -18,7 +18,7 @@ from crossvit.model import attention as of_model
 from crossvit.model.attention import CrossAttention
 from crossvit.model.config import BranchConfig, CrossViTConfig
 from crossvit.model.fusion import CrossReadBlock
-from test_kernels import error, needs_kernels
+from test_kernels import counted, error, needs_kernels
 
 WIDTH = 48
 
@@ -26,11 +26,7 @@ WIDTH = 48
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fills with a word for every read that our kernel computes."""
-    seen: list[str] = []
-    for name in ("read", "read_normalised"):
-        real = getattr(of_model, name)
-        monkeypatch.setattr(of_model, name, lambda *given, name=name, real=real: seen.append(name) or real(*given))
-    return seen
+    return counted(monkeypatch, of_model, "read", "read_normalised")
 
 
 def cross_block(**changes: object) -> CrossReadBlock:

@@ -110,44 +110,30 @@ int over_blocks(long rows, size_t bytes, long width, float* weight_gradient, flo
 
 extern "C" {
 
-// y (R, F) = In(LN x). `normalised` (R, D), LN x, and `statistics` (R, 2), its mean and 1 / √(variance + eps), are kept if not null.
-int norm_linear_fp32(const float* x, const float* norm_weight, const float* norm_bias, const float* packed, const float* bias, float* normalised,
-                     float* statistics, float* y, long rows, long in, long out, float eps) {
-  return norm_linear<Fp32>(x, {norm_weight, norm_bias, eps}, packed, bias, normalised, statistics, y, rows, in, out);
-}
+// norm_linear:  y (R, F) = In(LN x). `normalised` (R, D), LN x, and `statistics` (R, 2), its mean and 1 / √(variance + eps), are kept if
+// not null.
+// linear_residual:  y (R, D) = x + m · Out(read), read (R, F).
+// mlp:  the MLP half. hidden (R, F), what GELU takes, is kept if not null, like the norm.
+#define EXPORT_HALVES(T, name)                                                                                                                   \
+  int norm_linear_##name(const float* x, const float* norm_weight, const float* norm_bias, const T::type* packed, const float* bias,             \
+                         T::type* normalised, float* statistics, T::type* y, long rows, long in, long out, float eps) {                          \
+    return norm_linear<T>(x, {norm_weight, norm_bias, eps}, packed, bias, normalised, statistics, y, rows, in, out);                             \
+  }                                                                                                                                              \
+  int linear_residual_##name(const T::type* read, const T::type* packed, const float* bias, const float* x, const float* factor, float* y,       \
+                             long rows, long tokens, long in, long out) {                                                                        \
+    return linear_residual<T>(read, packed, bias, x, factor, y, rows, tokens, in, out);                                                          \
+  }                                                                                                                                              \
+  int mlp_##name(const float* x, const float* norm_weight, const float* norm_bias, const T::type* in_packed, const float* in_bias,               \
+                 const T::type* out_packed, const float* out_bias, const float* factor, T::type* normalised, float* statistics, T::type* hidden, \
+                 float* y, long rows, long tokens, long width, long inner, float eps) {                                                          \
+    return mlp<T>(x, {norm_weight, norm_bias, eps}, in_packed, in_bias, out_packed, out_bias, factor, normalised, statistics, hidden, y, rows,   \
+                  tokens, width, inner);                                                                                                         \
+  }
 
-// y (R, D) = x + m · Out(read), read (R, F).
-int linear_residual_fp32(const float* read, const float* packed, const float* bias, const float* x, const float* factor, float* y, long rows, long tokens,
-                         long in, long out) {
-  return linear_residual<Fp32>(read, packed, bias, x, factor, y, rows, tokens, in, out);
-}
-
-// The MLP half. hidden (R, F), what GELU takes, is kept if not null, like the norm.
-int mlp_fp32(const float* x, const float* norm_weight, const float* norm_bias, const float* in_packed, const float* in_bias, const float* out_packed,
-             const float* out_bias, const float* factor, float* normalised, float* statistics, float* hidden, float* y, long rows, long tokens, long width,
-             long inner, float eps) {
-  return mlp<Fp32>(x, {norm_weight, norm_bias, eps}, in_packed, in_bias, out_packed, out_bias, factor, normalised, statistics, hidden, y, rows, tokens, width,
-                   inner);
-}
+EXPORT_HALVES(Fp32, fp32)
 
 #ifdef __AVX512BF16__
-
-int norm_linear_bf16(const float* x, const float* norm_weight, const float* norm_bias, const uint16_t* packed, const float* bias, uint16_t* normalised,
-                     float* statistics, uint16_t* y, long rows, long in, long out, float eps) {
-  return norm_linear<Bf16>(x, {norm_weight, norm_bias, eps}, packed, bias, normalised, statistics, y, rows, in, out);
-}
-
-int linear_residual_bf16(const uint16_t* read, const uint16_t* packed, const float* bias, const float* x, const float* factor, float* y, long rows, long tokens,
-                         long in, long out) {
-  return linear_residual<Bf16>(read, packed, bias, x, factor, y, rows, tokens, in, out);
-}
-
-int mlp_bf16(const float* x, const float* norm_weight, const float* norm_bias, const uint16_t* in_packed, const float* in_bias, const uint16_t* out_packed,
-             const float* out_bias, const float* factor, uint16_t* normalised, float* statistics, uint16_t* hidden, float* y, long rows, long tokens, long width,
-             long inner, float eps) {
-  return mlp<Bf16>(x, {norm_weight, norm_bias, eps}, in_packed, in_bias, out_packed, out_bias, factor, normalised, statistics, hidden, y, rows, tokens, width,
-                   inner);
-}
+EXPORT_HALVES(Bf16, bf16)
 
 // Gradients. Weights are packed the other way here: D numbers in and F out of Out, F in and D out of In.
 
