@@ -191,6 +191,24 @@ def test_the_gradient_of_a_linear_layer_is_written_or_added(rows: int, inward: i
 
 
 @needs_layers
+@pytest.mark.parametrize(("inward", "outward"), [(16, 16), (16, 96), (112, 16), (48, 64)])
+def test_the_gradient_of_a_linear_layer_has_the_same_bits_however_it_is_shared_out(inward: int, outward: int) -> None:
+    """Also where there are more threads than registers of rows or columns."""
+    kernels, x, gradient = native(), halves(450, inward), halves(450, outward, seed=1)
+    assert kernels is not None
+    exact = (gradient.double().t() @ x.double(), gradient.double().sum(dim=0))
+    before, first = torch.get_num_threads(), None
+    for threads in (1, 2, 3, 4, 8):
+        torch.set_num_threads(threads)
+        found = (torch.full((outward, inward), torch.nan), torch.full((outward,), torch.nan))
+        kernels.linear_gradient(gradient, x, found, adds=False)
+        first = first or found
+        assert all(torch.equal(one, other) for one, other in zip(found, first, strict=True))
+    torch.set_num_threads(before)
+    assert all(error(one, other) < 1e-5 for one, other in zip(found, exact, strict=True))
+
+
+@needs_layers
 @pytest.mark.parametrize("shape", [(1, 1, 32), (1, 77, 96), (5, 40, 64)])
 @pytest.mark.parametrize("has_factor", [False, True])
 @pytest.mark.parametrize("which", ["attention", "mlp"])

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <immintrin.h>
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -35,6 +36,29 @@ inline char* workspace(size_t bytes) {
   }
   return kept.start;
 }
+
+// Rows that are read soon, `width` numbers each and `stride` apart: each call brings one of `parts` of them into the first cache, while
+// what is at hand is computed.
+class Soon {
+ public:
+  template <typename Number>
+  Soon(const Number* rows, long count, long stride, long width, long parts)
+      : row((const char*)rows),
+        left(count),
+        apart(stride * sizeof *rows),
+        lines(width * sizeof *rows / 64 + 1),
+        each(count * lines / std::max(1L, parts) + 1) {}
+  void bring() {
+    for (long more = each; more > 0 && left > 0; --more) {
+      _mm_prefetch(row + 64 * line, _MM_HINT_T0);
+      if (++line == lines) row += apart, line = 0, --left;
+    }
+  }
+
+ private:
+  const char* row;
+  long left, apart, lines, each, line = 0;
+};
 
 // Squares of sixteen registers, transposed in place.
 inline void transpose(__m512 (&square)[LANES]) {
@@ -71,10 +95,10 @@ inline __m512 polynomial(__m512 x, float highest, Factors... lower) {
   return sum;
 }
 
-// 2^x = 2^n 2^r with n the nearest whole number; 2^r on [-1/2, 1/2] to 3e-6, all that bf16 can tell, or to 2e-7 (Cephes' exp2f).
+// 2^x = 2^n 2^r with n the nearest whole number; 2^r on [-1/2, 1/2] to 8e-5, a twentieth of what bf16 can tell, or to 2e-7 (Cephes' exp2f).
 inline __m512 power_of_two_roughly(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  return _mm512_scalef_ps(polynomial(_mm512_sub_ps(x, n), 9.56051e-3f, 5.591704e-2f, 2.4024981e-1f, 6.9312197e-1f, 9.9999919e-1f), n);
+  return _mm512_scalef_ps(polynomial(_mm512_sub_ps(x, n), 5.51716703e-2f, 2.42611125e-1f, 6.93260985e-1f, 9.99928073e-1f), n);
 }
 inline __m512 power_of_two(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
