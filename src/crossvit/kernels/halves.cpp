@@ -64,8 +64,11 @@ int mlp(const float* x, Norm norm, const typename T::type* in_packed, const floa
     type *own = normalised ? normalised + first * width : (type*)memory, *activated = (type*)(memory + block_of<type>(width));
     norm_rows(x + first * width, norm.weight, norm.bias, norm.eps, own, statistics ? statistics + 2 * first : nullptr, count, width);
     type* taken = hidden ? hidden + first * inner : activated;
-    times_packed<T>(own, count, in_packed, width, inner,
-                    [&](long row, long at, __m512 sum) { store(taken + row * inner + at, _mm512_add_ps(sum, load(in_bias + at))); });
+    const float* next = x + (first + BLOCK_ROWS) * width;  // which the norm would wait for
+    times_packed<T>(own, count, in_packed, width, inner, [&](long row, long at, __m512 sum) {
+      if (at < width) _mm_prefetch((const char*)(next + row * width + at), _MM_HINT_T1);
+      store(taken + row * inner + at, _mm512_add_ps(sum, load(in_bias + at)));
+    });
     gelu_rows<T>(taken, activated, count * inner);
     add_linear<T>(activated, out_packed, out_bias, x, factor, y, first, count, tokens, inner, width);
   });
@@ -80,21 +83,21 @@ inline void back_through_norm(const uint16_t* y_gradient, const uint16_t* packed
   norm_rows_gradient(memory, past, x, weight, statistics, x_gradient, sums, count, width);
 }
 
-// work(first, count, sums, memory) over blocks of rows whose places do not go by the number of threads; their sums (2, width) are added to
-// the two gradients in the blocks' order, so they are the same bits whatever that number is.
+// work(first, count, sums, memory) over equal blocks of rows, a multiple of four of them, so whose places do not go by the number of
+// threads; their sums (2, width) are added to the two gradients in the blocks' order: the same bits whatever that number is.
 template <typename Work>
 int over_blocks(long rows, size_t bytes, long width, float* weight_gradient, float* bias_gradient, Work work) {
-  const long blocks = (rows + BLOCK_ROWS - 1) / BLOCK_ROWS, each = padded_to_lines(bytes);
+  const long tiles = (rows + ROWS - 1) / ROWS, blocks = (rows + 4 * BLOCK_ROWS - 1) / (4 * BLOCK_ROWS) * 4, each = padded_to_lines(bytes);
   const size_t of_sums = padded_to_lines(blocks * 2 * width * sizeof(float));
   char* memory = workspace(of_sums + each * omp_get_max_threads());
   if (memory == nullptr) return 1;
   float* sums = (float*)memory;
 #pragma omp parallel for schedule(dynamic)
   for (long block = 0; block < blocks; ++block) {
-    const long first = block * BLOCK_ROWS;
+    const long first = tiles * block / blocks * ROWS, stop = std::min(rows, tiles * (block + 1) / blocks * ROWS);
     float* own = sums + block * 2 * width;
     std::fill(own, own + 2 * width, 0.0f);
-    work(first, std::min(BLOCK_ROWS, rows - first), own, memory + of_sums + omp_get_thread_num() * each);
+    work(first, stop - first, own, memory + of_sums + omp_get_thread_num() * each);
   }
   for (long block = 0; block < blocks; ++block)
     for (long at = 0; at < width; ++at) {
