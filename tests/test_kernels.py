@@ -197,19 +197,21 @@ def test_the_gradient_of_a_linear_layer_has_the_same_bits_however_it_is_shared_o
     kernels, x, gradient = native(), halves(450, inward), halves(450, outward, seed=1)
     assert kernels is not None
     exact = (gradient.double().t() @ x.double(), gradient.double().sum(dim=0))
-    before, first = torch.get_num_threads(), None
+    before, runs = torch.get_num_threads(), []
     for threads in (1, 2, 3, 4, 8):
         torch.set_num_threads(threads)
         found = (torch.full((outward, inward), torch.nan), torch.full((outward,), torch.nan))
         kernels.linear_gradient(gradient, x, found, adds=False)
-        first = first or found
-        assert all(torch.equal(one, other) for one, other in zip(found, first, strict=True))
+        written = [one.clone() for one in found]
+        kernels.linear_gradient(gradient, x, found, adds=True)
+        runs.append((*written, *found))
     torch.set_num_threads(before)
-    assert all(error(one, other) < 1e-5 for one, other in zip(found, exact, strict=True))
+    assert all(torch.equal(one, other) for run in runs for one, other in zip(run, runs[0], strict=True))
+    assert all(error(one, other) < 1e-5 for one, other in zip(runs[0], [*exact, *(2 * one for one in exact)], strict=True))
 
 
 @needs_layers
-@pytest.mark.parametrize("shape", [(1, 1, 32), (1, 77, 96), (5, 40, 64)])
+@pytest.mark.parametrize("shape", [(1, 1, 32), (1, 77, 96), (5, 40, 64), (1, 256, 32), (1, 259, 32)])
 @pytest.mark.parametrize("has_factor", [False, True])
 @pytest.mark.parametrize("which", ["attention", "mlp"])
 def test_half_a_block_and_its_gradients_are_those_of_its_equation(

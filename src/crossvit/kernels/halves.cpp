@@ -83,8 +83,8 @@ inline void back_through_norm(const uint16_t* y_gradient, const uint16_t* packed
   norm_rows_gradient(memory, past, x, weight, statistics, x_gradient, sums, count, width);
 }
 
-// work(first, count, sums, memory) over equal blocks of rows, a multiple of four of them, so whose places do not go by the number of
-// threads; their sums (2, width) are added to the two gradients in the blocks' order: the same bits whatever that number is.
+// work(first, count, sums, memory) over blocks of up to BLOCK_ROWS rows, as many for each of two or four threads. Where they lie follows from
+// the rows alone, and their sums (2, width) are added to the two gradients in their order: the same bits whatever the number of threads.
 template <typename Work>
 int over_blocks(long rows, size_t bytes, long width, float* weight_gradient, float* bias_gradient, Work work) {
   const long tiles = (rows + ROWS - 1) / ROWS, blocks = (rows + 4 * BLOCK_ROWS - 1) / (4 * BLOCK_ROWS) * 4, each = padded_to_lines(bytes);

@@ -7,7 +7,7 @@
 //   y_gradient: (R, O), x: (R, I) bf16 as uint16_t;  weight_gradient: (O, I), bias_gradient: (O) fp32. O and I are multiples of 16.
 //
 // dW is shared out among the threads. Each lays out what its share reads, PANEL rows at a time, which the second cache holds: it waits for
-// none, and nothing that one core has written is read by another. Each number of dW is summed by one thread and in the order of the
+// none, and none reads what another core has laid. Each number of dW is summed by one thread and in the order of the
 // rows: the same bits whatever the number of threads. A "step" is two rows, pair by pair.
 
 #include <omp.h>
@@ -63,12 +63,12 @@ namespace {
 
 constexpr long PANEL = 192;  // rows
 
-// Numbers of a block of `columns` columns: its steps, and a line more, or all blocks' rows would meet in one set of the first cache.
-inline long block_of(long padded, long columns) { return padded * columns + 2 * LANES; }
+// Numbers of a block of `columns` columns: its steps, and a line more, or the same row of many blocks would meet in few sets of the first cache.
+inline long laid_of(long padded, long columns) { return padded * columns + 2 * LANES; }
 
 // Where the block of column `at` has the step of `row`.
 template <long columns>
-inline uint16_t* step_of(uint16_t* laid, long at, long row, long padded) { return laid + at / columns * block_of(padded, columns) + row * columns; }
+inline uint16_t* step_of(uint16_t* laid, long at, long row, long padded) { return laid + at / columns * laid_of(padded, columns) + row * columns; }
 
 // Rows of `width` numbers, `stride` apart, as steps in blocks of LANES columns: what a product reads lies in one piece. The padding is 0.
 inline void lay_inputs(uint16_t* to, const uint16_t* from, long stride, long width, long rows, long padded) {
@@ -140,7 +140,7 @@ inline long shares_of_rows(long out, long in, long threads) {
   const auto laid = [&](long shares) { return out / shares + in * shares / threads; };
   long best = 1;
   for (long shares = 2; shares <= threads; ++shares)
-    if (threads % shares == 0 && laid(shares) < laid(best)) best = shares;
+    if (threads % shares == 0 && laid(shares) <= laid(best)) best = shares;
   return best;
 }
 
@@ -151,7 +151,7 @@ struct Sizes {
 // One thread's share of dW, and of db unless it is null.
 inline void add_share(const uint16_t* y_gradient, const uint16_t* x, float* weight_gradient, float* bias_gradient, Sizes sizes, Share of_out, Share of_in,
                       uint16_t* slopes, uint16_t* inputs, bool adds) {
-  const auto [rows, out, in] = sizes;
+  const long rows = sizes.rows, out = sizes.out, in = sizes.in;
   for (long start = 0; start < rows; start += PANEL, adds = true) {
     const long count = std::min(PANEL, rows - start), padded = (count + 3) / 4 * 4;
     lay_inputs(inputs, x + start * in + of_in.first, in, of_in.width, count, padded);
@@ -166,7 +166,7 @@ inline void add_share(const uint16_t* y_gradient, const uint16_t* x, float* weig
       for (long at = 0; at < of_out.width; at += ROWS) {
         inputs_soon.bring();
         slopes_soon.bring();
-        add_product<columns.value>(step_of<ROWS>(slopes, at, 0, padded), step_of<LANES>(inputs, first, 0, padded), block_of(padded, LANES), padded / 2,
+        add_product<columns.value>(step_of<ROWS>(slopes, at, 0, padded), step_of<LANES>(inputs, first, 0, padded), laid_of(padded, LANES), padded / 2,
                                    weight_gradient + (of_out.first + at) * in + of_in.first + first, in, adds);
       }
     });
@@ -184,7 +184,7 @@ int linear_gradient(const uint16_t* y_gradient, const uint16_t* x, float* weight
   {
     const long thread = omp_get_thread_num(), threads = omp_get_num_threads(), shares = shares_of_rows(out, in, threads);
     const Share of_out(out, thread % shares, shares), of_in(in, thread / shares, threads / shares);
-    const size_t of_slopes = block_of(PANEL, ROWS) * of_out.width / ROWS * sizeof *x, of_inputs = block_of(PANEL, LANES) * of_in.width / LANES * sizeof *x;
+    const size_t of_slopes = laid_of(PANEL, ROWS) * of_out.width / ROWS * sizeof *x, of_inputs = laid_of(PANEL, LANES) * of_in.width / LANES * sizeof *x;
     if (of_out.width && of_in.width) {
       char* memory = workspace(of_slopes + of_inputs);
       failed = memory == nullptr;

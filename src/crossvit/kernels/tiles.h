@@ -37,8 +37,8 @@ inline char* workspace(size_t bytes) {
   return kept.start;
 }
 
-// Rows that are read soon, `width` numbers each and `stride` apart: each call brings one of `parts` of them into the first cache, while
-// what is at hand is computed.
+// Rows that are read soon, `width` numbers each and `stride` apart: while something else is computed, each of `parts` calls brings as many
+// of their lines into the first cache.
 class Soon {
  public:
   template <typename Number>
