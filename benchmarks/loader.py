@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from packs import unpacked
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
@@ -92,25 +93,25 @@ def waiting(training: Training, count: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", type=Path)
+    parser.add_argument("data", help="a folder, or the name of an image pack")
     parser.add_argument("--model", default="crossvit_micro_96")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=12)
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
+    with unpacked(options.data) as data, tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        write_shards(open_data(options.data), folder / "shards")
+        write_shards(open_data(data), folder / "shards")
         sources = {
-            "folder": made(str(options.data), options, folder / "a"),
+            "folder": made(str(data), options, folder / "a"),
             "shards": made(str(folder / "shards"), options, folder / "b"),
         }
         plan = sources["folder"].plan
         rates: dict[str, list[float]] = {}
         for _ in range(options.rounds):
             rates.setdefault("torchvision ImageFolder", []).append(
-                rate(torchvisions(options.data, plan, options.workers), options.batches, epoch=0)
+                rate(torchvisions(data, plan, options.workers), options.batches, epoch=0)
             )
             for name, training in sources.items():
                 keep = training.loader.loader.dataset
@@ -125,7 +126,9 @@ def main() -> None:
                 rate(training.loader.epoch, options.batches, epoch=1) for _ in range(options.rounds)
             ]
         theirs = statistics.median(rates["torchvision ImageFolder"])
-        print(f"{options.data.name}, {plan.config.image_size} pixels, batch {options.batch_size}, {options.workers} workers")
+        print(
+            f"{Path(options.data).name}, {plan.config.image_size} pixels, batch {options.batch_size}, {options.workers} workers"
+        )
         for name, found in rates.items():
             middle = statistics.median(found)
             print(f"  {name:32} {middle:7.0f} img/s ({min(found):.0f} to {max(found):.0f})  {middle / theirs:.2f}x")

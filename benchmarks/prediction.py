@@ -14,6 +14,7 @@ from itertools import cycle, islice
 from pathlib import Path
 
 import numpy as np
+from packs import unpacked
 
 from crossvit.batch_prediction import predict_to_file
 from crossvit.prediction import Predictor, find_images
@@ -40,14 +41,18 @@ def plain_loop(predictor: Predictor, images: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run")
-    parser.add_argument("data")
+    parser.add_argument("data", help="a folder, or the name of an image pack")
     parser.add_argument("--count", type=int, default=20_000)
     parser.add_argument("--compared", type=int, default=1_600, help="images of the plain loop and of the engine alone")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--kind", choices=("jsonl", "csv", "parquet"), default="jsonl")
     options = parser.parse_args()
-    found = find_images([options.data])
+    with unpacked(options.data) as data:
+        measure(find_images([str(data)]), options)
+
+
+def measure(found: list[str], options: argparse.Namespace) -> None:
     predictor = Predictor(options.run, batch_size=options.batch_size, workers=options.workers)
 
     def images() -> Iterator[str]:

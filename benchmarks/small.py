@@ -2,12 +2,14 @@
 
 Every model gets the same images, splits, augmentation, optimiser and schedule (`small`, with the learning rate that suits it
 below), and as many epochs as fit into `--seconds` of training, as a few timed steps say. Prints accuracy on the held-out part
-over the seeds (mean and spread), and draws accuracy over seconds to `--plot`. DATA are folders with train/ and val/ or test/.
+over the seeds (mean and spread), and draws accuracy over seconds to `--plot`. DATA are folders with train/ and val/ or test/, or
+names of image packs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import statistics
 import time
@@ -17,6 +19,7 @@ import matplotlib
 import numpy as np
 import timm
 import torch
+from packs import unpacked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,16 +119,25 @@ def accuracy(model: nn.Module, plan: Plan) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", nargs="+", type=Path)
+    parser.add_argument("data", nargs="+")
     parser.add_argument("--models", nargs="+", default=["ours", *RIVALS])
     parser.add_argument("--seconds", type=float, default=70.0, help="of training")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="how many")
     parser.add_argument("--plot", type=Path, default=Path("small.svg"))
     options = parser.parse_args()
+    if options.seeds < 1:
+        parser.error(f"--seeds {options.seeds}: should be at least 1")
+    with contextlib.ExitStack() as held:
+        folders = {Path(name).name: held.enter_context(unpacked(name)) for name in options.data}
+        compare(folders, options)
+
+
+def compare(folders: dict[str, Path], options: argparse.Namespace) -> None:
+    """Train and print for every folder, and draw: name -> folder."""
     precision = resolve_precision("auto", CPU)
-    figure, axes = plt.subplots(1, len(options.data), figsize=(5.5 * len(options.data), 4), squeeze=False)
-    for axis, data in zip(axes[0], options.data, strict=True):
-        print(f"{data.name}: {options.seconds:.0f} s of training, {precision}, {torch.get_num_threads()} threads")
+    figure, axes = plt.subplots(1, len(folders), figsize=(5.5 * len(folders), 4), squeeze=False)
+    for axis, (title, data) in zip(axes[0], folders.items(), strict=True):
+        print(f"{title}: {options.seconds:.0f} s of training, {precision}, {torch.get_num_threads()} threads")
         for colour, name in enumerate(options.models):
             curves = []
             for seed in range(options.seeds):
@@ -144,7 +156,7 @@ def main() -> None:
             for number, curve in enumerate(curves):
                 accuracies = [100 * value for value in curve.top1]
                 axis.plot(curve.seconds, accuracies, color=f"C{colour}", alpha=0.8, lw=1.2, label=None if number else label)
-        axis.set(title=data.name, xlabel="seconds of training", ylabel="top-1 on held-out photos, %")
+        axis.set(title=title, xlabel="seconds of training", ylabel="top-1 on held-out photos, %")
         axis.legend(frameon=False)
         axis.grid(alpha=0.2)
     figure.tight_layout()

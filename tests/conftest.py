@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import zipfile
 from collections.abc import Callable
@@ -66,8 +67,9 @@ def lively(config: CrossViTConfig, seed: int = 0) -> CrossViT:
 
 @pytest.fixture(scope="session")
 def pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Unpacks an image pack by name, or skips the test where the packs are not there."""
+    """Unpacks an image pack by name, once, or skips the test where the packs are not there. Its files are not to be changed."""
 
+    @functools.cache
     def unpack(name: str) -> Path:
         archive = PACKS / f"{name}.zip"
         if not archive.is_file():

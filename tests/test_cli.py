@@ -181,6 +181,7 @@ def test_training_refuses_what_it_can_before_torch_is_loaded(tiny_run: TrainingR
         [*new, "--lr", "-1"],
         [*new, "--model", "crossvit_9_420"],
         [*new, "--resume", "--overwrite"],
+        [*new, "--weights", str(tmp_path / "gone.pth")],
         ["train", str(tmp_path / "gone"), "--out", str(tmp_path / "out")],
         ["train", str(scans), "--out", str(scans / "out")],
         ["train", str(scans), "--out", tiny_run.run],
@@ -188,7 +189,10 @@ def test_training_refuses_what_it_can_before_torch_is_loaded(tiny_run: TrainingR
     ]
     done = subprocess.run([sys.executable, "-c", code, json.dumps(calls)], capture_output=True, text=True, check=True)
     assert done.stdout == f"{[2] * len(calls)} False\n"
-    says = ["lr = -1.0", "crossvit_9_240", "one of them", "no folder", "inside the images", "exists", "cannot change --epochs 7"]
+    says = [
+        "lr = -1.0", "crossvit_9_240", "one of them", "no weights at", "no folder", "inside the images", "exists",
+        "cannot change --epochs 7",
+    ]  # fmt: skip
     lines = done.stderr.splitlines()
     assert len(lines) == len(calls)
     assert all(said in line for said, line in zip(says, lines, strict=True))

@@ -286,6 +286,7 @@ def test_every_field_is_an_option_and_changes_it_alone(
     monkeypatch.setattr("crossvit.train.loop.fit", note)
     monkeypatch.chdir(tmp_path)
     Path("photos").mkdir()
+    Path("w.safetensors").touch()  # what other_value gives for --weights
     before = load_recipe("small", data="photos", out="run").to_dict()
     owner = load_recipe("small") if not table else getattr(load_recipe("small"), table)
     value = other_value(name, getattr(owner, name))
@@ -316,6 +317,9 @@ def test_a_key_in_the_wrong_table_is_pointed_to_the_right_one() -> None:
     [
         ("lrr", "lr under [optimiser]"),
         ("learning_rate", "lr under [optimiser]"),
+        ("lerning_rate", "lr under [optimiser]"),
+        ("ema_decay", "ema at the top, before the tables"),
+        ("batch", "batch_size at the top, before the tables or overfit_one_batch at the top, before the tables"),
         ("warm_up", "warmup under [optimiser] or warmup_lr under [optimiser]"),
         ("optimizer", "optimiser under [optimiser]"),
         ("batchsize", "batch_size at the top, before the tables"),

@@ -299,6 +299,18 @@ def test_a_run_without_checkpoints_begins_again_and_what_a_kill_left_goes(scans:
     assert not list((tmp_path / "cut").rglob("*.partial"))
 
 
+def test_the_weights_of_a_finished_run_are_made_again_from_its_last_checkpoint(scans: Path, tmp_path: Path) -> None:
+    plan = recipe(scans, tmp_path / "run")
+    fit(plan)
+    before = weights_of(tmp_path / "run")
+    (tmp_path / "run" / "model.safetensors").unlink()
+    heard = Heard()
+    again = fit(plan, resume=True, watch=heard)
+    assert same_bits(weights_of(tmp_path / "run"), before)
+    assert not heard.epochs, "nothing was trained again"
+    assert Run(tmp_path / "run").finished_record()["result"]["top1"] == again.top1
+
+
 def test_a_report_that_a_kill_has_taken_is_written(own_scans: Path, tmp_path: Path, command: Command) -> None:
     out = tmp_path / "run"
     fit(recipe(own_scans, out))  # a run without a report, as after a kill at the very end

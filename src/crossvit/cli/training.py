@@ -104,6 +104,7 @@ def _refuse_early(plan: Recipe, *, dry_run: bool, resume: bool, overwrite: bool)
     from crossvit.data.sources import is_elsewhere, open_data
     from crossvit.model.presets import preset
     from crossvit.train.resuming import recorded_run, refuse_contradiction
+    from crossvit.weights.hub import locate
 
     refuse_contradiction(resume=resume, overwrite=overwrite)
     several = "RANK" in os.environ  # the first of them looks, in `fit`, before any makes the folder
@@ -113,6 +114,8 @@ def _refuse_early(plan: Recipe, *, dry_run: bool, resume: bool, overwrite: bool)
         preset(plan.model)
     if not (is_elsewhere(plan.data) or Path(plan.data).expanduser().exists()):
         open_data(plan.data)
+    if plan.weights and not several:
+        locate(plan.weights)
 
 
 def _evaluated_anew(result: TrainingResult) -> Evaluation | None:

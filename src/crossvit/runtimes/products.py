@@ -21,13 +21,13 @@ class PackedLinear(nn.Module):
     """x W ᵀ + b through oneDNN with W laid out for it once: (..., I) -> (..., O), in the dtype of `weight`.
 
     On AMD processors MKL, which `F.linear` takes in fp32, is slower; and an activation or a residual is computed while the
-    result is still in registers. Without oneDNN it is `F.linear`. No gradients.
+    result is still in registers. Without oneDNN, and in bf16 without AVX-512 or AVX-NE-CONVERT, it is `F.linear`. No gradients.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, *, rows: int) -> None:
         """rows: how many rows a call typically has; oneDNN chooses the layout by them."""
         super().__init__()
-        self.packs = _has_onednn()
+        self.packs = _has_onednn(weight.dtype)
         dense = weight.detach().clone(memory_format=torch.contiguous_format)
         # oneDNN's layout is opaque: it can be neither saved nor copied, so it is no buffer.
         self.weight = torch.ops.mkldnn._reorder_linear_weight(dense, rows) if self.packs else dense
@@ -53,11 +53,12 @@ class PackedLinear(nn.Module):
 
 
 @lru_cache
-def _has_onednn() -> bool:
-    """Whether oneDNN's linear layer, which torch keeps for its compiler, is there and works."""
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's linear layer, which torch keeps for its compiler, is there and works in `dtype` on this processor."""
+    eye = torch.eye(16, dtype=dtype)
     try:
-        weight = torch.ops.mkldnn._reorder_linear_weight(torch.eye(16), 16)
-        return bool(torch.ops.mkldnn._linear_pointwise(torch.eye(16), weight, None, "none", [], "").equal(torch.eye(16)))
+        weight = torch.ops.mkldnn._reorder_linear_weight(eye, 16)
+        return bool(torch.ops.mkldnn._linear_pointwise(eye, weight, None, "none", [], "").equal(eye))
     except (AttributeError, RuntimeError):
         return False
 

@@ -7,6 +7,8 @@ same. Shipped recipes are in `crossvit/recipes/`; each one's header says its com
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import re
 import tomllib
 import types
 import typing
@@ -319,18 +321,31 @@ def _build(kind: type[Any], record: Mapping[str, Any]) -> Any:
 
 def _misplaced(key: str) -> UsageError:
     """The error for a key that its table has not: the table it belongs to; else the nearest fields of all tables, or where none
-    is a letter or two apart the one whose explanation has its words (`learning_rate`)."""
+    is a letter or two apart those that have the same words and more or fewer (`batch`, `ema_decay`), or the one whose
+    explanation has them (`learning_rate`, `lerning_rate`)."""
     places = {name: f"under [{table}]" if table else "at the top, before the tables" for table, name, _ in fields()}
     if key in places:
         return ConfigError(f"recipe key {key}: belongs {places[key]}")
-    words = key.replace("_", " ").lower()
-    explained = [name for _, name, field in fields() if words in field.metadata["help"].lower()]
-    meant = nearest_names(key, places, cutoff=VERY_LIKE) or explained[:1] or nearest_names(key, places)
+    words = set(key.lower().split("_"))
+    shared = [name for name in places if words < set(name.split("_")) or words > set(name.split("_"))]
+    meant = nearest_names(key, places, cutoff=VERY_LIKE) or shared[:3] or _explained_by(key) or nearest_names(key, places)
     if not meant:
         return UnknownNameError(f"unknown recipe key {key!r}: see `crossvit train --help`")
     return UnknownNameError(
         f"unknown recipe key {key!r}: did you mean {' or '.join(f'{name} {places[name]}' for name in meant)}?"
     )
+
+
+def _explained_by(key: str) -> list[str]:
+    """The first field whose explanation has the words of `key`, or words a letter or two apart from them; none where none has."""
+    words = key.lower().split("_")
+    for cutoff in (1.0, VERY_LIKE):
+        for _, name, field in fields():
+            said = re.findall(r"[^\W_]+", field.metadata["help"].lower())
+            phrases = [" ".join(said[start : start + len(words)]) for start in range(len(said))]
+            if difflib.get_close_matches(" ".join(words), phrases, n=1, cutoff=cutoff):
+                return [name]
+    return []
 
 
 def _typed(key: str, value: Any, wanted: Any) -> Any:

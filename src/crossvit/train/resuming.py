@@ -22,7 +22,8 @@ def refuse_contradiction(*, resume: bool, overwrite: bool) -> None:
 
 
 def recorded_run(recipe: Recipe, run: Run, *, resume: bool, overwrite: bool) -> dict[str, Any] | None:
-    """run.json of the run that is gone on with, None for a new one. UsageError for a place or a change that cannot be."""
+    """run.json of the run that is gone on with, None for a new one; without its result where its weights are lost, so that they
+    are made again from the last checkpoint. UsageError for a place or a change that cannot be."""
     if Path(recipe.data).expanduser().resolve() in run.path.resolve().parents:
         raise UsageError(f"{run.path} lies inside the images of {recipe.data}: choose another --out")
     if not (resume and run.exists()):
@@ -30,7 +31,7 @@ def recorded_run(recipe: Recipe, run: Run, *, resume: bool, overwrite: bool) -> 
         return None
     recorded = run.record()
     refuse_changes(recipe, Recipe.from_dict(recorded["recipe"]), as_given(recorded))
-    return recorded
+    return recorded if run.weights_path.is_file() else recorded | {"result": None}
 
 
 def had_kernels(recorded: dict[str, Any]) -> bool:
