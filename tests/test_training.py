@@ -10,13 +10,16 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 import crossvit
 from conftest import TINY
+from crossvit.data.loader import _interrupts_left_to_this_process
 from crossvit.data.sources import open_data
 from crossvit.errors import RunError, TrainingError, UsageError
 from crossvit.results import Epoch, TrainingResult
@@ -279,7 +282,7 @@ def interrupts_heard() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("interrupts_heard")
-@pytest.mark.parametrize("delay", [0.0, 1.0])
+@pytest.mark.parametrize("delay", [0.0, 0.3, 1.0])
 def test_ctrl_c_with_workers_is_one_line(delay: float, scans: Path, tmp_path: Path) -> None:
     """To the whole process group, as a terminal sends it, while the workers start and later."""
     words = ["train", str(scans), "--out", str(tmp_path / "run"), "--epochs", "500", "--workers", "2"]
@@ -292,11 +295,9 @@ def test_ctrl_c_with_workers_is_one_line(delay: float, scans: Path, tmp_path: Pa
         while not (tmp_path / "run" / "run.json").exists() and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(delay)
-        deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:  # once is enough but in the moment workers are started
-            os.killpg(process.pid, signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=15)
+        os.killpg(process.pid, signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=120)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -304,6 +305,32 @@ def test_ctrl_c_with_workers_is_one_line(delay: float, scans: Path, tmp_path: Pa
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("crossvit: stopped")
+
+
+@pytest.mark.usefixtures("interrupts_heard")
+def test_ctrl_c_while_workers_are_started_is_heard_when_they_are() -> None:
+    started = []
+    with pytest.raises(KeyboardInterrupt), _interrupts_left_to_this_process():  # noqa: PT012  # what comes after it has its turn
+        signal.raise_signal(signal.SIGINT)
+        code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+        started.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    assert started == ["True\n"], "a process that was started inside does not hear it"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.usefixtures("interrupts_heard")
+def test_ctrl_c_between_two_epochs_is_not_lost(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without workers too, where an epoch's first batch is asked for."""
+    begin = DataLoader.__iter__
+
+    def interrupted(loader: DataLoader[Any]) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return begin(loader)
+
+    monkeypatch.setattr(DataLoader, "__iter__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe(scans, tmp_path / "run"))
 
 
 @pytest.mark.usefixtures("interrupts_heard")

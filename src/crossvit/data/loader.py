@@ -9,7 +9,8 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from multiprocessing import resource_tracker
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -210,7 +211,7 @@ class TrainingLoader:
     def epoch(self, epoch: int, *, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of `epoch` from batch `start` on."""
         self.batches.epoch, self.batches.start = epoch, start
-        with _interrupts_left_to_this_process():
+        with _interrupts_left_to_this_process() if self.loader.num_workers else nullcontext():
             batches = iter(self.loader)  # starts the workers, the first time
         for pixels, targets in batches:
             images = pixels if self.normalised else self.preprocessing.normalise(pixels)
@@ -219,16 +220,21 @@ class TrainingLoader:
 
 @contextmanager
 def _interrupts_left_to_this_process() -> Iterator[None]:
-    """Processes started inside ignore Ctrl-C from their first moment: this one hears it, a fraction of a second later at
-    the earliest, and ends them. (A blocked signal would wait, but multiprocessing unblocks it.)"""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Processes started inside never hear Ctrl-C: they inherit that it is blocked. This one hears it when all are started, and
+    ends them; none is lost."""
+    heard: list[int] = []
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
+    alone = threading.current_thread() is not threading.main_thread()  # where handlers cannot be set, and none is run
+    before = None if alone else signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
+        if heard:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _stack(items: list[tuple[View, Any]]) -> tuple[View, NDArray[Any]]:
