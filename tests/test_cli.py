@@ -199,6 +199,23 @@ def test_training_refuses_what_it_can_before_torch_is_loaded(tiny_run: TrainingR
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("--lerning-rate", "--lr"),
+        ("--ema-decay=0.9", "--ema"),
+        ("--batch", "--batch-size or --overfit-one-batch"),
+        ("--rsume", "--resume"),
+        ("--epoch", "--epochs"),
+    ],
+)
+def test_an_unknown_option_of_train_is_told_the_one_meant(given: str, meant: str, command: Command) -> None:
+    status, out, err = command("train", "photos", "--out", "run", given, "1")
+    name = given.partition("=")[0]
+    assert (status, out) == (2, "")
+    assert err == f"crossvit: Unknown option: {name}. Did you mean {meant}? (see `crossvit train --help`)\n"
+
+
 def test_broken_images_are_failed_work(command: Command, own_scans: Path, tmp_path: Path) -> None:
     (own_scans / "0" / "zero.png").write_bytes(b"")
     status, _, err = command("train", own_scans, "--out", tmp_path / "out")

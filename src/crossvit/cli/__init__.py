@@ -9,8 +9,12 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from crossvit.cli.collector import uncollected
+
+if TYPE_CHECKING:
+    from cyclopts import CycloptsError
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C
 FIRST_SAYS_WITHIN = 5.0  # seconds
@@ -43,7 +47,7 @@ def run(words: list[str], *, debug: bool = False) -> int:
         return int(status or 0)
     except CycloptsError as error:
         _let_the_first_say_it()
-        return _fail(f"{str(error).strip().rstrip('.')} (see `{_help_for(words)}`)", 2, debug=debug)
+        return _fail(f"{_wrong_call(error, words)} (see `{_help_for(words)}`)", 2, debug=debug)
     except CrossViTError as error:
         if isinstance(error, UsageError | DataError):
             _let_the_first_say_it()
@@ -55,6 +59,22 @@ def run(words: list[str], *, debug: bool = False) -> int:
         return 0
     except Exception as error:  # noqa: BLE001  # what nobody foresaw is still one line for people
         return _fail(f"{type(error).__name__}: {error} (--debug shows where)", 1, debug=debug)
+
+
+def _wrong_call(error: CycloptsError, words: list[str]) -> str:
+    """What cyclopts says; of an option that `train` has not, with none a letter or two apart, which one has its meaning."""
+    from cyclopts import UnknownOptionError
+
+    from crossvit.errors import VERY_LIKE, nearest_names
+
+    if isinstance(error, UnknownOptionError) and words[0] == "train":
+        from crossvit.train.recipe import meant_by
+
+        given = (error.token.keyword or error.token.value).partition("=")[0].lstrip("-")
+        known = [name.lstrip("-") for argument in error.argument_collection for name in argument.names]
+        if not nearest_names(given, known, cutoff=VERY_LIKE) and (meant := meant_by(given.replace("-", "_"))):
+            return f"Unknown option: --{given}. Did you mean {' or '.join('--' + name.replace('_', '-') for name in meant)}?"
+    return str(error).strip().rstrip(".")
 
 
 def _help_for(words: list[str]) -> str:

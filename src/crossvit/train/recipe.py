@@ -321,14 +321,11 @@ def _build(kind: type[Any], record: Mapping[str, Any]) -> Any:
 
 def _misplaced(key: str) -> UsageError:
     """The error for a key that its table has not: the table it belongs to; else the nearest fields of all tables, or where none
-    is a letter or two apart those that have the same words and more or fewer (`batch`, `ema_decay`), or the one whose
-    explanation has them (`learning_rate`, `lerning_rate`)."""
+    is a letter or two apart those that `meant_by` finds."""
     places = {name: f"under [{table}]" if table else "at the top, before the tables" for table, name, _ in fields()}
     if key in places:
         return ConfigError(f"recipe key {key}: belongs {places[key]}")
-    words = set(key.lower().split("_"))
-    shared = [name for name in places if words < set(name.split("_")) or words > set(name.split("_"))]
-    meant = nearest_names(key, places, cutoff=VERY_LIKE) or shared[:3] or _explained_by(key) or nearest_names(key, places)
+    meant = nearest_names(key, places, cutoff=VERY_LIKE) or meant_by(key) or nearest_names(key, places)
     if not meant:
         return UnknownNameError(f"unknown recipe key {key!r}: see `crossvit train --help`")
     return UnknownNameError(
@@ -336,9 +333,14 @@ def _misplaced(key: str) -> UsageError:
     )
 
 
-def _explained_by(key: str) -> list[str]:
-    """The first field whose explanation has the words of `key`, or words a letter or two apart from them; none where none has."""
+def meant_by(key: str) -> list[str]:
+    """Fields that have the same words as `key` and more or fewer (`batch`, `ema_decay`), else the first whose explanation has its
+    words (`learning_rate`) or words a letter or two apart from them (`lerning_rate`); none where none has."""
     words = key.lower().split("_")
+    names = [name for _, name, _ in fields()]
+    shared = [name for name in names if set(words) < set(name.split("_")) or set(words) > set(name.split("_"))]
+    if shared:
+        return shared[:3]
     for cutoff in (1.0, VERY_LIKE):
         for _, name, field in fields():
             said = re.findall(r"[^\W_]+", field.metadata["help"].lower())
