@@ -224,8 +224,10 @@ def _interrupts_left_to_this_process() -> Iterator[None]:
     ends them; none is lost."""
     heard: list[int] = []
     resource_tracker.ensure_running()  # starting it later would unblock the signal
-    alone = threading.current_thread() is not threading.main_thread()  # where handlers cannot be set, and none is run
-    before = None if alone else signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
+    here = threading.current_thread() is threading.main_thread()  # elsewhere handlers cannot be set, and none is run
+    before = signal.getsignal(signal.SIGINT) if here else None  # None: not Python's to put back
+    if before is not None:
+        signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
