@@ -31,16 +31,23 @@ def milliseconds(attend: Callable[..., Tensor], inputs: list[Tensor], *, backwar
 
 
 def main() -> None:
-    print(f"{torch.get_num_threads()} threads; fused / plain, ms, median of {ROUNDS} interleaved rounds")
+    print(
+        f"{torch.get_num_threads()} threads; fused / plain, ms, median of {ROUNDS} interleaved rounds"
+    )
     for dtype in (torch.float32, torch.bfloat16):
         for shape in SHAPES:
             for backward in (False, True):
                 inputs = [torch.randn(shape).to(dtype).requires_grad_(backward) for _ in range(3)]
                 kernels = (F.scaled_dot_product_attention, plain)
-                rounds = [[milliseconds(kernel, inputs, backward=backward) for kernel in kernels] for _ in range(ROUNDS + 1)][1:]
+                rounds = [
+                    [milliseconds(kernel, inputs, backward=backward) for kernel in kernels]
+                    for _ in range(ROUNDS + 1)
+                ][1:]
                 fused, ours = (statistics.median(column) for column in zip(*rounds, strict=True))
                 what = "forward + backward" if backward else "forward"
-                print(f"{str(dtype)[6:]:9} {shape!s:17} {what:18} {fused:7.2f} / {ours:7.2f}   ratio {fused / ours:.2f}")
+                print(
+                    f"{str(dtype)[6:]:9} {shape!s:17} {what:18} {fused:7.2f} / {ours:7.2f}   ratio {fused / ours:.2f}"
+                )
 
 
 if __name__ == "__main__":

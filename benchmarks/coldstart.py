@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from crossvit.machine import physical_cores, processor, version_of
+from crossvit.hardware import physical_cores, processor, version_of
 
 UNCOUNTED = 2  # rounds: the first makes what is kept, the second is the first to use it
 ANCHORS = ("timm in a script", "ONNX Runtime in a script")
@@ -34,7 +34,7 @@ import timm, torch
 import crossvit
 from crossvit.run import Run
 from crossvit.trained import open_trained, paper_preprocessing
-from crossvit.runtimes.onnx import export
+from crossvit.engines.onnxruntime import export
 from crossvit.weights.files import header, write_weights
 from crossvit.weights.keys import to_ours
 
@@ -85,11 +85,26 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         picture = Path(folder) / "picture.png"
-        Image.fromarray(np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)).save(picture)
+        Image.fromarray(
+            np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+        ).save(picture)
         environment = {**os.environ, "CROSSVIT_CACHE": f"{folder}/cache"}
-        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # installed packages have their byte code, and so has ours
-        subprocess.run([sys.executable, "-c", SETUP, options.model, folder], check=True, env=environment)
-        predict = ["-m", "crossvit", "predict", f"{folder}/run", str(picture), "--top-k", "1", "--engine"]
+        environment.pop(
+            "PYTHONDONTWRITEBYTECODE", None
+        )  # installed packages have their byte code, and so has ours
+        subprocess.run(
+            [sys.executable, "-c", SETUP, options.model, folder], check=True, env=environment
+        )
+        predict = [
+            "-m",
+            "crossvit",
+            "predict",
+            f"{folder}/run",
+            str(picture),
+            "--top-k",
+            "1",
+            "--engine",
+        ]
         commands = {
             "crossvit predict, torch": [*predict, "torch"],
             "crossvit predict, onnxruntime": [*predict, "onnxruntime"],
@@ -100,13 +115,22 @@ def main() -> None:
             {name: measured(commands[name], environment) for name in turned(list(commands), index)}
             for index in range(UNCOUNTED + options.rounds)
         ]
-    versions = ", ".join(f"{package} {version_of(package)}" for package in ("torch", "timm", "onnxruntime"))
-    print(f"{options.model}, {options.rounds} rounds, {processor()}, {physical_cores()} cores, {versions}")
+    versions = ", ".join(
+        f"{package} {version_of(package)}" for package in ("torch", "timm", "onnxruntime")
+    )
+    print(
+        f"{options.model}, {options.rounds} rounds, {processor()}, {physical_cores()} cores, {versions}"
+    )
     print(f"{'':34}{'seconds':22}{'of the processor':22}{'times ' + '    times '.join(ANCHORS)}")
     for name in commands:
         times = zip(*(one[name] for one in rounds[UNCOUNTED:]), strict=True)
-        figures = "".join(f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})".ljust(22) for found in times)
-        ratios = "".join(ratio(rounds[UNCOUNTED:], name, anchor).ljust(len(anchor) + 10) for anchor in ANCHORS)
+        figures = "".join(
+            f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})".ljust(22)
+            for found in times
+        )
+        ratios = "".join(
+            ratio(rounds[UNCOUNTED:], name, anchor).ljust(len(anchor) + 10) for anchor in ANCHORS
+        )
         print(f"{name:34}{figures}{ratios}".rstrip())
 
 
@@ -118,14 +142,19 @@ def turned(names: list[str], by: int) -> list[str]:
 def measured(arguments: list[str], environment: dict[str, str]) -> tuple[float, float]:
     """Seconds on the clock and of the processor, user and system, that one process takes."""
     before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    subprocess.run([sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment)
+    subprocess.run(
+        [sys.executable, *arguments], check=True, stdout=subprocess.DEVNULL, env=environment
+    )
     seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     return seconds, after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 
 def ratio(rounds: list[dict[str, tuple[float, float]]], name: str, anchor: str) -> str:
     """Of seconds and of the processor's."""
-    return " / ".join(f"{statistics.median(one[name][kind] / one[anchor][kind] for one in rounds):.2f}" for kind in (0, 1))
+    return " / ".join(
+        f"{statistics.median(one[name][kind] / one[anchor][kind] for one in rounds):.2f}"
+        for kind in (0, 1)
+    )
 
 
 if __name__ == "__main__":

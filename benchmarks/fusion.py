@@ -62,11 +62,15 @@ class FoldedBlock(JoinedBlock):
         heads = attention.num_heads
         own = norm(query)[:, 0]
         asked = attention.query(own).unflatten(-1, (heads, -1)).transpose(0, 1)  # (H, B, K)
-        probe = (asked @ attention.key.weight.unflatten(0, (heads, -1))).transpose(0, 1) * asked.shape[-1] ** -0.5
+        probe = (asked @ attention.key.weight.unflatten(0, (heads, -1))).transpose(
+            0, 1
+        ) * asked.shape[-1] ** -0.5
         variance, mean = torch.var_mean(other, dim=-1, correction=0)  # (B, N)
         scale = (variance + norm.eps).rsqrt()
         scaled = probe * norm.weight
-        scores = (scaled @ other.transpose(1, 2) - scaled.sum(dim=-1, keepdim=True) * mean[:, None]) * scale[:, None]
+        scores = (
+            scaled @ other.transpose(1, 2) - scaled.sum(dim=-1, keepdim=True) * mean[:, None]
+        ) * scale[:, None]
         scores[:, :, 0] = (probe * (own - norm.bias)[:, None]).sum(dim=-1)
         weights = scores.softmax(dim=-1)
         first = weights[:, :, :1].clone()
@@ -74,7 +78,9 @@ class FoldedBlock(JoinedBlock):
         rest[:, :, 0] = 0
         mixed = (rest @ other - (rest * mean[:, None]).sum(dim=-1, keepdim=True)) * norm.weight
         mixed = mixed + (1 - first) * norm.bias + first * own[:, None]  # (B, H, D)
-        value = mixed.transpose(0, 1) @ attention.value.weight.unflatten(0, (heads, -1)).transpose(1, 2)
+        value = mixed.transpose(0, 1) @ attention.value.weight.unflatten(0, (heads, -1)).transpose(
+            1, 2
+        )
         read = attention.out((value.transpose(0, 1).flatten(1) + attention.value.bias)[:, None])
         return query + read  # type: ignore[no-any-return]
 
@@ -95,7 +101,10 @@ def milliseconds(work: Callable[[], object]) -> float:
 
 def peak_megabytes(work: Callable[[], object]) -> float:
     """The highest sum of live allocations while `work` runs, in 10^6 bytes."""
-    with quiet_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with (
+        quiet_stderr(),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled,
+    ):
         work()
     live = peak = 0
     for event in profiled.profiler.kineto_results.events():  # in the order they happened
@@ -120,35 +129,66 @@ def quiet_stderr() -> Iterator[None]:
 
 
 def main() -> None:
-    print(f"dim {DIM}, {HEADS} heads, batch {BATCH}, {torch.get_num_threads()} threads; median of {ROUNDS} interleaved rounds")
-    print("precision  tokens  what                  the paper's form / lazy   ratio     peak memory of each")
+    print(
+        f"dim {DIM}, {HEADS} heads, batch {BATCH}, {torch.get_num_threads()} threads; median of {ROUNDS} interleaved rounds"
+    )
+    print(
+        "precision  tokens  what                  the paper's form / lazy   ratio     peak memory of each"
+    )
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in TOKENS:
-            attentions = {form: CrossAttention(DIM, HEADS, keys_values=form).to(dtype) for form in FORMS}
+            attentions = {
+                form: CrossAttention(DIM, HEADS, keys_values=form).to(dtype) for form in FORMS
+            }
             blocks = {form: make_block(form).to(dtype) for form in (*FORMS, *TRIED)}
             for block_of in blocks.values():
                 block_of.load_state_dict(blocks["lazy"].state_dict())
-            x, query = torch.randn(BATCH, tokens, DIM).to(dtype), torch.randn(BATCH, 1, DIM).to(dtype)
+            x, query = (
+                torch.randn(BATCH, tokens, DIM).to(dtype),
+                torch.randn(BATCH, 1, DIM).to(dtype),
+            )
 
-            def infer(form: str, forms: dict[str, CrossAttention] = attentions, x: Tensor = x) -> None:
+            def infer(
+                form: str, forms: dict[str, CrossAttention] = attentions, x: Tensor = x
+            ) -> None:
                 with torch.inference_mode():
                     forms[form](x)
 
-            def learn(form: str, forms: dict[str, CrossAttention] = attentions, x: Tensor = x) -> None:
+            def learn(
+                form: str, forms: dict[str, CrossAttention] = attentions, x: Tensor = x
+            ) -> None:
                 forms[form](x.detach().requires_grad_()).sum().backward()
 
-            def block(form: str, forms: dict[str, nn.Module] = blocks, x: Tensor = x, query: Tensor = query) -> None:
+            def block(
+                form: str,
+                forms: dict[str, nn.Module] = blocks,
+                x: Tensor = x,
+                query: Tensor = query,
+            ) -> None:
                 with torch.inference_mode():
                     forms[form](query, x)
 
             with torch.inference_mode():
                 for form in TRIED if dtype == torch.float32 else ():
-                    torch.testing.assert_close(blocks[form](query, x), blocks["lazy"](query, x), atol=1e-4, rtol=1e-4)
-            for what, work in (("inference", infer), ("forward + backward", learn), ("block, inference", block)):
+                    torch.testing.assert_close(
+                        blocks[form](query, x), blocks["lazy"](query, x), atol=1e-4, rtol=1e-4
+                    )
+            for what, work in (
+                ("inference", infer),
+                ("forward + backward", learn),
+                ("block, inference", block),
+            ):
                 compared = (*FORMS, *TRIED) if work is block else FORMS
-                rounds = [[milliseconds(functools.partial(work, form)) for form in compared] for _ in range(ROUNDS + 5)][5:]
-                paper, lazy, *others = (statistics.median(column) for column in zip(*rounds, strict=True))
-                tried = "   ".join(f"{form} {other:.2f} ms" for form, other in zip(TRIED, others, strict=False))
+                rounds = [
+                    [milliseconds(functools.partial(work, form)) for form in compared]
+                    for _ in range(ROUNDS + 5)
+                ][5:]
+                paper, lazy, *others = (
+                    statistics.median(column) for column in zip(*rounds, strict=True)
+                )
+                tried = "   ".join(
+                    f"{form} {other:.2f} ms" for form, other in zip(TRIED, others, strict=False)
+                )
                 memory = [peak_megabytes(functools.partial(work, form)) for form in FORMS]
                 print(
                     f"{str(dtype)[6:]:9}  {tokens:6}  {what:20}  {paper:9.2f} / {lazy:6.2f} ms  {paper / lazy:8.1f}x   "

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 import crossvit
-from crossvit.kernels.native import without_kernels
-from crossvit.runtimes.cpu import CpuForm
-from crossvit.runtimes.torch import autocast
+from crossvit.engines.torch import autocast
+from crossvit.fast.cpu_form import CpuForm
+from crossvit.fast.native.build import without_kernels
 
 CPU = torch.device("cpu")
 
 
-def candidates(model: crossvit.CrossViT, dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
+def candidates(
+    model: crossvit.CrossViT, dtype: torch.dtype
+) -> dict[str, Callable[[Tensor], Tensor]]:
     precision = "fp32" if dtype == torch.float32 else "bf16"
 
     def eager(images: Tensor) -> Tensor:
@@ -32,10 +34,13 @@ def candidates(model: crossvit.CrossViT, dtype: torch.dtype) -> dict[str, Callab
             return model(images)  # type: ignore[no-any-return]
 
     form = CpuForm(model, dtype=dtype)
-    found: dict[str, Callable[[Tensor], Tensor]] = {"the form": form, "the model as it trains": eager}
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        "the form": form,
+        "the model as it trains": eager,
+    }
     with without_kernels():
         torchs = CpuForm(model, dtype=dtype)
-        with mock.patch("crossvit.runtimes.products._has_onednn", return_value=False):
+        with mock.patch("crossvit.fast.packed_linear._has_onednn", return_value=False):
             plain = CpuForm(model, dtype=dtype)
 
     def apart(form: CpuForm) -> Callable[[Tensor], Tensor]:
@@ -62,7 +67,9 @@ def main() -> None:
     options = parser.parse_args()
     model = crossvit.create_model(options.model).eval()
     images = torch.randn(options.batch, 3, *model.config.image_size)
-    print(f"{options.model}, batch {options.batch}, {torch.get_num_threads()} threads, {options.rounds} rounds")
+    print(
+        f"{options.model}, batch {options.batch}, {torch.get_num_threads()} threads, {options.rounds} rounds"
+    )
     for dtype in (torch.float32, torch.bfloat16):
         calls = candidates(model, dtype)
         times: dict[str, list[float]] = {name: [] for name in calls}

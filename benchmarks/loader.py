@@ -27,10 +27,10 @@ from crossvit.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from crossvit.data.shard_writing import write_shards
 from crossvit.data.sources import open_data
 from crossvit.run import Run
+from crossvit.train.callbacks import Watch
 from crossvit.train.loop import prepare
-from crossvit.train.plan import Plan
-from crossvit.train.training import Training
-from crossvit.train.watch import Watch
+from crossvit.train.setup import Plan
+from crossvit.train.trainer import Training
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
 
@@ -47,7 +47,11 @@ def made(data: str, options: argparse.Namespace, folder: Path) -> Training:
 def torchvisions(data: Path, plan: Plan, workers: int) -> Batches:
     """ImageFolder with the transforms of `made`'s recipe, in torchvision's own words."""
     recipe = plan.recipe.augmentation
-    crop = v2.RandomResizedCrop(plan.config.image_size, scale=(recipe.min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC)
+    crop = v2.RandomResizedCrop(
+        plan.config.image_size,
+        scale=(recipe.min_crop, 1.0),
+        interpolation=v2.InterpolationMode.BICUBIC,
+    )
     affine = v2.RandomAffine(
         recipe.rotate, (recipe.shift, recipe.shift), (1 - recipe.zoom, 1 + recipe.zoom),
         interpolation=v2.InterpolationMode.BILINEAR, fill=128,
@@ -117,7 +121,9 @@ def main() -> None:
                 keep = training.loader.loader.dataset
                 assert isinstance(keep, loading.TrainingSet)
                 keep.cache_bytes, before = 0, keep.cache_bytes
-                rates.setdefault(f"ours, {name}", []).append(rate(training.loader.epoch, options.batches, epoch=0))
+                rates.setdefault(f"ours, {name}", []).append(
+                    rate(training.loader.epoch, options.batches, epoch=0)
+                )
                 keep.cache_bytes = before
         for name, training in sources.items():
             for _ in training.loader.epoch(0):
@@ -131,9 +137,13 @@ def main() -> None:
         )
         for name, found in rates.items():
             middle = statistics.median(found)
-            print(f"  {name:32} {middle:7.0f} img/s ({min(found):.0f} to {max(found):.0f})  {middle / theirs:.2f}x")
+            print(
+                f"  {name:32} {middle:7.0f} img/s ({min(found):.0f} to {max(found):.0f})  {middle / theirs:.2f}x"
+            )
         for name, training in sources.items():
-            print(f"  waiting, {name}: {100 * waiting(training, options.batches):.1f} % of a step of {options.model}")
+            print(
+                f"  waiting, {name}: {100 * waiting(training, options.batches):.1f} % of a step of {options.model}"
+            )
 
 
 if __name__ == "__main__":

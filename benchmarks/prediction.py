@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from packs import unpacked
 
-from crossvit.batch_prediction import predict_to_file
-from crossvit.prediction import Predictor, find_images
+from crossvit.prediction.predictor import Predictor, find_images
+from crossvit.prediction.to_file import predict_to_file
 
 
 def memory() -> float:
@@ -35,7 +35,9 @@ def rate(work: Callable[[], object], images: int) -> float:
 def plain_loop(predictor: Predictor, images: list[str]) -> None:
     size = predictor.batch_size
     for start in range(0, len(images), size):
-        predictor.engine(np.stack([predictor.preprocessing(image) for image in images[start : start + size]]))
+        predictor.engine(
+            np.stack([predictor.preprocessing(image) for image in images[start : start + size]])
+        )
 
 
 def main() -> None:
@@ -43,7 +45,12 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("data", help="a folder, or the name of an image pack")
     parser.add_argument("--count", type=int, default=20_000)
-    parser.add_argument("--compared", type=int, default=1_600, help="images of the plain loop and of the engine alone")
+    parser.add_argument(
+        "--compared",
+        type=int,
+        default=1_600,
+        help="images of the plain loop and of the engine alone",
+    )
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--workers", type=int)
     parser.add_argument("--kind", choices=("jsonl", "csv", "parquet"), default="jsonl")
@@ -72,13 +79,19 @@ def measure(found: list[str], options: argparse.Namespace) -> None:
             tenths.append((done, memory(), time.perf_counter() - started))
 
     with tempfile.TemporaryDirectory() as folder:
-        result = predict_to_file(predictor, images(), Path(folder) / f"out.{options.kind}", progress=progress)
+        result = predict_to_file(
+            predictor, images(), Path(folder) / f"out.{options.kind}", progress=progress
+        )
     after = rate(lambda: plain_loop(predictor, compared), len(compared))
-    print(f"{options.run} on {result.n:,} images of {options.data} into {options.kind}, batch {options.batch_size}")
+    print(
+        f"{options.run} on {result.n:,} images of {options.data} into {options.kind}, batch {options.batch_size}"
+    )
     for done, held, seconds in tenths:
         print(f"  {done:>9,} images  {held:6.0f} MB  {done / seconds:7.1f} images/s")
     plain = (before + after) / 2
-    print(f"  predict_to_file {result.images_per_second:7.1f} images/s, {result.images_per_second / plain:.2f}x the plain loop")
+    print(
+        f"  predict_to_file {result.images_per_second:7.1f} images/s, {result.images_per_second / plain:.2f}x the plain loop"
+    )
     print(f"  plain loop      {plain:7.1f} images/s (before {before:.1f}, after {after:.1f})")
     print(f"  engine alone    {alone:7.1f} images/s")
 

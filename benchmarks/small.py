@@ -23,19 +23,22 @@ from packs import unpacked
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossvit.engines.torch import autocast, resolve_precision
 from crossvit.factory import create_model
-from crossvit.runtimes.torch import autocast, resolve_precision
+from crossvit.train.callbacks import Watch
 from crossvit.train.optim import learning_rate
-from crossvit.train.plan import Plan, make_plan
 from crossvit.train.recipe import load_recipe
-from crossvit.train.repeatable import step_seed
-from crossvit.train.watch import Watch
+from crossvit.train.reproducibility import step_seed
+from crossvit.train.setup import Plan, make_plan
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 CPU = torch.device("cpu")
-RIVALS = {"resnet18": 1e-3, "vit_tiny_patch16_224": 5e-4}  # timm's name -> learning rate, the better of 5e-4 and 1e-3
+RIVALS = {
+    "resnet18": 1e-3,
+    "vit_tiny_patch16_224": 5e-4,
+}  # timm's name -> learning rate, the better of 5e-4 and 1e-3
 TIMED = 10  # steps
 
 
@@ -56,12 +59,17 @@ def build(name: str, plan: Plan) -> nn.Module:
 
 def train(name: str, plan: Plan, *, seconds: float, precision: str) -> Curve:
     recipe = plan.recipe
-    optimiser_recipe = dataclasses.replace(recipe.optimiser, lr=RIVALS.get(name, recipe.optimiser.lr))
+    optimiser_recipe = dataclasses.replace(
+        recipe.optimiser, lr=RIVALS.get(name, recipe.optimiser.lr)
+    )
     torch.manual_seed(recipe.seed)
     model = build(name, plan)
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": optimiser_recipe.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": optimiser_recipe.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
     optimiser = torch.optim.AdamW(groups, lr=optimiser_recipe.lr, fused=True)
     loader = plan.training_loader()
 
@@ -78,7 +86,9 @@ def train(name: str, plan: Plan, *, seconds: float, precision: str) -> Curve:
     for group in optimiser.param_groups:
         group["lr"] = 0.0
     model.train()
-    for _ in range(2):  # the first time the images are decoded, the second they are in memory as in all later epochs
+    for _ in range(
+        2
+    ):  # the first time the images are decoded, the second they are in memory as in all later epochs
         started = time.perf_counter()
         for _, batch in zip(range(TIMED), loader.epoch(0), strict=False):
             step(*batch)
@@ -96,7 +106,9 @@ def train(name: str, plan: Plan, *, seconds: float, precision: str) -> Curve:
             number = epoch * len(loader) + index
             torch.manual_seed(step_seed(recipe.seed, number))
             for group in optimiser.param_groups:
-                group["lr"] = learning_rate(number, steps=steps, per_epoch=len(loader), recipe=optimiser_recipe)
+                group["lr"] = learning_rate(
+                    number, steps=steps, per_epoch=len(loader), recipe=optimiser_recipe
+                )
             step(images, labels)
         spent += time.perf_counter() - started
         curve.seconds.append(spent)
@@ -112,8 +124,12 @@ def accuracy(model: nn.Module, plan: Plan) -> float:
         for start in range(0, len(images), 100):
             indices = range(start, min(start + 100, len(images)))
             pixels = np.stack([plan.preprocessing.fit(images.read(index)) for index in indices])
-            found = model(torch.from_numpy(plan.preprocessing.normalise(pixels))).argmax(dim=1).tolist()
-            right += sum(label == images.labels[index] for label, index in zip(found, indices, strict=True))
+            found = (
+                model(torch.from_numpy(plan.preprocessing.normalise(pixels))).argmax(dim=1).tolist()
+            )
+            right += sum(
+                label == images.labels[index] for label, index in zip(found, indices, strict=True)
+            )
     return right / len(images)
 
 
@@ -137,11 +153,15 @@ def compare(folders: dict[str, Path], options: argparse.Namespace) -> None:
     precision = resolve_precision("auto", CPU)
     figure, axes = plt.subplots(1, len(folders), figsize=(5.5 * len(folders), 4), squeeze=False)
     for axis, (title, data) in zip(axes[0], folders.items(), strict=True):
-        print(f"{title}: {options.seconds:.0f} s of training, {precision}, {torch.get_num_threads()} threads")
+        print(
+            f"{title}: {options.seconds:.0f} s of training, {precision}, {torch.get_num_threads()} threads"
+        )
         for colour, name in enumerate(options.models):
             curves = []
             for seed in range(options.seeds):
-                plan = make_plan(load_recipe("small", data=str(data), out="unused", seed=seed), Watch())
+                plan = make_plan(
+                    load_recipe("small", data=str(data), out="unused", seed=seed), Watch()
+                )
                 model = plan.model_name if name == "ours" else name
                 curves.append(train(model, plan, seconds=options.seconds, precision=precision))
             last = [100 * curve.top1[-1] for curve in curves]
@@ -155,7 +175,14 @@ def compare(folders: dict[str, Path], options: argparse.Namespace) -> None:
             )
             for number, curve in enumerate(curves):
                 accuracies = [100 * value for value in curve.top1]
-                axis.plot(curve.seconds, accuracies, color=f"C{colour}", alpha=0.8, lw=1.2, label=None if number else label)
+                axis.plot(
+                    curve.seconds,
+                    accuracies,
+                    color=f"C{colour}",
+                    alpha=0.8,
+                    lw=1.2,
+                    label=None if number else label,
+                )
         axis.set(title=title, xlabel="seconds of training", ylabel="top-1 on held-out photos, %")
         axis.legend(frameon=False)
         axis.grid(alpha=0.2)

@@ -21,7 +21,9 @@ def main() -> None:
     pairs = [(seconds("-c", "pass"), seconds("-m", "crossvit", "--help")) for _ in range(RUNS)]
     bare, with_help = (statistics.median(column) for column in zip(*pairs, strict=True))
     beyond = statistics.median(help_ - bare_ for bare_, help_ in pairs)
-    print(f"bare interpreter {bare:.3f} s, crossvit --help {with_help:.3f} s, beyond it {beyond:.3f} s (median of {RUNS} pairs)")
+    print(
+        f"bare interpreter {bare:.3f} s, crossvit --help {with_help:.3f} s, beyond it {beyond:.3f} s (median of {RUNS} pairs)"
+    )
 
 
 if __name__ == "__main__":

@@ -10,7 +10,11 @@ from typing import Any
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Times and ratios of one model and batch: medians, and those of the fastest rounds, which a disturbance spares."""
-    best = min(row["fastest"] for row in rows if row["contestant"] == "timm-eager" and row["precision"] == "fp32")
+    best = min(
+        row["fastest"]
+        for row in rows
+        if row["contestant"] == "timm-eager" and row["precision"] == "fp32"
+    )
     lines = [
         "| contestant | precision | ms, median (fastest) | img/s, fastest | ratio, median | ratio, fastest | difference | MB |",
         "|---|---|---|---|---|---|---|---|",
@@ -31,7 +35,10 @@ def main() -> None:
         rows = json.loads(Path(name).read_text())["rows"]
         for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
             print(f"### {model}, batch {batch}\n")
-            print(table([row for row in rows if (row["model"], row["batch"]) == (model, batch)]), end="\n\n")
+            print(
+                table([row for row in rows if (row["model"], row["batch"]) == (model, batch)]),
+                end="\n\n",
+            )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from fusion import peak_megabytes
 
 import crossvit
 from crossvit.bench.training import stepper
-from crossvit.train.plan import suitable_parts
+from crossvit.train.setup import suitable_parts
 from crossvit.weights.keys import to_ours
 
 BATCH = 16
@@ -31,14 +31,21 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp32"])
     options = parser.parse_args()
-    print(f"batch {BATCH}, {torch.get_num_threads()} threads, {options.rounds} interleaved rounds after 2 to warm up")
+    print(
+        f"batch {BATCH}, {torch.get_num_threads()} threads, {options.rounds} interleaved rounds after 2 to warm up"
+    )
     for name in options.models:
         theirs = timm.create_model(name)
         ours = crossvit.create_model(name)
         ours.load_state_dict(to_ours(theirs.state_dict(), ours.state_dict()))
-        images, labels = torch.randn(BATCH, 3, *ours.config.image_size), torch.randint(0, 1000, (BATCH,))
+        images, labels = (
+            torch.randn(BATCH, 3, *ours.config.image_size),
+            torch.randint(0, 1000, (BATCH,)),
+        )
         for precision in options.precisions:
-            parts = suitable_parts(ours.config, images=BATCH, device="cpu")  # as training takes a batch
+            parts = suitable_parts(
+                ours.config, images=BATCH, device="cpu"
+            )  # as training takes a batch
             steps = {
                 "timm": stepper(theirs, precision, images, labels),
                 "ours": stepper(ours, precision, images, labels, parts=parts),
@@ -50,7 +57,10 @@ def main() -> None:
                     step()
                     times[who].append(1000 * (time.perf_counter() - started))
             median = {who: statistics.median(values[2:]) for who, values in times.items()}
-            ratios = [there / here for there, here in zip(times["timm"][2:], times["ours"][2:], strict=True)]
+            ratios = [
+                there / here
+                for there, here in zip(times["timm"][2:], times["ours"][2:], strict=True)
+            ]
             memory = {who: peak_megabytes(step) for who, step in steps.items()}
             for who in steps:
                 low, high = min(times[who][2:]), max(times[who][2:])

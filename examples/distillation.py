@@ -44,12 +44,19 @@ class Features(nn.Module):
         return self.network.extract_features(images).mean(dim=(2, 3))
 
 
-def features_of(images: ImageSet, network: nn.Module, preprocessing: Preprocessing) -> NDArray[np.float32]:
+def features_of(
+    images: ImageSet, network: nn.Module, preprocessing: Preprocessing
+) -> NDArray[np.float32]:
     found = []
     with torch.inference_mode():
         for start in range(0, len(images), 50):
-            pixels = [preprocessing.fit(images.read(index)) for index in range(start, min(start + 50, len(images)))]
-            found.append(network(torch.from_numpy(preprocessing.normalise(np.stack(pixels)))).numpy())
+            pixels = [
+                preprocessing.fit(images.read(index))
+                for index in range(start, min(start + 50, len(images)))
+            ]
+            found.append(
+                network(torch.from_numpy(preprocessing.normalise(np.stack(pixels)))).numpy()
+            )
     return np.concatenate(found)
 
 
@@ -57,12 +64,18 @@ def make_teacher(data: str, *, student_size: tuple[int, int], size: int) -> nn.M
     """The teacher for images normalised for the student. Prints how good it is."""
     train, held_out = open_data(data).split(held_out=0.2, seed=0)
     preprocessing = Preprocessing(image_size=student_size)
-    network = NormalisedAnew(Features().eval(), student=NORMALISATION, own=NORMALISATION, image_size=(size, size)).eval()
+    network = NormalisedAnew(
+        Features().eval(), student=NORMALISATION, own=NORMALISATION, image_size=(size, size)
+    ).eval()
     features = features_of(train, network, preprocessing)
     mean, std = features.mean(axis=0), features.std(axis=0) + 1e-6
     fitted = LogisticRegression(C=0.01, max_iter=300).fit((features - mean) / std, train.labels)
-    score = fitted.score((features_of(held_out, network, preprocessing) - mean) / std, held_out.labels)
-    print(f"teacher: EfficientNet-Lite0 at {size} pixels of {student_size[0]}: {100 * score:.2f} % of {len(held_out)} held out")
+    score = fitted.score(
+        (features_of(held_out, network, preprocessing) - mean) / std, held_out.labels
+    )
+    print(
+        f"teacher: EfficientNet-Lite0 at {size} pixels of {student_size[0]}: {100 * score:.2f} % of {len(held_out)} held out"
+    )
     head = nn.Linear(len(mean), len(train.classes))
     with torch.no_grad():
         head.weight.copy_(torch.from_numpy(fitted.coef_ / std))
@@ -82,7 +95,9 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=3.0)
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
     options = parser.parse_args()
-    teacher = make_teacher(options.data, student_size=model_config(options.model).image_size, size=options.teacher_size)
+    teacher = make_teacher(
+        options.data, student_size=model_config(options.model).image_size, size=options.teacher_size
+    )
     taught = {name: getattr(options, name) for name in ("distil", "distil_weight", "temperature")}
     scores: dict[str, list[float]] = {"alone": [], "taught": []}
     seconds = dict.fromkeys(scores, 0.0)
@@ -92,12 +107,16 @@ def main() -> None:
                 "small", data=options.data, out=str(options.out / f"{name}-{seed}"), model=options.model, seed=seed,
                 epochs=options.epochs, **(taught if name == "taught" else {}),
             )  # fmt: skip
-            result = crossvit.fit(recipe, resume=True, teacher=teacher if name == "taught" else None)
+            result = crossvit.fit(
+                recipe, resume=True, teacher=teacher if name == "taught" else None
+            )
             found.append(100 * result.top1)
             seconds[name] += result.seconds / options.seeds
         print_seed(seed, scores)
     print(f"{options.model}, {options.epochs} epochs, {result.n} held-out photos")
-    print_scores(scores, beside={name: f"  {spent:.0f} s of training" for name, spent in seconds.items()})
+    print_scores(
+        scores, beside={name: f"  {spent:.0f} s of training" for name, spent in seconds.items()}
+    )
 
 
 if __name__ == "__main__":

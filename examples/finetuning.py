@@ -40,7 +40,12 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--each", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--also", nargs="*", default=[], help='fine-tuned with other settings: "lr=3e-3 layer_decay=0.7" ...')
+    parser.add_argument(
+        "--also",
+        nargs="*",
+        default=[],
+        help='fine-tuned with other settings: "lr=3e-3 layer_decay=0.7" ...',
+    )
     parser.add_argument("--no-scratch", action="store_true", help="leave out training from scratch")
     parser.add_argument("--out", type=Path, default=Path("runs/finetuning"))
     options = parser.parse_args()
@@ -50,9 +55,13 @@ def main() -> None:
     scores: dict[str, list[float]] = {name: [] for name in ways}
     if not options.no_scratch:
         scores["from scratch"] = []
-    settled: dict[str, dict[str, Any]] = {}  # the recipe of each way, with the number of epochs that was chosen
+    settled: dict[
+        str, dict[str, Any]
+    ] = {}  # the recipe of each way, with the number of epochs that was chosen
     for seed in range(options.seeds):
-        photos = str(draw(options.data, options.out / f"photos-{seed}", each=options.each, seed=seed))
+        photos = str(
+            draw(options.data, options.out / f"photos-{seed}", each=options.each, seed=seed)
+        )
         for name, settings in ways.items():
             tuned = crossvit.load_recipe(
                 "finetune", data=photos, out=str(options.out / f"tuned-{seed}"), weights=options.pretrained, seed=seed,

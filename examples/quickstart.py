@@ -52,7 +52,9 @@ def write_held_out_scans() -> None:
     SCANS.mkdir()
     chosen = [index for index, name in enumerate(scans.names) if name in held_out][:SHOWN]
     for index in chosen:
-        scans.read(index).save(SCANS / f"a-{scans.classes[scans.labels[index]]}-{scans.names[index]}.png")
+        scans.read(index).save(
+            SCANS / f"a-{scans.classes[scans.labels[index]]}-{scans.names[index]}.png"
+        )
 
 
 if __name__ == "__main__":

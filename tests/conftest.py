@@ -17,16 +17,22 @@ from crossvit.cli import run as crossvit_command
 from crossvit.data.sources import open_data
 from crossvit.model.crossvit import CrossViT
 from crossvit.results import Epoch, TrainingResult
+from crossvit.train.callbacks import Watch
 from crossvit.train.loop import fit
 from crossvit.train.recipe import load_recipe
-from crossvit.train.watch import Watch
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 PACKS = Path(os.environ.get("CROSSVIT_DATA_PACKS", Path(__file__).parents[2] / "shared" / "data"))
 
 # One epoch of a very small model: enough to go through everything.
-TINY = {"model": "crossvit_pico_32", "epochs": 1, "batch_size": 16, "precision": "fp32", "device": "cpu"}
+TINY = {
+    "model": "crossvit_pico_32",
+    "epochs": 1,
+    "batch_size": 16,
+    "precision": "fp32",
+    "device": "cpu",
+}
 
 
 # Two branches of different grids, widths and depths on an oblong image: small enough for double precision.
@@ -73,7 +79,9 @@ def pack(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def unpack(name: str) -> Path:
         archive = PACKS / f"{name}.zip"
         if not archive.is_file():
-            pytest.skip(f"no image pack {archive}: set CROSSVIT_DATA_PACKS to the folder that has it")
+            pytest.skip(
+                f"no image pack {archive}: set CROSSVIT_DATA_PACKS to the folder that has it"
+            )
         folder = tmp_path_factory.mktemp(name)
         with zipfile.ZipFile(archive) as packed:
             packed.extractall(folder)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from crossvit.evaluation.bootstrap import compare
 from crossvit.results import (
     BranchScore,
     BrokenImage,
@@ -33,19 +34,40 @@ from crossvit.results import (
     Selective,
     SizeScore,
 )
-from crossvit.uncertainty import compare
 
-CORRUPTIONS = ("gaussian_noise", "shot_noise", "motion_blur", "defocus_blur", "fog", "brightness", "contrast", "jpeg_compression")
+CORRUPTIONS = (
+    "gaussian_noise",
+    "shot_noise",
+    "motion_blur",
+    "defocus_blur",
+    "fog",
+    "brightness",
+    "contrast",
+    "jpeg_compression",
+)
 
 
 def class_names(count: int) -> list[str]:
     """Names of every length, some of which need escaping or sort by number."""
-    kinds = ("crab", "lobster", "<b>tag</b> & co", "écrevisse à pattes rouges", "fig 10", "fig 9", "a very long name of a class")
+    kinds = (
+        "crab",
+        "lobster",
+        "<b>tag</b> & co",
+        "écrevisse à pattes rouges",
+        "fig 10",
+        "fig 9",
+        "a very long name of a class",
+    )
     return [kinds[index] if index < len(kinds) else f"class {index:03d}" for index in range(count)]
 
 
 def made_evaluation(
-    classes: Sequence[str], *, each: int = 20, accuracy: float = 0.85, seed: int = 0, mistakes: int = 8
+    classes: Sequence[str],
+    *,
+    each: int = 20,
+    accuracy: float = 0.85,
+    seed: int = 0,
+    mistakes: int = 8,
 ) -> Evaluation:
     """A single-label evaluation with everything in it: about `each` images a class, of which about `accuracy` are right."""
     rng = np.random.default_rng(seed)
@@ -72,12 +94,18 @@ def made_evaluation(
         classes=tuple(_class_scores(confusion, classes)),
         confusion=confusion,
         mistakes=tuple(_mistakes(classes, labels, predicted, sure, names, mistakes)),
-        intervals={"top1": Interval(top1 - 0.02, top1 + 0.019), "macro_f1": Interval(top1 - 0.031, top1 + 0.01)},
+        intervals={
+            "top1": Interval(top1 - 0.02, top1 + 0.019),
+            "macro_f1": Interval(top1 - 0.031, top1 + 0.01),
+        },
         calibration=_calibration(sure, right),
         selective=_selective(sure, right),
         robustness=Robustness(
             corruptions=tuple(
-                CorruptionScore(name, tuple(top1 * (0.98 - 0.03 * index) ** severity for severity in range(1, 6)))
+                CorruptionScore(
+                    name,
+                    tuple(top1 * (0.98 - 0.03 * index) ** severity for severity in range(1, 6)),
+                )
                 for index, name in enumerate(CORRUPTIONS)
             ),
             sizes=tuple(SizeScore(side, top1 * (1 - 4 / side)) for side in (16, 32, 64, 128)),
@@ -94,7 +122,10 @@ def made_evaluation(
 
 def made_multi_label(classes: Sequence[str]) -> Evaluation:
     """A multi-label evaluation: no confusion, calibration or risk."""
-    scores = tuple(LabelScore(name, 40 + i, 0.9 - 0.07 * i, 0.35 + 0.05 * i, 0.8, 0.7, 0.75) for i, name in enumerate(classes))
+    scores = tuple(
+        LabelScore(name, 40 + i, 0.9 - 0.07 * i, 0.35 + 0.05 * i, 0.8, 0.7, 0.75)
+        for i, name in enumerate(classes)
+    )
     return Evaluation(
         top1=0.91,
         n=500,
@@ -105,7 +136,10 @@ def made_multi_label(classes: Sequence[str]) -> Evaluation:
         macro_f1=0.75,
         loss=0.2,
         branches=(BranchScore("S", 12, 0.88), BranchScore("L", 16, 0.9)),
-        classes=tuple(ClassScore(score.label, score.n, score.precision, score.recall, score.f1) for score in scores),
+        classes=tuple(
+            ClassScore(score.label, score.n, score.precision, score.recall, score.f1)
+            for score in scores
+        ),
         confusion=np.zeros((0, 0), dtype=np.int64),
         task="multi-label",
         intervals={"map": Interval(0.66, 0.74)},
@@ -116,14 +150,31 @@ def made_multi_label(classes: Sequence[str]) -> Evaluation:
 def made_epochs(count: int, *, reaches: float = 0.85) -> tuple[Epoch, ...]:
     shares = [reaches * (1 - 0.75 ** (number + 1)) for number in range(count)]
     return tuple(
-        Epoch(number, 10 * number, 2.5 - 2 * share, share * 0.9, share, 2.3 - 2 * share, 1e-3, 2.0, 800.0)
+        Epoch(
+            number,
+            10 * number,
+            2.5 - 2 * share,
+            share * 0.9,
+            share,
+            2.3 - 2 * share,
+            1e-3,
+            2.0,
+            800.0,
+        )
         for number, share in enumerate(shares, start=1)
     )
 
 
 def made_record(classes: Sequence[str], **changes: Any) -> dict[str, Any]:
     """run.json as training writes it."""
-    branch = {"patch": 12, "dim": 96, "heads": 3, "depth": 1, "mlp_ratio": 3.0, "tokeniser": "linear"}
+    branch = {
+        "patch": 12,
+        "dim": 96,
+        "heads": 3,
+        "depth": 1,
+        "mlp_ratio": 3.0,
+        "tokeniser": "linear",
+    }
     return {
         "crossvit": "0.1.0",
         "model": "crossvit_nano_64",
@@ -134,19 +185,33 @@ def made_record(classes: Sequence[str], **changes: Any) -> dict[str, Any]:
         "threads": 2,
         "processes": 1,
         "versions": {"python": "3.11.7", "torch": "2.14.1"},
-        "recipe": {"data": "/data/ocean creatures", "epochs": 10, "label_smoothing": 0.1, "optimiser": {"lr": 0.001}},
+        "recipe": {
+            "data": "/data/ocean creatures",
+            "epochs": 10,
+            "label_smoothing": 0.1,
+            "optimiser": {"lr": 0.001},
+        },
         "config": {"branches": [branch, branch | {"patch": 16, "dim": 192}]},
         "data": {
             "train": 1662,
             "notes": ["left out 3 files of kinds that are not read: 3 .heic"],
-            "warnings": ["2 identical images stand on both sides of the split, such as train/crab/1.png and val/crab/7.png"],
+            "warnings": [
+                "2 identical images stand on both sides of the split, such as train/crab/1.png and val/crab/7.png"
+            ],
         },
     } | changes
 
 
 def _class_scores(confusion: np.ndarray, classes: Sequence[str]) -> list[ClassScore]:
     right, true, said = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
-    rows = zip(classes, true, right / np.maximum(said, 1), right / true, 2 * right / (true + said), strict=True)
+    rows = zip(
+        classes,
+        true,
+        right / np.maximum(said, 1),
+        right / true,
+        2 * right / (true + said),
+        strict=True,
+    )
     return [ClassScore(name, int(n), float(p), float(r), float(f)) for name, n, p, r, f in rows]
 
 
@@ -157,26 +222,53 @@ def _calibration(sure: np.ndarray, right: np.ndarray) -> Calibration:
     for index in range(15):
         own = place == index
         figures = (float(sure[own].mean()), float(right[own].mean())) if own.any() else (0.0, 0.0)
-        bins.append(ReliabilityBin(float(edges[index]), float(edges[index + 1]), int(own.sum()), *figures))
+        bins.append(
+            ReliabilityBin(float(edges[index]), float(edges[index + 1]), int(own.sum()), *figures)
+        )
     error = sum(own.n * abs(own.accuracy - own.confidence) for own in bins) / len(sure)
-    return Calibration(ece=error, temperature=1.0, bins=tuple(bins), suggested_temperature=1.31, suggested_ece=error / 3)
+    return Calibration(
+        ece=error,
+        temperature=1.0,
+        bins=tuple(bins),
+        suggested_temperature=1.31,
+        suggested_ece=error / 3,
+    )
 
 
 def _selective(sure: np.ndarray, right: np.ndarray) -> Selective:
     order = np.argsort(-sure)
     risk = np.cumsum(~right[order]) / np.arange(1, len(sure) + 1)
     kept = np.linspace(0, len(sure) - 1, min(100, len(sure))).astype(int)
-    points = tuple(RiskPoint(float(sure[order[i]]), float((i + 1) / len(sure)), float(risk[i])) for i in kept)
-    return Selective(points=points, area=float(risk.mean()), target_risk=float(risk[-1] / 2), suggested=points[len(points) // 2])
+    points = tuple(
+        RiskPoint(float(sure[order[i]]), float((i + 1) / len(sure)), float(risk[i])) for i in kept
+    )
+    return Selective(
+        points=points,
+        area=float(risk.mean()),
+        target_risk=float(risk[-1] / 2),
+        suggested=points[len(points) // 2],
+    )
 
 
 def _mistakes(
-    classes: Sequence[str], labels: np.ndarray, predicted: np.ndarray, sure: np.ndarray, names: Sequence[str], count: int
+    classes: Sequence[str],
+    labels: np.ndarray,
+    predicted: np.ndarray,
+    sure: np.ndarray,
+    names: Sequence[str],
+    count: int,
 ) -> list[Mistake]:
     wrong = np.flatnonzero(labels != predicted)
     surest = wrong[np.argsort(-sure[wrong])][:count]
     return [
-        Mistake(names[i], classes[labels[i]], classes[predicted[i]], float(sure[i]), _png(int(i), 0), _png(int(i), 1))
+        Mistake(
+            names[i],
+            classes[labels[i]],
+            classes[predicted[i]],
+            float(sure[i]),
+            _png(int(i), 0),
+            _png(int(i), 1),
+        )
         for i in surest
     ]
 
@@ -190,7 +282,9 @@ def _png(seed: int, channel: int) -> bytes:
     return buffer.getvalue()
 
 
-def made_comparison(*, accuracies: Sequence[float], seeds: Sequence[int] | None = None, classes: int = 10) -> RunsCompared:
+def made_comparison(
+    *, accuracies: Sequence[float], seeds: Sequence[int] | None = None, classes: int = 10
+) -> RunsCompared:
     """Runs side by side, a name for each accuracy."""
     names = ("first", "second", "runs/a third with a long name", "fourth")
     labels = class_names(classes)
@@ -202,7 +296,9 @@ def made_comparison(*, accuracies: Sequence[float], seeds: Sequence[int] | None 
             parameters=1_150_000 + 10_000 * index,
             macs=26_000_000,
             seconds=131.0 * (index + 1),
-            evaluation=made_evaluation(labels, accuracy=accuracy, seed=(seeds or range(len(accuracies)))[index]),
+            evaluation=made_evaluation(
+                labels, accuracy=accuracy, seed=(seeds or range(len(accuracies)))[index]
+            ),
             record=made_record(labels),
             epochs=made_epochs(12, reaches=accuracy),
         )
@@ -210,7 +306,10 @@ def made_comparison(*, accuracies: Sequence[float], seeds: Sequence[int] | None 
     )
     n = min(run.evaluation.n for run in runs)
     cut = [
-        dataclasses.replace(run.evaluation, images=tuple(map(str, range(n))), correct=run.evaluation.correct[:n]) for run in runs
+        dataclasses.replace(
+            run.evaluation, images=tuple(map(str, range(n))), correct=run.evaluation.correct[:n]
+        )
+        for run in runs
     ]
     return RunsCompared(
         data="/data/ocean creatures",
@@ -233,14 +332,21 @@ def made_data_check(classes: Sequence[str]) -> DataCheck:
         PartCheck("train", sum(counts.values()), counts, (40, 50), (120, 160), (300, 400)),
         PartCheck("val", sum(halves.values()), halves, (64, 64), (64, 64), (64, 64)),
     )
-    images, sides = ("train/a folder with a long name/picture number 1.jpg", "val/crab/2.jpg"), ("train", "val")
+    images, sides = (
+        ("train/a folder with a long name/picture number 1.jpg", "val/crab/2.jpg"),
+        ("train", "val"),
+    )
     return DataCheck(
         data="/data/ocean creatures",
         n=sum(part.n for part in parts),
         parts=parts,
         imbalance=4.2,
         modes={"RGB": 900, "L": 3},
-        broken=(BrokenImage("train", "train/crab/9.jpg", "train/crab/9.jpg: not an image in a format read here"),),
+        broken=(
+            BrokenImage(
+                "train", "train/crab/9.jpg", "train/crab/9.jpg: not an image in a format read here"
+            ),
+        ),
         identical_count=1,
         near_count=1,
         leak_count=2,

@@ -21,11 +21,11 @@ import pandas as pd
 import pyarrow.dataset
 import pytest
 
-from crossvit import prediction_files
-from crossvit.batch_prediction import predict_to_file
 from crossvit.errors import RunError, UsageError
-from crossvit.prediction import Predictor, find_images
-from crossvit.prediction_files import open_results
+from crossvit.prediction import result_files as prediction_files
+from crossvit.prediction.predictor import Predictor, find_images
+from crossvit.prediction.result_files import open_results
+from crossvit.prediction.to_file import predict_to_file
 from crossvit.results import TrainingResult, plain_name
 from crossvit.trained import open_trained
 
@@ -51,7 +51,9 @@ def images(scans: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def awkward(scans: Path, folder: Path) -> list[str]:
     """44 images, the last batch of 8 not full, with awkward names and a broken one among them, which are in `folder`."""
     paths = find_images([str(scans)])[:44]
-    for index, name in enumerate(("two\nlines.png", "写真 é.png", 'a,"quoted".png', "not utf-8 \udcff.png", "broken.png")):
+    for index, name in enumerate(
+        ("two\nlines.png", "写真 é.png", 'a,"quoted".png', "not utf-8 \udcff.png", "broken.png")
+    ):
         copy = folder / name
         if name == "broken.png":
             copy.write_bytes(b"no")
@@ -95,7 +97,9 @@ def stop_after(done: int) -> Callable[[int], None]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_files_hold_what_the_predictor_says(kind: str, predictor: Predictor, images: list[str], tmp_path: Path) -> None:
+def test_files_hold_what_the_predictor_says(
+    kind: str, predictor: Predictor, images: list[str], tmp_path: Path
+) -> None:
     out = tmp_path / "new folder" / f"out.{kind}"
     result = predict_to_file(predictor, images, out)
     assert (result.n, result.failed, result.abstained, result.skipped) == (44, 1, 0, 0)
@@ -106,14 +110,27 @@ def test_files_hold_what_the_predictor_says(kind: str, predictor: Predictor, ima
         assert (row["label"] or None) == prediction.label
         assert (row["error"] or None) == prediction.error
         if kind == "csv":
-            top = [(row[f"top_{place}"], row[f"probability_{place}"]) for place in (1, 2) if row[f"top_{place}"]]
+            top = [
+                (row[f"top_{place}"], row[f"probability_{place}"])
+                for place in (1, 2)
+                if row[f"top_{place}"]
+            ]
             assert row["abstained"] == "false"
         else:
             top = [(label["label"], label["probability"]) for label in row["top"]]
             assert row["abstained"] is False
-        assert [(name, float(share)) for name, share in top] == [(label.label, label.probability) for label in prediction.top]
-        assert [float(row["probability"])] == [prediction.top[0].probability] if prediction.top else not row["probability"]
-    assert sorted(entry.name for entry in out.parent.iterdir()) == [out.name, f"{out.name}.options.json"]
+        assert [(name, float(share)) for name, share in top] == [
+            (label.label, label.probability) for label in prediction.top
+        ]
+        assert (
+            [float(row["probability"])] == [prediction.top[0].probability]
+            if prediction.top
+            else not row["probability"]
+        )
+    assert sorted(entry.name for entry in out.parent.iterdir()) == [
+        out.name,
+        f"{out.name}.options.json",
+    ]
     if kind == "parquet":
         assert [len(pd.read_parquet(part)) for part in sorted(out.iterdir())] == [16, 16, 12]
         assert len(pd.read_parquet(out)) == 44
@@ -121,7 +138,11 @@ def test_files_hold_what_the_predictor_says(kind: str, predictor: Predictor, ima
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_several_labels_and_abstentions(
-    kind: str, tiny_run: TrainingResult, images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    tiny_run: TrainingResult,
+    images: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     unsure = Predictor(tiny_run.run, abstain_below=1.0)
     out = tmp_path / f"unsure.{kind}"
@@ -129,22 +150,31 @@ def test_several_labels_and_abstentions(
     assert predict_to_file(unsure, images[:3], out, resume=True).abstained == 3
     assert [row["label"] or None for row in rows_of(out)] == [None] * 3
 
-    trained = dataclasses.replace(open_trained(tiny_run.run), task="multi-label", thresholds=(0.0, 0.0, 1.0))
-    monkeypatch.setattr("crossvit.prediction.open_trained", lambda source: trained)
+    trained = dataclasses.replace(
+        open_trained(tiny_run.run), task="multi-label", thresholds=(0.0, 0.0, 1.0)
+    )
+    monkeypatch.setattr("crossvit.prediction.predictor.open_trained", lambda source: trained)
     several = Predictor(tiny_run.run, top_k=3)
     out = tmp_path / f"several.{kind}"
     predict_to_file(several, [*images[:2], "gone.png"], out)
     assert predict_to_file(several, [*images[:2], "gone.png"], out, resume=True).failed == 1
-    said = [[label.label for label in prediction.labels] for prediction in several([*images[:2], "gone.png"])]
+    said = [
+        [label.label for label in prediction.labels]
+        for prediction in several([*images[:2], "gone.png"])
+    ]
     assert [sorted(labels) for labels in said] == [["0", "1"], ["0", "1"], []]
-    assert [row["labels"] for row in rows_of(out)] == (["; ".join(labels) for labels in said] if kind == "csv" else said)
+    assert [row["labels"] for row in rows_of(out)] == (
+        ["; ".join(labels) for labels in said] if kind == "csv" else said
+    )
 
 
 # ---------------------------------------------------------------- going on
 
 
 @pytest.fixture(scope="module")
-def whole(predictor: Predictor, images: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(
+    predictor: Predictor, images: list[str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A folder with results in every format, never interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
@@ -154,8 +184,13 @@ def whole(predictor: Predictor, images: list[str], tmp_path_factory: pytest.Temp
     return folder
 
 
-def test_probabilities_survive_every_format_to_the_bit(predictor: Predictor, images: list[str], whole: Path) -> None:
-    expected = [prediction.top[0].probability if prediction.top else np.nan for prediction in predictor(images)]
+def test_probabilities_survive_every_format_to_the_bit(
+    predictor: Predictor, images: list[str], whole: Path
+) -> None:
+    expected = [
+        prediction.top[0].probability if prediction.top else np.nan
+        for prediction in predictor(images)
+    ]
     for found in (
         pd.read_json(whole / "out.jsonl", lines=True, precise_float=True),
         pd.read_csv(whole / "out.csv"),
@@ -175,7 +210,10 @@ def test_stopped_after_any_batch_and_gone_on_with_is_the_same(
         result = predict_to_file(predictor, images, out, resume=True)
         assert (result.n, result.failed, result.skipped) == (44, 1, done)
         assert content(out) == content(whole / f"out.{kind}")
-        assert {entry.name for entry in out.parent.iterdir()} == {out.name, f"{out.name}.options.json"}
+        assert {entry.name for entry in out.parent.iterdir()} == {
+            out.name,
+            f"{out.name}.options.json",
+        }
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -197,7 +235,12 @@ def test_torn_at_any_byte_and_gone_on_with_is_the_same(
 
 @pytest.mark.parametrize("written", [False, True])
 def test_a_kill_just_before_or_after_a_part_is_made(
-    written: bool, predictor: Predictor, images: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    written: bool,
+    predictor: Predictor,
+    images: list[str],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Again and again: the tail is full and its part is not there, or the part is there and its tail is too."""
     out = tmp_path / "out.parquet"
@@ -256,15 +299,25 @@ def test_killed_at_random_moments_it_ends_at_the_same_results(
     names = find_images([str(scans)]) * 100
     names[777] = str(tmp_path / "gone.png")
     (tmp_path / "list.txt").write_text("\n".join(names))
-    words = [tiny_run.run, "--from", str(tmp_path / "list.txt"), "--batch-size", "16", "--device", "cpu"]
-    code = "import sys, crossvit.prediction_files as files; files.ROWS_A_PART = 256; from crossvit.cli import main; main()"
+    words = [
+        tiny_run.run,
+        "--from",
+        str(tmp_path / "list.txt"),
+        "--batch-size",
+        "16",
+        "--device",
+        "cpu",
+    ]
+    code = "import sys, crossvit.prediction.result_files as files; files.ROWS_A_PART = 256; from crossvit.cli import main; main()"
 
     def call(out: Path, *options: str) -> list[str]:
         return [sys.executable, "-c", code, "predict", *words, "--out", str(out), *options]
 
     def size(out: Path) -> int:
         return sum(
-            path.stat().st_size for path in (out, *out.parent.glob(f"{out.name}.part-*"), *out.glob("*")) if path.is_file()
+            path.stat().st_size
+            for path in (out, *out.parent.glob(f"{out.name}.part-*"), *out.glob("*"))
+            if path.is_file()
         )
 
     reference, out = tmp_path / f"reference.{kind}", tmp_path / f"killed.{kind}"
@@ -272,7 +325,9 @@ def test_killed_at_random_moments_it_ends_at_the_same_results(
     kills = 0
     for _ in range(4):
         before = size(out)
-        process = subprocess.Popen(call(out, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            call(out, "--resume"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
         deadline = time.monotonic() + 120
         while process.poll() is None and size(out) <= before and time.monotonic() < deadline:
             time.sleep(0.005)
@@ -282,7 +337,9 @@ def test_killed_at_random_moments_it_ends_at_the_same_results(
             kills += 1
         process.wait()
     assert kills >= 2
-    done = subprocess.run(call(out, "--resume", "--json"), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        call(out, "--resume", "--json"), capture_output=True, text=True, check=False
+    )
     summary = json.loads(done.stdout)
     assert (done.returncode, done.stderr, summary["n"], summary["failed"]) == (1, "", 6000, 1)
     assert summary["skipped"] > 0
@@ -309,44 +366,60 @@ def test_going_on_with_other_options_or_another_model_is_refused_by_name(
     for options, says in changes:
         with pytest.raises(UsageError, match=says):
             predict_to_file(Predictor(tiny_run.run, **options), images[:2], out, resume=True)
-    with pytest.raises(UsageError, match="exists: add --resume to go on with it, --overwrite to replace it"):
+    with pytest.raises(
+        UsageError, match="exists: add --resume to go on with it, --overwrite to replace it"
+    ):
         predict_to_file(Predictor(tiny_run.run), images[:2], out)
     trained = dataclasses.replace(open_trained(tiny_run.run), temperature=2.0, source=tiny_run.run)
-    monkeypatch.setattr("crossvit.prediction.open_trained", lambda source: trained)
+    monkeypatch.setattr("crossvit.prediction.predictor.open_trained", lambda source: trained)
     with pytest.raises(UsageError, match=r"another model .*; its temperature differ from those of"):
         predict_to_file(Predictor(tiny_run.run), images[:2], out, resume=True)
     assert out.read_bytes() == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_images_are_refused_by_name(kind: str, predictor: Predictor, images: list[str], whole: Path) -> None:
+def test_other_images_are_refused_by_name(
+    kind: str, predictor: Predictor, images: list[str], whole: Path
+) -> None:
     out = whole / f"out.{kind}"
     before = content(out)
     swapped = [*images[:20], images[21], images[20], *images[22:]]
     with pytest.raises(
-        UsageError, match=f"goes on with {images[20]} where the images given now have {images[21]}: give the same"
+        UsageError,
+        match=f"goes on with {images[20]} where the images given now have {images[21]}: give the same",
     ):
         predict_to_file(predictor, swapped, out, resume=True)
-    with pytest.raises(UsageError, match=f"goes on with {images[40]} where the images given now end"):
+    with pytest.raises(
+        UsageError, match=f"goes on with {images[40]} where the images given now end"
+    ):
         predict_to_file(predictor, images[:40], out, resume=True)
     assert content(out) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_overwriting_replaces_results_of_another_model(
-    kind: str, predictor: Predictor, tiny_run: TrainingResult, images: list[str], whole: Path, tmp_path: Path
+    kind: str,
+    predictor: Predictor,
+    tiny_run: TrainingResult,
+    images: list[str],
+    whole: Path,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / f"out.{kind}"
     predict_to_file(Predictor(tiny_run.run, top_k=1), images[:20], out)
     if kind == "parquet":
         (out / "part-00001.parquet").write_bytes(b"damaged")
-        with pytest.raises(RunError, match="part-00001.parquet is damaged .* start again with --overwrite"):
+        with pytest.raises(
+            RunError, match="part-00001.parquet is damaged .* start again with --overwrite"
+        ):
             predict_to_file(Predictor(tiny_run.run, top_k=1), images[:20], out, resume=True)
     predict_to_file(predictor, images, out, overwrite=True)
     assert content(out) == content(whole / f"out.{kind}")
 
 
-def test_what_others_wrote_is_left_alone(predictor: Predictor, images: list[str], tmp_path: Path) -> None:
+def test_what_others_wrote_is_left_alone(
+    predictor: Predictor, images: list[str], tmp_path: Path
+) -> None:
     (tmp_path / "mine.csv").write_text("a,b\n1,2\n")
     (tmp_path / "mine.parquet").mkdir()
     (tmp_path / "mine.parquet" / "notes.txt").write_text("mine")
@@ -370,7 +443,9 @@ def test_what_others_wrote_is_left_alone(predictor: Predictor, images: list[str]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_do_not_write_to_one_file(kind: str, predictor: Predictor, images: list[str], tmp_path: Path) -> None:
+def test_two_processes_do_not_write_to_one_file(
+    kind: str, predictor: Predictor, images: list[str], tmp_path: Path
+) -> None:
     out = tmp_path / f"out.{kind}"
     held = open_results(out, top_k=2, multi_label=False, batch_size=8)
     with pytest.raises(RunError, match="is being written by another process"):
@@ -386,7 +461,9 @@ def test_a_place_that_cannot_be_written_is_one_line(
     with pytest.raises(RunError, match=r"cannot write .*out\.csv: (Not a directory|File exists)"):
         predict_to_file(predictor, images[:2], tmp_path / "file" / "out.csv")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(UsageError, match=r"needs the package pyarrow: pip install 'crossvit\[parquet\]'"):
+    with pytest.raises(
+        UsageError, match=r"needs the package pyarrow: pip install 'crossvit\[parquet\]'"
+    ):
         predict_to_file(predictor, images[:2], tmp_path / "out.parquet")
 
 

@@ -17,7 +17,7 @@ from crossvit.bench.training import stepper
 from crossvit.errors import UsageError
 from crossvit.model.crossvit import CrossViT
 from crossvit.results import Bench, to_json
-from crossvit.train.plan import suitable_parts
+from crossvit.train.setup import suitable_parts
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,9 @@ def test_ours_agrees_with_timm_and_ratios_are_of_the_times(found: Bench) -> None
     assert rows["ours-torch", "bf16"].difference < 0.1
     assert rows["timm-training", "fp32"].ratio == 1.0
     assert rows["ours-training", "bf16"].ratio > 0
-    assert {row.model for row in found.rows} == {"crossvit_tiny_240"}  # timm's name of what was asked for by the authors'
+    assert {row.model for row in found.rows} == {
+        "crossvit_tiny_240"
+    }  # timm's name of what was asked for by the authors'
 
 
 def test_a_step_in_parts_is_the_step_of_the_whole_batch() -> None:
@@ -68,21 +70,34 @@ def test_a_step_in_parts_is_the_step_of_the_whole_batch() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_ours_is_timed_in_the_parts_that_training_takes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_ours_is_timed_in_the_parts_that_training_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     taken: dict[str, int] = {}
 
-    def counted(model: torch.nn.Module, precision: str, images: torch.Tensor, labels: torch.Tensor, *, parts: int = 1) -> object:
+    def counted(
+        model: torch.nn.Module,
+        precision: str,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        parts: int = 1,
+    ) -> object:
         taken["ours" if isinstance(model, CrossViT) else "timm"] = parts
         return lambda: None
 
     monkeypatch.setattr(training, "stepper", counted)
-    pair = make_pair("crossvit_tiny_240", image_size=None, device=torch.device("cpu"), folder=tmp_path)
+    pair = make_pair(
+        "crossvit_tiny_240", image_size=None, device=torch.device("cpu"), folder=tmp_path
+    )
     training.training_rows("crossvit_tiny_240", pair, ["bf16"], 32)
     assert taken == {"timm": 1, "ours": suitable_parts(pair.ours.config, images=32, device="cpu")}
     assert taken["ours"] == 2
 
 
-def test_compiled_models_are_more_than_torch_keeps_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_models_are_more_than_torch_keeps_by_itself(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Two models of two batches in two precisions for two backends are sixteen, and torch would compile eight of them."""
     compiled: list[int] = []
 
@@ -91,7 +106,11 @@ def test_compiled_models_are_more_than_torch_keeps_by_itself(monkeypatch: pytest
         return graph.forward
 
     compile_with_inductor = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_with_inductor(model, backend=backend, **options))
+    monkeypatch.setattr(
+        torch,
+        "compile",
+        lambda model, **options: compile_with_inductor(model, backend=backend, **options),
+    )
     call = contestants._compiled(torch.nn.Linear(4, 4), "fp32", torch.device("cpu"), zentorch=False)
     for batch in range(2, 12):
         call(torch.zeros(batch, 4))
@@ -104,15 +123,26 @@ def test_torch_has_the_threads_that_the_engines_have(found: Bench) -> None:
 
 
 def test_how_cost_grows_counts_tokens(found: Bench) -> None:
-    sizes = [point for point in found.growth if point.by == "image size" and point.contestant == "ours-torch"]
+    sizes = [
+        point
+        for point in found.growth
+        if point.by == "image size" and point.contestant == "ours-torch"
+    ]
     # 120 px: S has 10x10 patches, L sees 112 px, 7x7; 240 px: 20x20 and 14x14; a class token each.
     assert [point.tokens for point in sizes] == [100 + 1 + 49 + 1, 400 + 1 + 196 + 1]
 
 
 def test_the_picture_and_the_record_are_written(found: Bench, tmp_path: Path) -> None:
     plot(found, tmp_path / "bench.svg")
-    drawn = (tmp_path / "bench.svg").read_text()  # matplotlib draws letters, and writes beside them what they say
-    for text in ("crossvit_tiny_240, batch 2", "ours-torch bf16", "a training step, batch 2", "240 \n(598)".replace(" ", "")):
+    drawn = (
+        tmp_path / "bench.svg"
+    ).read_text()  # matplotlib draws letters, and writes beside them what they say
+    for text in (
+        "crossvit_tiny_240, batch 2",
+        "ours-torch bf16",
+        "a training step, batch 2",
+        "240 \n(598)".replace(" ", ""),
+    ):
         assert all(f"<!-- {line} -->" in drawn for line in text.splitlines())
     record = json.loads(json.dumps(to_json(found), allow_nan=False))
     assert record["rows"][0]["contestant"] == REFERENCE
@@ -122,7 +152,12 @@ def test_the_picture_and_the_record_are_written(found: Bench, tmp_path: Path) ->
 def test_contestants_are_chosen_by_name_or_a_word_of_it() -> None:
     assert measure.choose([]) == list(CONTESTANTS)
     assert measure.choose(["ours-torch"]) == [REFERENCE, "ours-torch"]
-    assert measure.choose(["openvino"]) == [REFERENCE, "timm-openvino", "timm-openvino-parts", "ours-openvino"]
+    assert measure.choose(["openvino"]) == [
+        REFERENCE,
+        "timm-openvino",
+        "timm-openvino-parts",
+        "ours-openvino",
+    ]
     with pytest.raises(UsageError, match="no contestant 'tvm'"):
         measure.choose(["tvm"])
     with pytest.raises(UsageError, match="image size 100: timm's model sees it otherwise"):
@@ -143,7 +178,10 @@ def test_what_does_not_come_up_is_left_out_with_its_reason(monkeypatch: pytest.M
 
 
 def test_the_verb_prints_the_table_of_its_record(
-    found: Bench, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    found: Bench,
+    command: Callable[..., tuple[int, str, str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setattr(measure, "bench", lambda models, **options: found)
     status, out, _ = command("bench", "--out", tmp_path)
@@ -152,7 +190,11 @@ def test_the_verb_prints_the_table_of_its_record(
     assert "ours-torch" in out
     assert "crossvit_tiny_240, ms an image in fp32 by image size" in out
     row = next(line.split() for line in out.splitlines() if line.split()[1:3] == ["240x240", "598"])
-    one, two = (point.milliseconds for point in found.growth if point.by == "image size" and point.contestant == REFERENCE)
+    one, two = (
+        point.milliseconds
+        for point in found.growth
+        if point.by == "image size" and point.contestant == REFERENCE
+    )
     assert row[:5] == ["1", "240x240", "598", f"{two:.1f}", f"{two / one:.2f}x"]
     assert json.loads((tmp_path / "bench.json").read_text())["rows"][0]["ratio"] == 1.0
     assert command("bench", "--json")[1].startswith("{")

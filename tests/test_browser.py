@@ -12,9 +12,19 @@ import pytest
 from crossvit.report.comparison import comparison_page
 from crossvit.report.page import data_page, evaluation_page, run_page
 from crossvit.results import Evaluation, TrainingResult
-from evaluations import class_names, made_comparison, made_data_check, made_epochs, made_evaluation, made_multi_label, made_record
+from evaluations import (
+    class_names,
+    made_comparison,
+    made_data_check,
+    made_epochs,
+    made_evaluation,
+    made_multi_label,
+    made_record,
+)
 
-playwright = pytest.importorskip("playwright.sync_api", reason="no Playwright: pip install playwright (never its own browsers)")
+playwright = pytest.importorskip(
+    "playwright.sync_api", reason="no Playwright: pip install playwright (never its own browsers)"
+)
 CHROMIUM = shutil.which("chromium")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
 
@@ -24,7 +34,11 @@ FLAGS = (
 )  # fmt: skip
 TEN, HUNDRED = class_names(10), class_names(100)
 PAGES = ("run", "hundred", "thousand", "multi-label", "comparison", "data")
-PHONE, PAPER, DESK = {"width": 360, "height": 740}, {"width": 700, "height": 1000}, {"width": 1100, "height": 900}  # CSS pixels
+PHONE, PAPER, DESK = (
+    {"width": 360, "height": 740},
+    {"width": 700, "height": 1000},
+    {"width": 1100, "height": 900},
+)  # CSS pixels
 READABLE, READABLE_LARGE = 4.5, 3.0  # contrast of text, WCAG 2.2, 1.4.3
 
 # The least contrast of any text on the page against what is painted below it, and that text.
@@ -66,15 +80,28 @@ LEAST_CONTRAST = """
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Address of each kind of page, written to a folder whose name needs escaping."""
     folder = tmp_path_factory.mktemp("pages with spaces é")
-    ten, hundred, thousand = ten_classes(), made_evaluation(HUNDRED, each=12), made_evaluation(class_names(1000), each=6)
-    run = TrainingResult("runs/hand made", ten.top1, ten.n, 131.0, made_record(TEN), made_epochs(12), ten)
+    ten, hundred, thousand = (
+        ten_classes(),
+        made_evaluation(HUNDRED, each=12),
+        made_evaluation(class_names(1000), each=6),
+    )
+    run = TrainingResult(
+        "runs/hand made", ten.top1, ten.n, 131.0, made_record(TEN), made_epochs(12), ten
+    )
     several = made_multi_label(class_names(7))
     texts = {
         "run": run_page(run, ten),
-        "hundred": evaluation_page(hundred, command="crossvit evaluate run data", record=made_record(HUNDRED)),
+        "hundred": evaluation_page(
+            hundred, command="crossvit evaluate run data", record=made_record(HUNDRED)
+        ),
         "thousand": evaluation_page(thousand, command="crossvit evaluate run data"),
-        "multi-label": evaluation_page(several, command="crossvit evaluate runs/several photos.csv"),
-        "comparison": comparison_page(made_comparison(accuracies=(0.8, 0.9, 0.85), classes=30), command="crossvit report a b c"),
+        "multi-label": evaluation_page(
+            several, command="crossvit evaluate runs/several photos.csv"
+        ),
+        "comparison": comparison_page(
+            made_comparison(accuracies=(0.8, 0.9, 0.85), classes=30),
+            command="crossvit report a b c",
+        ),
         "data": data_page(made_data_check(TEN)),
     }
     for name, text in texts.items():
@@ -106,7 +133,12 @@ def look(chromium: Any, pages: dict[str, str]) -> Iterator[Callable[..., Any]]:
         page = context.new_page()
         page.on("console", lambda message: wrong.append(f"console: {message.text}"))
         page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
-        page.on("request", lambda asked: wrong.append(f"asked for {asked.url}") if leaves(asked.url, pages[name]) else None)
+        page.on(
+            "request",
+            lambda asked: (
+                wrong.append(f"asked for {asked.url}") if leaves(asked.url, pages[name]) else None
+            ),
+        )
         page.goto(pages[name])
         return page
 
@@ -128,7 +160,12 @@ def test_a_page_is_quiet_whole_and_fits_a_phone(look: Callable[..., Any], name: 
     page = look(name, viewport=PHONE, is_mobile=True, device_scale_factor=2)
     page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
     page.wait_for_function("[...document.images].every((image) => image.complete)")
-    assert page.evaluate("[...document.images].filter((image) => !image.naturalWidth).map((image) => image.alt)") == []
+    assert (
+        page.evaluate(
+            "[...document.images].filter((image) => !image.naturalWidth).map((image) => image.alt)"
+        )
+        == []
+    )
     assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
     wider = "[...document.querySelectorAll('section, .tile, h1, p')].filter((e) => e.getBoundingClientRect().right > innerWidth)"
     assert page.evaluate(f"{wider}.map((e) => e.textContent.slice(0, 60))") == []
@@ -149,7 +186,12 @@ def test_paper_hides_nothing(look: Callable[..., Any], name: str) -> None:
     contrast, text = page.evaluate(LEAST_CONTRAST)
     assert contrast >= READABLE, f"{text!r} has a contrast of {contrast:.2f}"
     inside = "[...document.querySelectorAll('details > :not(summary)')]"
-    assert page.evaluate(f"{inside}.filter((e) => !e.checkVisibility() || !e.getBoundingClientRect().height).length") == 0
+    assert (
+        page.evaluate(
+            f"{inside}.filter((e) => !e.checkVisibility() || !e.getBoundingClientRect().height).length"
+        )
+        == 0
+    )
     hidden = "[...document.images].filter((image) => !image.getBoundingClientRect().height).length"
     assert page.evaluate(hidden) == 0  # pictures and maps both
     assert page.evaluate("document.documentElement.scrollWidth") <= PAPER["width"]
@@ -161,15 +203,21 @@ def test_paper_hides_nothing(look: Callable[..., Any], name: str) -> None:
 
 
 def names_of(page: Any) -> list[str]:
-    rows: list[str] = page.evaluate("[...document.querySelectorAll('.confusion tbody th')].map((cell) => cell.textContent)")
-    columns = page.evaluate("[...document.querySelectorAll('.confusion thead th')].slice(1).map((cell) => cell.title)")
+    rows: list[str] = page.evaluate(
+        "[...document.querySelectorAll('.confusion tbody th')].map((cell) => cell.textContent)"
+    )
+    columns = page.evaluate(
+        "[...document.querySelectorAll('.confusion thead th')].slice(1).map((cell) => cell.title)"
+    )
     assert rows == columns
     return rows
 
 
 def counts_of(page: Any) -> list[list[int]]:
     cells = "[...row.cells].slice(1).map((cell) => +cell.textContent)"
-    counts: list[list[int]] = page.evaluate(f"[...document.querySelectorAll('.confusion tbody tr')].map((row) => {cells})")
+    counts: list[list[int]] = page.evaluate(
+        f"[...document.querySelectorAll('.confusion tbody tr')].map((row) => {cells})"
+    )
     return counts
 
 
@@ -204,9 +252,14 @@ def test_a_cell_says_what_it_is_under_the_pointer(look: Callable[..., Any]) -> N
     for row, column in ((0, 0), (0, 3), (9, 9), (4, 5)):
         true, answer = TEN.index(names[row]), TEN.index(names[column])
         count, n = int(evaluation.confusion[true, answer]), int(evaluation.confusion[true].sum())
-        what = f"{names[row]}: right" if row == column else f"{names[row]} taken for {names[column]}"
+        what = (
+            f"{names[row]}: right" if row == column else f"{names[row]} taken for {names[column]}"
+        )
         page.locator(".confusion tbody tr").nth(row).locator("td").nth(column).hover()
-        assert tip.inner_text().split("\n") == [what, f"{count} of {n} ({100 * count / n:.1f}\u202f%)"]
+        assert tip.inner_text().split("\n") == [
+            what,
+            f"{count} of {n} ({100 * count / n:.1f}\u202f%)",
+        ]
         box = tip.bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= DESK["width"]
@@ -227,17 +280,25 @@ def test_the_matrix_is_read_with_the_arrow_keys(look: Callable[..., Any]) -> Non
 def test_a_matrix_of_the_most_confused_keeps_its_last_column(look: Callable[..., Any]) -> None:
     page = look("thousand")
     page.get_by_role("button", name="by size").click()
-    heads = page.evaluate("[...document.querySelectorAll('.confusion thead th')].map((cell) => cell.title)")
+    heads = page.evaluate(
+        "[...document.querySelectorAll('.confusion thead th')].map((cell) => cell.title)"
+    )
     assert len(heads) == 62
     assert heads[-1] == "another class"
-    totals = page.evaluate("[...document.querySelectorAll('.confusion tbody tr')].map((row) => +row.dataset.n)")
+    totals = page.evaluate(
+        "[...document.querySelectorAll('.confusion tbody tr')].map((row) => +row.dataset.n)"
+    )
     assert [sum(row) for row in counts_of(page)] == totals == sorted(totals, reverse=True)
 
 
 def test_without_script_the_matrix_is_read_all_the_same(look: Callable[..., Any]) -> None:
     page = look("run", java_script_enabled=False)
     assert not page.locator(".matrix .controls").is_visible()
-    assert page.locator(".confusion td[title]").first.get_attribute("title").startswith("crab: right, ")
+    assert (
+        page.locator(".confusion td[title]")
+        .first.get_attribute("title")
+        .startswith("crab: right, ")
+    )
     assert page.locator(".confusion td.h").first.is_visible()
 
 
@@ -246,7 +307,9 @@ def test_without_script_the_matrix_is_read_all_the_same(look: Callable[..., Any]
 
 def test_mistakes_turn_from_picture_to_map(look: Callable[..., Any]) -> None:
     page = look("run")
-    picture, overlay = (page.locator(".picture-map").first.locator("img").nth(place) for place in (0, 1))
+    picture, overlay = (
+        page.locator(".picture-map").first.locator("img").nth(place) for place in (0, 1)
+    )
     assert (picture.is_visible(), overlay.is_visible()) == (True, False)
     page.get_by_text("what it looked at").click()
     assert (picture.is_visible(), overlay.is_visible()) == (False, True)

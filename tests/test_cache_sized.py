@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossvit.model import attention, cache_sized
+from crossvit.fast import chunked_attention as cache_sized
+from crossvit.fast.chunked_attention import cache_sized_attention
+from crossvit.model import attention
 from crossvit.model.attention import SelfAttention, attention_kernel
-from crossvit.model.cache_sized import cache_sized_attention
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.presets import preset
-from crossvit.train.plan import suitable_parts
+from crossvit.train.setup import suitable_parts
 
 
 def reference(qkv: Tensor, heads: int) -> Tensor:
@@ -22,15 +23,21 @@ def reference(qkv: Tensor, heads: int) -> Tensor:
 
 @pytest.mark.parametrize("part_bytes", [1, 3 * 2 * 17 * 17 * 8, 10**9])
 @pytest.mark.parametrize("batch", [1, 7])
-def test_values_and_gradients_are_those_of_the_fused_kernel(batch: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_and_gradients_are_those_of_the_fused_kernel(
+    batch: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache_sized, "PART_BYTES", part_bytes)
     generator = torch.Generator().manual_seed(batch)
-    qkv = torch.randn(batch, 17, 3 * 2 * 8, dtype=torch.float64, generator=generator, requires_grad=True)
+    qkv = torch.randn(
+        batch, 17, 3 * 2 * 8, dtype=torch.float64, generator=generator, requires_grad=True
+    )
     weight = torch.randn(batch, 17, 2 * 8, dtype=torch.float64, generator=generator)
     ours, theirs = cache_sized_attention(qkv, 2), reference(qkv, 2)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
-        *(torch.autograd.grad((mixed * weight).sum(), qkv)[0] for mixed in (ours, theirs)), rtol=1e-12, atol=1e-12
+        *(torch.autograd.grad((mixed * weight).sum(), qkv)[0] for mixed in (ours, theirs)),
+        rtol=1e-12,
+        atol=1e-12,
     )
     with torch.no_grad():
         assert torch.equal(cache_sized_attention(qkv, 2), ours)
@@ -41,12 +48,16 @@ def test_the_gradient_is_that_of_finite_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: cache_sized_attention(x, 2), qkv)
 
 
-def test_self_attention_takes_it_where_the_processor_computes_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_self_attention_takes_it_where_the_processor_computes_in_bf16(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Under autocast, with a backward pass; the figures are the fused kernel's up to bf16's rounding."""
     monkeypatch.setattr(attention, "_HAS_BF16", True)
     taken: list[torch.dtype] = []
     monkeypatch.setattr(
-        attention, "cache_sized_attention", lambda qkv, heads: taken.append(qkv.dtype) or cache_sized_attention(qkv, heads)
+        attention,
+        "cache_sized_attention",
+        lambda qkv, heads: taken.append(qkv.dtype) or cache_sized_attention(qkv, heads),
     )
     module = SelfAttention(32, 4)
     x = torch.randn(3, 21, 32, requires_grad=True)
@@ -64,9 +75,12 @@ def test_self_attention_takes_it_where_the_processor_computes_in_bf16(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("name", "images", "parts"), [("crossvit_9_240", 16, 1), ("crossvit_9_240", 40, 3), ("crossvit_nano_64", 64, 1)]
+    ("name", "images", "parts"),
+    [("crossvit_9_240", 16, 1), ("crossvit_9_240", 40, 3), ("crossvit_nano_64", 64, 1)],
 )
-def test_a_batch_of_a_large_model_is_taken_in_parts_on_a_cpu(name: str, images: int, parts: int) -> None:
+def test_a_batch_of_a_large_model_is_taken_in_parts_on_a_cpu(
+    name: str, images: int, parts: int
+) -> None:
     config: CrossViTConfig = preset(name).config
     assert suitable_parts(config, images=images, device="cpu") == parts
     assert suitable_parts(config, images=images, device="cuda") == 1

@@ -9,8 +9,15 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from crossvit.calibration import TEMPERATURES, calibration, expected_error, fit_temperature, reliability, selective
-from crossvit.metrics import cross_entropy, hits, probabilities
+from crossvit.evaluation.calibration import (
+    TEMPERATURES,
+    calibration,
+    expected_error,
+    fit_temperature,
+    reliability,
+    selective,
+)
+from crossvit.evaluation.metrics import cross_entropy, hits, probabilities
 
 
 @pytest.fixture
@@ -22,11 +29,15 @@ def answers() -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     return (2.5 * logits).astype(np.float32), labels
 
 
-def test_the_calibration_error_is_torchmetrics(answers: tuple[NDArray[np.float32], NDArray[np.int64]]) -> None:
+def test_the_calibration_error_is_torchmetrics(
+    answers: tuple[NDArray[np.float32], NDArray[np.int64]],
+) -> None:
     logits, labels = answers
     found = calibration(logits, labels, temperature=1.3)
     sure = torch.from_numpy(probabilities(logits, temperature=1.3))
-    assert found.ece == pytest.approx(multiclass_calibration_error(sure, torch.from_numpy(labels), 5, n_bins=15).item(), rel=1e-5)
+    assert found.ece == pytest.approx(
+        multiclass_calibration_error(sure, torch.from_numpy(labels), 5, n_bins=15).item(), rel=1e-5
+    )
     assert found.temperature == 1.3
     assert sum(one.n for one in found.bins) == 600
     assert [one.low for one in found.bins] == pytest.approx(np.arange(15) / 15)
@@ -34,7 +45,9 @@ def test_the_calibration_error_is_torchmetrics(answers: tuple[NDArray[np.float32
 
 def test_bins_at_literal_values() -> None:
     """An edge belongs to the bin above it, 1 to the last; 4/5 of the images are off by 0.25 and 1/5 by 0.5."""
-    bins = reliability(np.array([0.5, 0.75, 1.0, 1.0, 0.0]), np.array([True, False, True, True, False]), bins=2)
+    bins = reliability(
+        np.array([0.5, 0.75, 1.0, 1.0, 0.0]), np.array([True, False, True, True, False]), bins=2
+    )
     low, high = bins
     assert (low.n, low.confidence, low.accuracy) == (1, 0.0, 0.0)
     assert (high.n, high.confidence, high.accuracy) == (4, 0.8125, 0.75)
@@ -42,9 +55,15 @@ def test_bins_at_literal_values() -> None:
     assert [one.n for one in reliability(np.array([0.2]), np.array([True]))][:4] == [0, 0, 0, 1]
 
 
-def test_the_temperature_is_where_scipy_finds_the_least_loss(answers: tuple[NDArray[np.float32], NDArray[np.int64]]) -> None:
+def test_the_temperature_is_where_scipy_finds_the_least_loss(
+    answers: tuple[NDArray[np.float32], NDArray[np.int64]],
+) -> None:
     logits, labels = answers
-    found = minimize_scalar(lambda t: cross_entropy(logits, labels, temperature=t), bounds=TEMPERATURES, options={"xatol": 1e-9})
+    found = minimize_scalar(
+        lambda t: cross_entropy(logits, labels, temperature=t),
+        bounds=TEMPERATURES,
+        options={"xatol": 1e-9},
+    )
     assert fit_temperature(logits, labels) == pytest.approx(found.x, rel=1e-4)
     assert found.x == pytest.approx(2.5, rel=0.15)  # what the logits were made too large by
 
@@ -52,16 +71,22 @@ def test_the_temperature_is_where_scipy_finds_the_least_loss(answers: tuple[NDAr
 def test_a_temperature_that_makes_no_end_of_difference_is_bounded() -> None:
     labels = np.array([0, 1, 2, 0])
     assert fit_temperature(np.eye(3)[labels], labels) == 1.0  # all right: the surer the better
-    assert fit_temperature(-np.eye(3)[labels], labels) == pytest.approx(TEMPERATURES[1])  # all wrong: the less sure
+    assert fit_temperature(-np.eye(3)[labels], labels) == pytest.approx(
+        TEMPERATURES[1]
+    )  # all wrong: the less sure
 
 
-def test_one_temperature_makes_too_sure_a_model_right(answers: tuple[NDArray[np.float32], NDArray[np.int64]]) -> None:
+def test_one_temperature_makes_too_sure_a_model_right(
+    answers: tuple[NDArray[np.float32], NDArray[np.int64]],
+) -> None:
     logits, labels = answers
     before = calibration(logits, labels)
     after = calibration(logits, labels, temperature=before.suggested_temperature)
     assert before.ece > 0.15
     assert after.ece < 0.06
-    assert before.suggested_ece == after.suggested_ece < 0.07  # each half under the other's temperature
+    assert (
+        before.suggested_ece == after.suggested_ece < 0.07
+    )  # each half under the other's temperature
     assert after.suggested_temperature == pytest.approx(before.suggested_temperature)
 
 
@@ -70,13 +95,19 @@ def test_the_suggested_error_is_crossed_and_does_not_flatter() -> None:
     rng = np.random.default_rng(0)
     order = rng.permutation(400)  # that of `calibration`, whose seed is 0
     logits = np.random.default_rng(5).normal(size=(400, 3))
-    labels = np.array([np.random.default_rng(i).choice(3, p=row) for i, row in enumerate(probabilities(logits))])
+    labels = np.array(
+        [np.random.default_rng(i).choice(3, p=row) for i, row in enumerate(probabilities(logits))]
+    )
     logits[order[::2]] *= 6.0
     sure = np.empty(400)
     for own, other in ((order[::2], order[1::2]), (order[1::2], order[::2])):
-        sure[own] = probabilities(logits[own], temperature=fit_temperature(logits[other], labels[other])).max(axis=1)
+        sure[own] = probabilities(
+            logits[own], temperature=fit_temperature(logits[other], labels[other])
+        ).max(axis=1)
     found = calibration(logits, labels)
-    assert found.suggested_ece == pytest.approx(expected_error(reliability(sure, hits(logits, labels))))
+    assert found.suggested_ece == pytest.approx(
+        expected_error(reliability(sure, hits(logits, labels)))
+    )
 
 
 def test_risk_against_coverage_is_that_of_brute_force() -> None:
@@ -89,10 +120,15 @@ def test_risk_against_coverage_is_that_of_brute_force() -> None:
     for point in found.points:
         assert point.risk == pytest.approx(risks[point.threshold])
         assert point.coverage == pytest.approx((confidence >= point.threshold).mean())
-    assert (found.points[-1].coverage, found.points[-1].risk) == (1.0, pytest.approx((~correct).mean()))
+    assert (found.points[-1].coverage, found.points[-1].risk) == (
+        1.0,
+        pytest.approx((~correct).mean()),
+    )
     assert found.target_risk == pytest.approx((~correct).mean() / 2)
     assert found.suggested is not None
-    assert found.suggested.threshold == min(t for t, risk in risks.items() if risk <= found.target_risk)
+    assert found.suggested.threshold == min(
+        t for t, risk in risks.items() if risk <= found.target_risk
+    )
 
 
 def test_abstention_at_literal_values() -> None:
@@ -111,7 +147,9 @@ def test_abstention_at_literal_values() -> None:
     strict = selective(confidence, correct, target_risk=0.0).suggested
     assert strict is not None
     assert (strict.threshold, strict.coverage) == (0.9, 0.25)
-    assert selective(np.array([0.9, 0.5]), np.array([False, True]), target_risk=0.1).suggested is None
+    assert (
+        selective(np.array([0.9, 0.5]), np.array([False, True]), target_risk=0.1).suggested is None
+    )
 
 
 def test_a_long_curve_keeps_its_ends() -> None:

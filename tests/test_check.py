@@ -43,7 +43,13 @@ def photos(tmp_path: Path) -> Path:
 def test_clean_data_has_nothing_wrong(photos: Path) -> None:
     found = check(open_data(photos))
     assert (found.n, found.imbalance, found.modes) == (20, 1.0, {"RGB": 20})
-    assert (found.identical_count, found.near_count, found.leak_count, found.conflict_count, found.broken) == (0, 0, 0, 0, ())
+    assert (
+        found.identical_count,
+        found.near_count,
+        found.leak_count,
+        found.conflict_count,
+        found.broken,
+    ) == (0, 0, 0, 0, ())
     assert [(part.part, part.classes, part.median) for part in found.parts] == [
         (part, {"cat": 5, "dog": 5}, (80, 96)) for part in ("train", "val")
     ]
@@ -54,7 +60,9 @@ def test_what_is_planted_is_found(photos: Path) -> None:
     shutil.copy(train / "cat" / "0.png", val / "cat" / "leak.png")
     shutil.copy(train / "cat" / "1.png", train / "dog" / "conflict.png")
     with Image.open(train / "dog" / "2.png") as original:
-        original.resize((70, 58), Image.Resampling.LANCZOS).save(val / "dog" / "smaller.jpg", quality=60)
+        original.resize((70, 58), Image.Resampling.LANCZOS).save(
+            val / "dog" / "smaller.jpg", quality=60
+        )
     (train / "dog" / "torn.png").write_bytes((train / "dog" / "3.png").read_bytes()[:200])
     Image.new("L", (50, 50), 7).save(train / "cat" / "grey.png")
     found = check(open_data(photos), pictures=True)
@@ -66,7 +74,12 @@ def test_what_is_planted_is_found(photos: Path) -> None:
     (near,) = found.near
     assert {Path(image).name for image in near.images} == {"2.png", "smaller.jpg"}
     assert near.leak
-    assert (found.identical_count, found.near_count, found.leak_count, found.conflict_count) == (2, 1, 2, 1)
+    assert (found.identical_count, found.near_count, found.leak_count, found.conflict_count) == (
+        2,
+        1,
+        2,
+        1,
+    )
     assert [broken.image for broken in found.broken] == ["dog/torn.png"]
     assert found.modes == {"RGB": 23, "L": 1}
     assert leak.first_picture.startswith(b"\xff\xd8")
@@ -75,11 +88,20 @@ def test_what_is_planted_is_found(photos: Path) -> None:
 def test_bands_find_every_pair_that_comparing_all_finds() -> None:
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (60, 4, 4), dtype=np.uint8)
-    pictures = np.stack([np.asarray(Image.fromarray(one).resize((48, 48), Image.Resampling.BICUBIC)) for one in coarse])
-    noisy = np.clip(pictures.astype(int) + rng.integers(-3, 4, pictures.shape), 0, 255).astype(np.uint8)
+    pictures = np.stack(
+        [
+            np.asarray(Image.fromarray(one).resize((48, 48), Image.Resampling.BICUBIC))
+            for one in coarse
+        ]
+    )
+    noisy = np.clip(pictures.astype(int) + rng.integers(-3, 4, pictures.shape), 0, 255).astype(
+        np.uint8
+    )
     both = np.concatenate((pictures, noisy))
     names = tuple(map(str, range(len(both))))
-    images = ImageSet(Arrays("made-up", both), ("a", "b"), names, (0,) * len(both), (1,) * len(both))
+    images = ImageSet(
+        Arrays("made-up", both), ("a", "b"), names, (0,) * len(both), (1,) * len(both)
+    )
     data = Data("made-up", ("a", "b"), {"all": images})
     looks = {"all": look_at(images, near=True)}
     hashes = [look.near for look in looks["all"].looks.values()]
@@ -108,7 +130,11 @@ def test_the_command_says_it_and_draws_it(photos: Path, tmp_path: Path, command:
     assert page.count("data:image/jpeg;base64") == 2
     status, out, _ = command("data", "check", photos, "--json")
     record = json.loads(out)
-    assert (record["leak_count"], record["conflict_count"], record["identical"][0]["parts"]) == (1, 1, ["train", "val"])
+    assert (record["leak_count"], record["conflict_count"], record["identical"][0]["parts"]) == (
+        1,
+        1,
+        ["train", "val"],
+    )
     assert "first_picture" not in record["identical"][0]
 
 
@@ -122,7 +148,9 @@ def test_train_warns_of_what_it_sees_anyway(scans: Path, tmp_path: Path) -> None
     watch = Heard()
     fit(recipe(folder, tmp_path / "run"), watch=watch)
     warned = [line for line in watch.lines if line.startswith("warn")]
-    assert any("identical images stand on both sides of the split, such as" in line for line in warned)
+    assert any(
+        "identical images stand on both sides of the split, such as" in line for line in warned
+    )
     assert any("--class-weights balanced or --sampling balanced" in line for line in warned)
     clean = Heard()
     fit(recipe(scans, tmp_path / "clean"), watch=clean)

@@ -33,7 +33,10 @@ def names(folder: Path) -> list[str]:
 def test_checkpoints_come_back_to_the_bit_and_the_newest_two_are_kept(tmp_path: Path) -> None:
     for epoch in (1, 2, 3):
         save_checkpoint(tmp_path, {"epoch": epoch, "x": torch.arange(5.0) * epoch}, step=epoch)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000000002.ckpt", "step-000000003.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000000002.ckpt",
+        "step-000000003.ckpt",
+    ]
     state, passed_over = load_newest(tmp_path)
     assert state is not None
     assert (state["epoch"], passed_over) == (3, [])
@@ -52,7 +55,9 @@ def test_a_torn_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path: Path)
         assert state["epoch"] == 1
         assert "step-000000002.ckpt is torn" in passed_over[0]
     checkpoint_path(tmp_path, 1).write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no whole checkpoint in .*; start again with --overwrite"):
+    with pytest.raises(
+        CheckpointError, match="no whole checkpoint in .*; start again with --overwrite"
+    ):
         load_newest(tmp_path)
     with pytest.raises(CheckpointError, match="is torn"):
         load_checkpoint(newest)
@@ -73,7 +78,9 @@ def test_torn_files_do_not_count_among_those_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step-000000004.ckpt", "step-000000005.ckpt"]
 
 
-def test_an_old_one_that_cannot_be_dropped_or_read_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_old_one_that_cannot_be_dropped_or_read_is_no_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for step in (1, 2):
         save_checkpoint(tmp_path, {"step": step}, step=step)
 
@@ -100,8 +107,16 @@ def test_best_weights_stay_as_long_as_a_kept_state_names_them(tmp_path: Path) ->
         before, _ = load_newest(tmp_path, before=step)
         assert newest == {"best_step": best}
         assert passed_over == []
-        assert before is None or load_best(tmp_path, before["best_step"])["x"][0] == before["best_step"]
-    assert names(tmp_path) == ["best-000000002.ckpt", "best-000000005.ckpt", "step-000000004.ckpt", "step-000000005.ckpt"]
+        assert (
+            before is None
+            or load_best(tmp_path, before["best_step"])["x"][0] == before["best_step"]
+        )
+    assert names(tmp_path) == [
+        "best-000000002.ckpt",
+        "best-000000005.ckpt",
+        "step-000000004.ckpt",
+        "step-000000005.ckpt",
+    ]
     drop_later(tmp_path, 4)
     assert names(tmp_path) == ["best-000000002.ckpt", "step-000000004.ckpt"]
 
@@ -144,7 +159,9 @@ def test_a_failing_write_keeps_the_old_file_and_leaves_nothing(
         monkeypatch.setattr("builtins.open", opening)
     else:
         monkeypatch.setattr(os, call, fail)
-    with pytest.raises(RunError, match="cannot write .*: No space left on device; what was there before is kept"):
+    with pytest.raises(
+        RunError, match="cannot write .*: No space left on device; what was there before is kept"
+    ):
         write_atomically(target, b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
     assert target.read_bytes() == b"old"
@@ -162,7 +179,11 @@ def test_what_is_written_beside_training_is_the_state_when_it_was_given(tmp_path
         assert not list(tmp_path.iterdir())
         go.set()
         writer.flush()
-        assert load_checkpoint(checkpoint_path(tmp_path, 1))["nested"][0]["weight"].tolist() == [0, 0, 0]
+        assert load_checkpoint(checkpoint_path(tmp_path, 1))["nested"][0]["weight"].tolist() == [
+            0,
+            0,
+            0,
+        ]
         assert load_checkpoint(checkpoint_path(tmp_path, 1))["step"] == 1
 
 
@@ -205,6 +226,8 @@ def test_a_write_that_failed_is_raised_where_training_is() -> None:
             writer.submit(fail)
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):  # is not hidden by the write, and what waits is written first
+    with pytest.raises(
+        KeyboardInterrupt
+    ):  # is not hidden by the write, and what waits is written first
         interrupted()
     assert written == [1]

@@ -17,13 +17,26 @@ from crossvit.results import TrainingResult
 
 Command = Callable[..., tuple[int, str, str]]
 
-HEAVY = ("torch", "torchvision", "timm", "matplotlib", "PIL", "numpy", "sklearn", "fastapi", "starlette", "jinja2")
+HEAVY = (
+    "torch",
+    "torchvision",
+    "timm",
+    "matplotlib",
+    "PIL",
+    "numpy",
+    "sklearn",
+    "fastapi",
+    "starlette",
+    "jinja2",
+)
 ROOT = Path(__file__).parents[1]
 
 
 def loaded_after(code: str) -> set[str]:
     script = f"import sys\n{code}\nprint(*sorted(name.split('.')[0] for name in sys.modules), file=sys.__stderr__)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     return set(done.stderr.split())
 
 
@@ -89,10 +102,24 @@ def test_models_lists_every_preset(command: Command) -> None:
     assert [row["name"] for row in listed] == crossvit.list_models()
 
 
-def test_train_evaluate_predict_and_their_json(command: Command, scans: Path, tmp_path: Path) -> None:
+def test_train_evaluate_predict_and_their_json(
+    command: Command, scans: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     status, out, err = command(
-        "train", scans, "--out", run, "--epochs", 1, "--batch-size", 16, "--precision", "fp32", "--device", "cpu", "--json"
+        "train",
+        scans,
+        "--out",
+        run,
+        "--epochs",
+        1,
+        "--batch-size",
+        16,
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+        "--json",
     )
     assert status == 0, err
     trained = json.loads(out)
@@ -115,7 +142,9 @@ def test_train_evaluate_predict_and_their_json(command: Command, scans: Path, tm
     assert len(command("predict", run, scans / "0" / "*.png")[1].splitlines()) == 20
 
 
-def test_predict_says_which_image_failed_and_goes_on(command: Command, tiny_run: TrainingResult, own_scans: Path) -> None:
+def test_predict_says_which_image_failed_and_goes_on(
+    command: Command, tiny_run: TrainingResult, own_scans: Path
+) -> None:
     (own_scans / "0" / "0000-bad.png").write_text("hello")
     status, out, _ = command("predict", tiny_run.run, own_scans / "0")
     assert status == 1
@@ -129,23 +158,63 @@ BAD_CALLS = {
         2,
         "no folder nowhere: give a folder of class folders",
     ),
-    "unknown model": (["train", "digits", "--out", "OUT", "--model", "crossvit_pica_32"], 2, "did you mean crossvit_pico_32"),
-    "negative epochs": (["train", "digits", "--out", "OUT", "--epochs", "-3"], 2, "epochs = -3: should be a whole number"),
+    "unknown model": (
+        ["train", "digits", "--out", "OUT", "--model", "crossvit_pica_32"],
+        2,
+        "did you mean crossvit_pico_32",
+    ),
+    "negative epochs": (
+        ["train", "digits", "--out", "OUT", "--epochs", "-3"],
+        2,
+        "epochs = -3: should be a whole number",
+    ),
     "epochs not a number": (["train", "digits", "--out", "OUT", "--epochs", "many"], 2, "many"),
     "no --out": (["train", "digits"], 2, "out"),
     "unknown option": (["train", "digits", "--out", "OUT", "--epoch", "3"], 2, "--epoch"),
     "unknown verb": (["tarin", "digits"], 2, "tarin"),
-    "unknown recipe": (["train", "digits", "--out", "OUT", "--recipe", "smal"], 2, "did you mean small"),
-    "image smaller than a patch": (["train", "digits", "--out", "OUT", "--image-size", "4"], 2, "shorter than the 8-pixel patch"),
-    "device not here": (["train", "digits", "--out", "OUT", "--device", "tpu"], 2, "device = 'tpu': should be one of"),
-    "weights not here": (["train", "digits", "--out", "OUT", "--weights", "gone.pth"], 2, "no weights at gone.pth"),
+    "unknown recipe": (
+        ["train", "digits", "--out", "OUT", "--recipe", "smal"],
+        2,
+        "did you mean small",
+    ),
+    "image smaller than a patch": (
+        ["train", "digits", "--out", "OUT", "--image-size", "4"],
+        2,
+        "shorter than the 8-pixel patch",
+    ),
+    "device not here": (
+        ["train", "digits", "--out", "OUT", "--device", "tpu"],
+        2,
+        "device = 'tpu': should be one of",
+    ),
+    "weights not here": (
+        ["train", "digits", "--out", "OUT", "--weights", "gone.pth"],
+        2,
+        "no weights at gone.pth",
+    ),
     "run not here": (["evaluate", "gone", "digits"], 2, "no weights at gone: give a run folder"),
     "no image": (["predict", "RUN"], 2, "no image given"),
     "image not here": (["predict", "RUN", "gone.jpg"], 2, "no image at gone.jpg"),
-    "top-k of zero": (["predict", "RUN", "SCANS", "--top-k", "0"], 2, "top_k = 0: should be 1 or more"),
-    "batch of nothing": (["evaluate", "RUN", "SCANS", "--batch-size", "0"], 2, "batch_size = 0: should be 1 or more"),
-    "seed too large": (["train", "digits", "--out", "OUT", "--seed", "5000000000"], 2, "seed = 5000000000: should be"),
-    "resume and overwrite": (["train", "SCANS", "--out", "RUN", "--resume", "--overwrite"], 2, "give one of them"),
+    "top-k of zero": (
+        ["predict", "RUN", "SCANS", "--top-k", "0"],
+        2,
+        "top_k = 0: should be 1 or more",
+    ),
+    "batch of nothing": (
+        ["evaluate", "RUN", "SCANS", "--batch-size", "0"],
+        2,
+        "batch_size = 0: should be 1 or more",
+    ),
+    "seed too large": (
+        ["train", "digits", "--out", "OUT", "--seed", "5000000000"],
+        2,
+        "seed = 5000000000: should be",
+    ),
+    "resume and overwrite": (
+        ["train", "SCANS", "--out", "RUN", "--resume", "--overwrite"],
+        2,
+        "give one of them",
+    ),
     "run exists": (["train", "digits", "--out", "RUN"], 2, "exists: add --resume"),
     "resume with a change": (
         ["train", "SCANS", "--out", "RUN", "--resume", "--epochs", "7"],
@@ -170,7 +239,9 @@ def test_a_wrong_call_is_one_line_with_the_fix(
     assert not (tmp_path / "out").exists()
 
 
-def test_training_refuses_what_it_can_before_torch_is_loaded(tiny_run: TrainingResult, scans: Path, tmp_path: Path) -> None:
+def test_training_refuses_what_it_can_before_torch_is_loaded(
+    tiny_run: TrainingResult, scans: Path, tmp_path: Path
+) -> None:
     code = (
         "import json, sys\n"
         "from crossvit.cli import run\n"
@@ -187,7 +258,9 @@ def test_training_refuses_what_it_can_before_torch_is_loaded(tiny_run: TrainingR
         ["train", str(scans), "--out", tiny_run.run],
         ["train", str(scans), "--out", tiny_run.run, "--resume", "--epochs", "7"],
     ]
-    done = subprocess.run([sys.executable, "-c", code, json.dumps(calls)], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(calls)], capture_output=True, text=True, check=True
+    )
     assert done.stdout == f"{[2] * len(calls)} False\n"
     says = [
         "lr = -1.0", "crossvit_9_240", "one of them", "no weights at", "no folder", "inside the images", "exists",
@@ -209,11 +282,16 @@ def test_training_refuses_what_it_can_before_torch_is_loaded(tiny_run: TrainingR
         ("--epoch", "--epochs"),
     ],
 )
-def test_an_unknown_option_of_train_is_told_the_one_meant(given: str, meant: str, command: Command) -> None:
+def test_an_unknown_option_of_train_is_told_the_one_meant(
+    given: str, meant: str, command: Command
+) -> None:
     status, out, err = command("train", "photos", "--out", "run", given, "1")
     name = given.partition("=")[0]
     assert (status, out) == (2, "")
-    assert err == f"crossvit: Unknown option: {name}. Did you mean {meant}? (see `crossvit train --help`)\n"
+    assert (
+        err
+        == f"crossvit: Unknown option: {name}. Did you mean {meant}? (see `crossvit train --help`)\n"
+    )
 
 
 def test_broken_images_are_failed_work(command: Command, own_scans: Path, tmp_path: Path) -> None:
@@ -225,7 +303,9 @@ def test_broken_images_are_failed_work(command: Command, own_scans: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_cut_in_half_is_one_line(command: Command, tiny_run: TrainingResult, scans: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_cut_in_half_is_one_line(
+    command: Command, tiny_run: TrainingResult, scans: Path, tmp_path: Path
+) -> None:
     import shutil
 
     run = shutil.copytree(tiny_run.run, tmp_path / "run")
@@ -241,7 +321,10 @@ def test_a_checkpoint_cut_in_half_is_one_line(command: Command, tiny_run: Traini
 
 def test_debug_shows_the_traceback() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "crossvit", "predict", "gone", "x", "--debug"], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "crossvit", "predict", "gone", "x", "--debug"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert "Traceback" in done.stderr
@@ -249,7 +332,9 @@ def test_debug_shows_the_traceback() -> None:
 
 
 @pytest.mark.parametrize("words", ["predict 'RUN' 'SCANS'", "--help", "train --help", "models"])
-def test_standard_output_closed_early_is_no_error(words: str, tiny_run: TrainingResult, scans: Path) -> None:
+def test_standard_output_closed_early_is_no_error(
+    words: str, tiny_run: TrainingResult, scans: Path
+) -> None:
     words = words.replace("RUN", tiny_run.run).replace("SCANS", str(scans))
     shell = f"'{sys.executable}' -m crossvit {words} | head -n 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
@@ -257,12 +342,18 @@ def test_standard_output_closed_early_is_no_error(words: str, tiny_run: Training
     assert len(done.stdout.splitlines()) == 1
 
 
-def test_what_nobody_foresaw_is_one_line_too(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nobody_foresaw_is_one_line_too(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no\nsuch\nthing")
 
     monkeypatch.setattr("crossvit.cli.terminal.print_models", fail)
-    assert command("models") == (1, "", "crossvit: RuntimeError: no such thing (--debug shows where)\n")
+    assert command("models") == (
+        1,
+        "",
+        "crossvit: RuntimeError: no such thing (--debug shows where)\n",
+    )
 
 
 def test_ctrl_c_anywhere_is_one_line(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,7 +364,9 @@ def test_ctrl_c_anywhere_is_one_line(command: Command, monkeypatch: pytest.Monke
     assert command("models") == (130, "", "crossvit: stopped\n")
 
 
-def test_tables_are_not_cut_in_a_narrow_terminal(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_not_cut_in_a_narrow_terminal(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     for words in (["models"], ["models", "--paper"]):
         out = command(*words)[1]
@@ -292,8 +385,19 @@ def test_the_papers_tables_mark_every_difference_with_its_reason(command: Comman
 def test_every_command_in_the_readme_is_real(command: Command) -> None:
     """Each `crossvit VERB --option` and `make TARGET` in README.md exists."""
     readme = (ROOT / "README.md").read_text()
-    calls = re.findall(r"^(?:\$ )?(?:\.venv/bin/)?crossvit ((?:weights|data) [a-z-]+|[a-z]+)(.*)$", readme, flags=re.MULTILINE)
-    assert {verb for verb, _ in calls} >= {"train", "evaluate", "predict", "models", "weights convert", "weights save-timm"}
+    calls = re.findall(
+        r"^(?:\$ )?(?:\.venv/bin/)?crossvit ((?:weights|data) [a-z-]+|[a-z]+)(.*)$",
+        readme,
+        flags=re.MULTILINE,
+    )
+    assert {verb for verb, _ in calls} >= {
+        "train",
+        "evaluate",
+        "predict",
+        "models",
+        "weights convert",
+        "weights save-timm",
+    }
     for verb, rest in calls:
         status, help_text, _ = command(*verb.split(), "--help")
         assert status == 0, verb

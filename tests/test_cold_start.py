@@ -22,9 +22,9 @@ import crossvit.results
 from conftest import SMALL
 from crossvit import cache
 from crossvit.cache import digest_of
-from crossvit.cli.collector import uncollected
+from crossvit.cli.gc_control import uncollected
 from crossvit.errors import EngineError
-from crossvit.machine import is_installed
+from crossvit.hardware import is_installed
 from crossvit.results import TrainingResult
 from crossvit.trained import Trained, open_trained
 from crossvit.weights.files import header, write_weights
@@ -40,7 +40,7 @@ def trained(tiny_run: TrainingResult) -> Trained:
 def filled_cache(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the model as an ONNX file and nothing else."""
     pytest.importorskip("onnxruntime")
-    from crossvit.runtimes.onnx import onnx_file
+    from crossvit.engines.onnxruntime import onnx_file
 
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
@@ -56,35 +56,69 @@ def loaded_by(*words: str, cache: Path) -> set[str]:
     """The modules that `crossvit WORDS` has imported when it is done."""
     script = "import sys; from crossvit.cli import run; status = run(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
     environment = {**os.environ, "CROSSVIT_CACHE": str(cache)}
-    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
     assert done.stdout.count("\n") == 1, done.stderr
     return set(done.stderr.splitlines()[-1].split())
 
 
-def test_a_prediction_imports_what_it_needs(tiny_run: TrainingResult, scans: Path, tmp_path: Path) -> None:
+def test_a_prediction_imports_what_it_needs(
+    tiny_run: TrainingResult, scans: Path, tmp_path: Path
+) -> None:
     picture = next(scans.rglob("*.png"))
     loaded = loaded_by("predict", str(tiny_run.run), str(picture), cache=tmp_path)
     assert "torch" in loaded
     assert not {"sympy", "torchvision", "timm", "torch._dynamo", "matplotlib", "sklearn"} & loaded
 
 
-def test_a_prediction_by_onnx_runtime_imports_no_torch(tiny_run: TrainingResult, scans: Path, filled_cache: Path) -> None:
-    words = ("predict", str(tiny_run.run), str(next(scans.rglob("*.png"))), "--engine", "onnxruntime")
+def test_a_prediction_by_onnx_runtime_imports_no_torch(
+    tiny_run: TrainingResult, scans: Path, filled_cache: Path
+) -> None:
+    words = (
+        "predict",
+        str(tiny_run.run),
+        str(next(scans.rglob("*.png"))),
+        "--engine",
+        "onnxruntime",
+    )
     loaded = loaded_by(*words, cache=filled_cache)
     assert "onnxruntime" in loaded
-    assert not {"torch", "rich", "email", "fsspec", "csv", "crossvit.results.evaluation", "crossvit.model.presets"} & loaded
+    assert (
+        not {
+            "torch",
+            "rich",
+            "email",
+            "fsspec",
+            "csv",
+            "crossvit.results.evaluation",
+            "crossvit.model.presets",
+        }
+        & loaded
+    )
 
 
 def test_every_record_comes_from_its_home() -> None:
     assert sorted(crossvit.results.__all__) == sorted(crossvit.results._HOMES)
     for name in crossvit.results.__all__:
         found = getattr(crossvit.results, name)
-        assert getattr(found, "__module__", crossvit.results._HOMES[name]) == crossvit.results._HOMES[name]
-    with pytest.raises(AttributeError, match=r"module 'crossvit.results' has no attribute 'nothing'"):
+        assert (
+            getattr(found, "__module__", crossvit.results._HOMES[name])
+            == crossvit.results._HOMES[name]
+        )
+    with pytest.raises(
+        AttributeError, match=r"module 'crossvit.results' has no attribute 'nothing'"
+    ):
         crossvit.results.nothing  # noqa: B018
 
 
-def test_a_folder_called_like_a_package_is_not_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_called_like_a_package_is_not_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "no_such_engine").mkdir()
     monkeypatch.syspath_prepend(str(tmp_path))
     assert is_installed("numpy")
@@ -108,7 +142,7 @@ def test_the_collector_rests_inside_and_is_as_it_was_behind(before: bool) -> Non
 def test_what_is_there_is_left_out_once_in_a_process() -> None:
     script = """
 import gc
-from crossvit.cli.collector import leave_out_what_is_there
+from crossvit.cli.gc_control import leave_out_what_is_there
 leave_out_what_is_there()
 first = gc.get_freeze_count()
 garbage = []
@@ -161,7 +195,9 @@ def test_a_changed_file_is_read_again_though_its_size_and_time_are_the_same(file
     assert digest_of(file) == sha256(b"abcdefghij")
 
 
-def test_a_file_written_just_now_is_not_remembered(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_written_just_now_is_not_remembered(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cache, "SETTLED", 60.0)
     digest_of(file)
     assert not (cache.cache_folder() / "digests.json").exists()
@@ -201,7 +237,7 @@ def model(filled_cache: Path, tmp_path: Path) -> Path:
 
 
 def logits(path: Path, *, keep: bool) -> NDArray[np.float32]:
-    from crossvit.runtimes.onnx import OnnxRuntimeEngine
+    from crossvit.engines.onnxruntime import OnnxRuntimeEngine
 
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
     return OnnxRuntimeEngine(path, keep=keep)(images)
@@ -211,7 +247,9 @@ def kept_beside(path: Path) -> list[Path]:
     return [found for found in path.parent.iterdir() if found != path]
 
 
-def test_the_kept_graph_gives_the_same_bits_and_is_used(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kept_graph_gives_the_same_bits_and_is_used(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact = logits(model, keep=False)
     assert kept_beside(model) == []
     assert np.array_equal(logits(model, keep=True), exact)
@@ -222,7 +260,9 @@ def test_the_kept_graph_gives_the_same_bits_and_is_used(model: Path, monkeypatch
 
 
 @pytest.mark.parametrize("changed", ["version", "processor"])
-def test_a_graph_of_another_version_or_processor_is_not_used(changed: str, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_of_another_version_or_processor_is_not_used(
+    changed: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import onnxruntime
 
     exact = logits(model, keep=True)
@@ -231,7 +271,7 @@ def test_a_graph_of_another_version_or_processor_is_not_used(changed: str, model
     if changed == "version":
         monkeypatch.setattr(onnxruntime, "__version__", "0.0")
     else:
-        monkeypatch.setattr("crossvit.runtimes.onnx.instruction_sets", lambda: "sse2")
+        monkeypatch.setattr("crossvit.engines.onnxruntime.instruction_sets", lambda: "sse2")
     assert np.array_equal(logits(model, keep=True), exact)
     assert len(kept_beside(model)) == 2
     assert (first / "graph.onnx").read_bytes() == b"what would be wrong here"
@@ -253,8 +293,10 @@ def test_a_torn_graph_is_made_anew(file: str, left: float | None, model: Path) -
     assert kept_beside(model) == [folder]
 
 
-def test_two_processes_that_keep_a_graph_at_once_leave_one(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from crossvit.runtimes import onnx
+def test_two_processes_that_keep_a_graph_at_once_leave_one(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from crossvit.engines import onnxruntime as onnx
 
     exact = logits(model, keep=False)
     sync, calls = os.fsync, []
@@ -273,7 +315,9 @@ def test_two_processes_that_keep_a_graph_at_once_leave_one(model: Path, monkeypa
     assert len(calls) == 4
 
 
-def test_where_no_graph_can_be_kept_the_model_is_loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_no_graph_can_be_kept_the_model_is_loaded(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     exact = logits(model, keep=False)
 
     def full(*_: object) -> None:
@@ -297,16 +341,22 @@ def test_a_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_model_on_meta_takes_the_weights_that_another_would(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_model_on_meta_takes_the_weights_that_another_would(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     path = tmp_path / "model.safetensors"
-    source = {name: value.to(dtype) for name, value in crossvit.CrossViT(SMALL).state_dict().items()}
+    source = {
+        name: value.to(dtype) for name, value in crossvit.CrossViT(SMALL).state_dict().items()
+    }
     write_weights(path, source, header(model=None, config=SMALL, classes=None, preprocessing=None))
     drawn = crossvit.CrossViT(SMALL)
     with torch.device("meta"):
         blank = crossvit.CrossViT(SMALL)
     assert load_weights(blank, path) == load_weights(drawn, path)
     path.write_bytes(b"\xff" * path.stat().st_size)  # in place: the model must not lie in the file
-    for (name, found), (_, expected) in zip(blank.named_parameters(), drawn.named_parameters(), strict=True):
+    for (name, found), (_, expected) in zip(
+        blank.named_parameters(), drawn.named_parameters(), strict=True
+    ):
         assert found.dtype == torch.float32, name
         assert found.device.type == "cpu", name
         assert found.requires_grad, name

@@ -29,10 +29,16 @@ GOOD = BranchConfig(patch=4, dim=16, heads=2, depth=1)
         ({"depth": -1}, r"depth = -1: should be an integer of 0 or more"),
         ({"mlp_ratio": 0}, r"mlp_ratio = 0: should be a positive number"),
         ({"image_scale": 0}, r"image_scale = 0"),
-        ({"tokeniser": "magic"}, r"tokeniser = 'magic': should be one of linear, dagger, t2t, halving"),
+        (
+            {"tokeniser": "magic"},
+            r"tokeniser = 'magic': should be one of linear, dagger, t2t, halving",
+        ),
         ({"tokeniser": "t2t"}, r"patch = 4: should be 12 or 16 with tokeniser='t2t'"),
         ({"tokeniser": "dagger"}, r"patch = 4: should be 12 or 16 with tokeniser='dagger'"),
-        ({"tokeniser": "halving", "patch": 6}, r"patch = 6: should be a power of two with tokeniser='halving'"),
+        (
+            {"tokeniser": "halving", "patch": 6},
+            r"patch = 6: should be a power of two with tokeniser='halving'",
+        ),
     ],
 )
 def test_bad_branch(change: dict[str, object], says: str) -> None:
@@ -45,17 +51,26 @@ def test_bad_branch(change: dict[str, object], says: str) -> None:
     [
         ({"branches": ()}, "branches has 0 entries: a CrossViT has one to 4"),
         ({"branches": (GOOD,) * 5}, "branches has 5 entries"),
-        ({"branches": (GOOD,)}, "fusion = 'cross-attention': should be 'none' with a single branch"),
+        (
+            {"branches": (GOOD,)},
+            "fusion = 'cross-attention': should be 'none' with a single branch",
+        ),
         (
             {"branches": (GOOD, dataclasses.replace(GOOD, class_token=False))},
             "class_token = True, False over the branches: should be the same in every branch",
         ),
         ({"fusion": "magic"}, "fusion = 'magic': should be one of none, all-attention"),
-        ({"fusion": "none", "as_released": True}, "fusion = 'none': should be 'cross-attention' with as_released=True"),
+        (
+            {"fusion": "none", "as_released": True},
+            "fusion = 'none': should be 'cross-attention' with as_released=True",
+        ),
         ({"fusion_depth": 0}, "fusion_depth = 0: should be an integer of 1 or more"),
         ({"keys_values": "eager"}, "keys_values = 'eager': should be one of lazy, materialised"),
         ({"branches": (GOOD, "large")}, r"branches\[1\] = 'large': should be a BranchConfig"),
-        ({"image_size": 3}, "image_size = 3x3: a side is shorter than the 4-pixel patch of branch 0; use 4 or more"),
+        (
+            {"image_size": 3},
+            "image_size = 3x3: a side is shorter than the 4-pixel patch of branch 0; use 4 or more",
+        ),
         ({"image_size": (32,)}, "image_size"),
         ({"num_classes": 0}, "num_classes = 0: should be an integer of 1 or more"),
         ({"stages": True}, "stages = True"),
@@ -67,7 +82,10 @@ def test_bad_branch(change: dict[str, object], says: str) -> None:
         ({"image_size": None}, "image_size = None: should be a positive integer or a pair"),
         ({"branches": None}, "branches = None: should be a tuple of BranchConfig"),
         ({"drop": "a"}, "drop = 'a': should be a number from 0"),
-        ({"fusion": "class-token", "fusion_depth": 3}, "should be all-attention or cross-attention with fusion_depth=3"),
+        (
+            {"fusion": "class-token", "fusion_depth": 3},
+            "should be all-attention or cross-attention with fusion_depth=3",
+        ),
     ],
 )
 def test_bad_model(change: dict[str, object], says: str) -> None:
@@ -93,16 +111,23 @@ def test_what_is_no_config_is_said() -> None:
     for record in ("abc", {"branches": [5]}, {"branches": 5}):
         with pytest.raises(ConfigError, match="should be a dict"):
             CrossViTConfig.from_dict(record)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"name_or_config = 5: should be a name from list_models\(\) or a CrossViTConfig"):
+    with pytest.raises(
+        ConfigError,
+        match=r"name_or_config = 5: should be a name from list_models\(\) or a CrossViTConfig",
+    ):
         create_model(5)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="keys_values = 'materialized': should be one of lazy, materialised"):
+    with pytest.raises(
+        ConfigError, match="keys_values = 'materialized': should be one of lazy, materialised"
+    ):
         cost(CrossViTConfig(branches=(GOOD, GOOD), image_size=32), keys_values="materialized")
 
 
 def test_unknown_names_are_suggested() -> None:
     with pytest.raises(UnknownNameError, match="did you mean crossvit_15_dagger_240"):
         create_model("crossvit_15_dager_240")
-    with pytest.raises(UnknownNameError, match="unknown model field 'drop_paths': did you mean drop_path"):
+    with pytest.raises(
+        UnknownNameError, match="unknown model field 'drop_paths': did you mean drop_path"
+    ):
         create_model("crossvit_9_240", drop_paths=0.1)
     with pytest.raises(ConfigError, match="unknown field of BranchConfig: patches"):
         CrossViTConfig.from_dict({"branches": [{"patches": 4}]})
@@ -151,7 +176,9 @@ def configs(draw: st.DrawFn) -> CrossViTConfig:
         init=draw(st.sampled_from(["paper", "xavier"])),
         dynamic_size=draw(st.booleans()),
         fusion=fusion,
-        fusion_depth=draw(st.integers(1, 2)) if fusion in ("all-attention", "cross-attention") else 1,
+        fusion_depth=draw(st.integers(1, 2))
+        if fusion in ("all-attention", "cross-attention")
+        else 1,
         as_released=fusion == "cross-attention" and draw(st.booleans()),
         keys_values=draw(st.sampled_from(["lazy", "materialised"])),
         projection_norm=draw(st.booleans()),
@@ -169,7 +196,9 @@ def test_any_legal_config_builds_runs_learns_costs_and_comes_back(config: CrossV
     loss.backward()
     assert torch.isfinite(loss)
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
-    assert cost(config)["total"].parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert cost(config)["total"].parameters == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
     assert CrossViTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -183,4 +212,8 @@ def test_closed_form_macs_equal_a_counter(config: CrossViTConfig) -> None:
     counted, closed = counter.get_total_flops() // 2, cost(config)["total"].macs
     # The counter also takes q·b_k of the lazy form, a bias: D multiply–adds a read, left out of the closed form.
     biases = config.stages * config.fusion_depth * sum(branch.dim for branch in config.branches)
-    assert 0 <= counted - closed <= (biases if config.fusion == "cross-attention" and config.keys_values == "lazy" else 0)
+    assert (
+        0
+        <= counted - closed
+        <= (biases if config.fusion == "cross-attention" and config.keys_values == "lazy" else 0)
+    )

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossvit import CrossViTConfig, create_model, list_models
 from crossvit.model.cost import cost
-from crossvit.model.paper import ROWS, TABLES
+from crossvit.model.paper_tables import ROWS, TABLES
 from crossvit.model.presets import PRESETS
 
 # name: parameters, parameters without position embeddings, GMACs with keys and values built (PAPER, section 2)
@@ -53,7 +53,9 @@ TABLE_7 = {
 
 def millions_and_giga_macs(config: CrossViTConfig) -> tuple[float, float]:
     parts = cost(config, keys_values="materialised")
-    return round((parts["total"].parameters - parts["positions"].parameters) / 1e6, 3), round(parts["total"].macs / 1e9, 3)
+    return round((parts["total"].parameters - parts["positions"].parameters) / 1e6, 3), round(
+        parts["total"].macs / 1e9, 3
+    )
 
 
 @pytest.mark.parametrize("name", TABLE_7)
@@ -64,9 +66,15 @@ def test_table_7_to_three_decimals(name: str) -> None:
 def test_equal_widths_with_and_without_identity_and_two_blocks_as_released() -> None:
     equal = PRESETS["crossvit_small_240_b"].config
     assert millions_and_giga_macs(equal) == (31.404, 7.697)
-    assert millions_and_giga_macs(dataclasses.replace(equal, projection_identity=False)) == (33.187, 7.699)
+    assert millions_and_giga_macs(dataclasses.replace(equal, projection_identity=False)) == (
+        33.187,
+        7.699,
+    )
     two_blocks = PRESETS["crossvit_small_240_d"].config
-    assert millions_and_giga_macs(dataclasses.replace(two_blocks, as_released=True)) == (28.926, 5.618)
+    assert millions_and_giga_macs(dataclasses.replace(two_blocks, as_released=True)) == (
+        28.926,
+        5.618,
+    )
 
 
 def test_the_papers_other_form_of_table_6() -> None:
@@ -95,10 +103,15 @@ def test_counts_are_the_papers(name: str) -> None:
 def test_parameters_equal_the_built_models(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name)
-    assert cost(model.config)["total"].parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert cost(model.config)["total"].parameters == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
 
 
-@pytest.mark.parametrize("name", ["crossvit_9_dagger_240", "crossvit_pico_32", "crossvit_micro_96", "crossvit_18_t2t_240"])
+@pytest.mark.parametrize(
+    "name",
+    ["crossvit_9_dagger_240", "crossvit_pico_32", "crossvit_micro_96", "crossvit_18_t2t_240"],
+)
 def test_lazy_macs_equal_a_counter(name: str) -> None:
     with torch.device("meta"):
         model = create_model(name).eval()
@@ -113,9 +126,15 @@ def test_lazy_macs_equal_a_counter(name: str) -> None:
 def test_lazy_keys_and_values_make_the_exchange_thirty_times_cheaper() -> None:
     """In the multiply–accumulates that grow with the number of tokens, at 240 pixels."""
     config = PRESETS["crossvit_9_240"].config
-    eager, lazy = (cost(config, keys_values=form)["fusion"].macs for form in ("materialised", "lazy"))
-    fixed = sum(2 * branch.dim**2 for branch in config.branches) * config.stages  # query and output projections
-    exchange = config.stages * 4 * config.branches[0].dim * config.branches[1].dim  # f and g, both ways
+    eager, lazy = (
+        cost(config, keys_values=form)["fusion"].macs for form in ("materialised", "lazy")
+    )
+    fixed = (
+        sum(2 * branch.dim**2 for branch in config.branches) * config.stages
+    )  # query and output projections
+    exchange = (
+        config.stages * 4 * config.branches[0].dim * config.branches[1].dim
+    )  # f and g, both ways
     lazy_key_and_value = sum(2 * branch.dim**2 for branch in config.branches) * config.stages
     ratio = (eager - fixed - exchange) / (lazy - fixed - exchange - lazy_key_and_value)
     assert ratio > 30

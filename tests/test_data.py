@@ -19,7 +19,7 @@ from crossvit.data.augment import Augment, seeded
 from crossvit.data.check import look_at
 from crossvit.data.images import stratified_split
 from crossvit.data.loader import Order, TrainingLoader
-from crossvit.data.planes import MAX_PIXELS
+from crossvit.data.multichannel import MAX_PIXELS
 from crossvit.data.preprocess import Preprocessing, read_image
 from crossvit.data.sources import open_data
 from crossvit.errors import DataError, UsageError
@@ -31,7 +31,9 @@ STRENGTHS = {"min_crop": 1.0, "flip": 0.5, "rotate": 15.0, "shift": 0.1, "zoom":
 
 def picture(mode: str = "RGB", size: tuple[int, int] = (12, 8)) -> Image.Image:
     rng = np.random.default_rng(0)
-    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(mode)
+    return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)).convert(
+        mode
+    )
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -65,7 +67,9 @@ def test_a_folder_of_class_folders(scans: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["val", "test"])
-def test_train_and_val_or_test_folders_are_taken_as_they_are(part: str, own_scans: Path, tmp_path: Path) -> None:
+def test_train_and_val_or_test_folders_are_taken_as_they_are(
+    part: str, own_scans: Path, tmp_path: Path
+) -> None:
     (tmp_path / "data").mkdir()
     own_scans.rename(tmp_path / "data" / "train")
     (tmp_path / "data" / part / "1").mkdir(parents=True)
@@ -98,7 +102,9 @@ def test_layouts_that_would_be_misread_are_refused_or_said(own_scans: Path, tmp_
     for part in ("train", "val"):
         (flat / part).mkdir(parents=True)
         (flat / part / "a.png").write_bytes(encoded(picture()))
-    with pytest.raises(UsageError, match="flat/train has no class folders: put its images in .*flat/train/<class>/"):
+    with pytest.raises(
+        UsageError, match="flat/train has no class folders: put its images in .*flat/train/<class>/"
+    ):
         open_data(flat)
     split = tmp_path / "split"
     split.mkdir()
@@ -115,7 +121,9 @@ def test_layouts_that_would_be_misread_are_refused_or_said(own_scans: Path, tmp_
     (split / "extra").mkdir()
     data = open_data(split)
     assert len(data.split(held_out=0.2, seed=0)[1]) == 1
-    assert data.notes == (f"{split} has train/, val/ or test/, so its other folders are ignored: extra",)
+    assert data.notes == (
+        f"{split} has train/, val/ or test/, so its other folders are ignored: extra",
+    )
 
 
 def test_train_can_be_a_class(own_scans: Path) -> None:
@@ -124,7 +132,9 @@ def test_train_can_be_a_class(own_scans: Path) -> None:
 
 
 def test_bad_folders_are_refused_with_the_fix(own_scans: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no folder .*nowhere: give a folder of class folders, a CSV"):
+    with pytest.raises(
+        UsageError, match="no folder .*nowhere: give a folder of class folders, a CSV"
+    ):
         open_data(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="has no class folders"):
@@ -148,8 +158,14 @@ def test_a_split_holds_out_at_least_one_image_of_a_rare_class(own_scans: Path) -
     for path in sorted((own_scans / "2").iterdir())[2:]:
         path.unlink()
     for seed in range(20):
-        train, held_out = stratified_split(open_data(own_scans).parts["all"], held_out=0.1, seed=seed)
-        assert (train.counts()["2"], held_out.counts()["2"], len(train) + len(held_out)) == (1, 1, 18)
+        train, held_out = stratified_split(
+            open_data(own_scans).parts["all"], held_out=0.1, seed=seed
+        )
+        assert (train.counts()["2"], held_out.counts()["2"], len(train) + len(held_out)) == (
+            1,
+            1,
+            18,
+        )
         assert not set(train.names) & set(held_out.names)
     nearly_all = stratified_split(open_data(own_scans).parts["all"], held_out=0.97, seed=0)[0]
     assert nearly_all.counts() == {"0": 1, "1": 1, "2": 1}
@@ -190,7 +206,9 @@ def test_exif_rotation_is_applied() -> None:
 
 def test_damaged_exif_does_not_cost_the_picture() -> None:
     turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
-    text = struct.pack("<HHI4s", 338, 2, 4, b"abc\0")  # ExtraSamples should be numbers: Pillow cannot write it again
+    text = struct.pack(
+        "<HHI4s", 338, 2, 4, b"abc\0"
+    )  # ExtraSamples should be numbers: Pillow cannot write it again
     odd = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", 2) + turned + text + b"\0\0\0\0"
     assert read_image(encoded(Image.new("RGB", (16, 8)), "JPEG", exif=odd)).size == (8, 16)
 
@@ -215,7 +233,12 @@ def test_an_animation_gives_its_first_frame() -> None:
 def test_every_kind_of_source_gives_the_same_pixels(kind: str, tmp_path: Path) -> None:
     image = picture()
     image.save(tmp_path / "x.png")
-    source = {"path": tmp_path / "x.png", "bytes": encoded(image), "pillow": image, "array": np.asarray(image)}[kind]
+    source = {
+        "path": tmp_path / "x.png",
+        "bytes": encoded(image),
+        "pillow": image,
+        "array": np.asarray(image),
+    }[kind]
     assert np.array_equal(np.asarray(read_image(source)), np.asarray(image))
 
 
@@ -223,8 +246,14 @@ def test_what_cannot_be_decoded_is_named_with_the_reason(tmp_path: Path) -> None
     cases = {
         "empty.png": (b"", r"empty\.png: the file is empty \(0 bytes\)"),
         "text.jpg": (b"hello", r"text\.jpg: not an image in a format read here"),
-        "drawing.svg": (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image in a format read here"),
-        "cut.jpg": (encoded(picture(size=(200, 200)), "JPEG")[:3000], r"cut\.jpg: cannot be decoded \(image file is truncated"),
+        "drawing.svg": (
+            b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+            "not an image in a format read here",
+        ),
+        "cut.jpg": (
+            encoded(picture(size=(200, 200)), "JPEG")[:3000],
+            r"cut\.jpg: cannot be decoded \(image file is truncated",
+        ),
     }
     for name, (content, says) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -239,10 +268,16 @@ TOO_LARGE = "more than 89,478,485 pixels; make it smaller first"
 
 
 @pytest.mark.parametrize("what", ["ignore", "error"])  # no one's filter of warnings changes it
-@pytest.mark.parametrize("side", [9_500, 20_000])  # Pillow warns of the first and refuses the second
+@pytest.mark.parametrize(
+    "side", [9_500, 20_000]
+)  # Pillow warns of the first and refuses the second
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(what: str, side: int) -> None:
     content = b"P5 %d %d 255\n" % (side, side)
-    for read in (read_image, Preprocessing(image_size=(8, 8), channels=1).read, Preprocessing(image_size=(8, 8)).read):
+    for read in (
+        read_image,
+        Preprocessing(image_size=(8, 8), channels=1).read,
+        Preprocessing(image_size=(8, 8)).read,
+    ):
         with warnings.catch_warnings():
             warnings.simplefilter(what)  # type: ignore[arg-type]
             with pytest.raises(DataError, match=f"^<bytes>: {TOO_LARGE}$"):
@@ -261,15 +296,26 @@ def test_every_verb_names_a_picture_that_is_too_large(
     huge.write_bytes(HUGE)
     said = f"{huge}: {TOO_LARGE}"
     run = tiny_run.run
-    assert said in command("train", own_scans, "--out", tmp_path / "run", "--model", "crossvit_pico_32")[2]
+    assert (
+        said
+        in command("train", own_scans, "--out", tmp_path / "run", "--model", "crossvit_pico_32")[2]
+    )
     assert said in command("evaluate", run, own_scans, "--split", "all")[2]
     assert said in command("explain", run, own_scans, "--check", "--split", "all")[2]
     assert f"{huge}  error: {TOO_LARGE}" in command("predict", run, huge)[1]
-    assert f"{huge}  error: {TOO_LARGE}" in command("explain", run, huge, "--out", tmp_path / "maps")[1]
+    assert (
+        f"{huge}  error: {TOO_LARGE}"
+        in command("explain", run, huge, "--out", tmp_path / "maps")[1]
+    )
     assert TOO_LARGE in command("data", "check", own_scans)[1]
     assert command("data", "shard", own_scans, tmp_path / "shards")[0] == 0  # files as they are
     assert TOO_LARGE in command("data", "check", tmp_path / "shards")[1]
-    assert TOO_LARGE in command("train", tmp_path / "shards", "--out", tmp_path / "run", "--model", "crossvit_pico_32")[2]
+    assert (
+        TOO_LARGE
+        in command(
+            "train", tmp_path / "shards", "--out", tmp_path / "run", "--model", "crossvit_pico_32"
+        )[2]
+    )
     assert not (tmp_path / "run").exists()
 
 
@@ -356,7 +402,14 @@ def test_epochs_go_through_every_image_in_another_order() -> None:
 def loader(folder: Path, workers: int) -> TrainingLoader:
     preprocessing = Preprocessing(image_size=(16, 16))
     images = open_data(folder).parts["all"]
-    return TrainingLoader(images, Augment(preprocessing, **STRENGTHS), preprocessing, batch_size=7, seed=5, workers=workers)
+    return TrainingLoader(
+        images,
+        Augment(preprocessing, **STRENGTHS),
+        preprocessing,
+        batch_size=7,
+        seed=5,
+        workers=workers,
+    )
 
 
 def test_batches_follow_from_seed_and_epoch_whatever_was_loaded_before(scans: Path) -> None:
@@ -365,8 +418,13 @@ def test_batches_follow_from_seed_and_epoch_whatever_was_loaded_before(scans: Pa
     list(first.epoch(0))  # pictures are kept in memory by now
     torch.manual_seed(99)
     again = list(first.epoch(1))
-    assert len(first) == len(once) == 9  # ceil(60 / 7): the last batch is short, and no image is left out
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(once, again, strict=True))
+    assert (
+        len(first) == len(once) == 9
+    )  # ceil(60 / 7): the last batch is short, and no image is left out
+    assert all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+        for a, b in zip(once, again, strict=True)
+    )
     assert not torch.equal(once[0][0], next(iter(first.epoch(2)))[0])
     assert once[0][0].dtype == torch.float32
     assert once[0][0].shape == (7, 3, 16, 16)
@@ -375,7 +433,10 @@ def test_batches_follow_from_seed_and_epoch_whatever_was_loaded_before(scans: Pa
 @pytest.mark.slow
 def test_workers_change_nothing(scans: Path) -> None:
     here, there = list(loader(scans, workers=0).epoch(1)), list(loader(scans, workers=2).epoch(1))
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(here, there, strict=True))
+    assert all(
+        torch.equal(a[0], b[0]) and torch.equal(a[1], b[1])
+        for a, b in zip(here, there, strict=True)
+    )
 
 
 def test_random_crops_come_from_a_larger_view() -> None:
@@ -387,12 +448,20 @@ def test_random_crops_come_from_a_larger_view() -> None:
 
 
 def test_large_jpegs_are_decoded_smaller_for_training_alone() -> None:
-    content = encoded(picture(size=(1600, 1200)).resize((40, 30)).resize((1600, 1200)), "JPEG", quality=95)
+    content = encoded(
+        picture(size=(1600, 1200)).resize((40, 30)).resize((1600, 1200)), "JPEG", quality=95
+    )
     preprocessing = Preprocessing(image_size=(64, 64))
     whole, smaller = preprocessing.read(content), preprocessing.read(content, at_least=128)
-    assert (whole.size, smaller.size) == ((1600, 1200), (200, 150))  # an eighth: both sides are 128 or more
+    assert (whole.size, smaller.size) == (
+        (1600, 1200),
+        (200, 150),
+    )  # an eighth: both sides are 128 or more
     assert preprocessing.read(content, at_least=601).size == (1600, 1200)
-    assert preprocessing.read(encoded(picture(size=(400, 400))), at_least=10).size == (400, 400)  # no JPEG
+    assert preprocessing.read(encoded(picture(size=(400, 400))), at_least=10).size == (
+        400,
+        400,
+    )  # no JPEG
     apart = np.abs(preprocessing.fit(whole).astype(int) - preprocessing.fit(smaller).astype(int))
     assert apart.mean() < 2  # of 255
     assert preprocessing.read(content, at_least=128).tobytes() == smaller.tobytes()
@@ -400,6 +469,10 @@ def test_large_jpegs_are_decoded_smaller_for_training_alone() -> None:
 
 def test_zero_strengths_leave_the_picture_as_the_preprocessing_fits_it() -> None:
     preprocessing = Preprocessing(image_size=(16, 16))
-    augment = Augment(preprocessing, min_crop=1.0, flip=0.0, rotate=0.0, shift=0.0, zoom=0.0, colour=0.0)
+    augment = Augment(
+        preprocessing, min_crop=1.0, flip=0.0, rotate=0.0, shift=0.0, zoom=0.0, colour=0.0
+    )
     image = picture()
-    assert np.array_equal(augment(augment.view(image), seed=0, epoch=0, index=0), preprocessing.fit(image))
+    assert np.array_equal(
+        augment(augment.view(image), seed=0, epoch=0, index=0), preprocessing.fit(image)
+    )

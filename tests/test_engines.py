@@ -18,13 +18,13 @@ from torch.nn import functional as F
 import crossvit
 from conftest import SMALL, lively
 from crossvit.data.sources import open_data
+from crossvit.engines import select as choose
+from crossvit.engines.select import installed_engines, load_engine
+from crossvit.engines.torch import TorchEngine
 from crossvit.errors import EngineError, UsageError
-from crossvit.kernels.native import native, without_kernels
+from crossvit.fast.native.build import native, without_kernels
+from crossvit.fast.packed_linear import PackedLinear, Resize, attention_of, scaled_qkv
 from crossvit.results import TrainingResult
-from crossvit.runtimes import choose
-from crossvit.runtimes.choose import installed_engines, load_engine
-from crossvit.runtimes.products import PackedLinear, Resize, attention_of, scaled_qkv
-from crossvit.runtimes.torch import TorchEngine
 from crossvit.trained import Trained, open_trained
 
 
@@ -45,7 +45,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pictures(trained: Trained, scans: Path) -> NDArray[np.float32]:
     images = open_data(str(scans)).part("all")
-    return np.stack([trained.preprocessing(images.read(index)) for index in range(0, len(images), 5)])
+    return np.stack(
+        [trained.preprocessing(images.read(index)) for index in range(0, len(images), 5)]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +68,11 @@ def relative(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float
 @pytest.mark.parametrize("engine", ["torch", "onnxruntime", "openvino"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_engine_gives_the_logits_of_torch_in_fp32(
-    engine: str, precision: str, trained: Trained, pictures: NDArray[np.float32], exact: NDArray[np.float32]
+    engine: str,
+    precision: str,
+    trained: Trained,
+    pictures: NDArray[np.float32],
+    exact: NDArray[np.float32],
 ) -> None:
     if engine not in installed_engines() or precision not in choose.PRECISIONS[engine]:
         pytest.skip(f"{engine} in {precision} is not here")
@@ -79,8 +85,12 @@ def test_every_engine_gives_the_logits_of_torch_in_fp32(
     assert found.dtype == np.float32
     assert found.shape == exact.shape
     assert relative(found, exact) < choose.TOLERANCE[precision]
-    assert (found.mean(0).argmax(-1) == exact.mean(0).argmax(-1)).mean() >= (1.0 if precision == "fp32" else 0.9)
-    assert np.abs(forward(pictures[:1]) - found[:, :1]).max() < choose.TOLERANCE[precision]  # another batch size
+    assert (found.mean(0).argmax(-1) == exact.mean(0).argmax(-1)).mean() >= (
+        1.0 if precision == "fp32" else 0.9
+    )
+    assert (
+        np.abs(forward(pictures[:1]) - found[:, :1]).max() < choose.TOLERANCE[precision]
+    )  # another batch size
 
 
 CONFIGS = {
@@ -91,9 +101,12 @@ CONFIGS = {
     "class-token": dataclasses.replace(SMALL, fusion="class-token"),
     "single": dataclasses.replace(SMALL, branches=SMALL.branches[1:], fusion="none"),
     "no class token": dataclasses.replace(
-        SMALL, branches=tuple(dataclasses.replace(branch, class_token=False) for branch in SMALL.branches)
+        SMALL,
+        branches=tuple(dataclasses.replace(branch, class_token=False) for branch in SMALL.branches),
     ),
-    "no small blocks": dataclasses.replace(SMALL, branches=(dataclasses.replace(SMALL.branches[0], depth=0), SMALL.branches[1])),
+    "no small blocks": dataclasses.replace(
+        SMALL, branches=(dataclasses.replace(SMALL.branches[0], depth=0), SMALL.branches[1])
+    ),
     "any size": dataclasses.replace(SMALL, dynamic_size=True),
 }
 
@@ -105,8 +118,12 @@ def test_the_inference_form_is_the_model_to_1e_5(name: str) -> None:
     images = torch.randn(5, 3, *model.config.image_size)
     with torch.no_grad():
         exact = model.branch_logits(images)
-    torch.testing.assert_close(form.branch_logits(images), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
-    torch.testing.assert_close(form(images), exact.mean(0), rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+    torch.testing.assert_close(
+        form.branch_logits(images), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max())
+    )
+    torch.testing.assert_close(
+        form(images), exact.mean(0), rtol=1e-5, atol=1e-5 * float(exact.abs().max())
+    )
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -125,7 +142,11 @@ def test_the_inference_form_in_bf16_is_as_near_with_kernels_as_without(name: str
 
 
 def test_a_released_model_in_its_inference_form_is_the_model_to_1e_5() -> None:
-    model = lively(dataclasses.replace(crossvit.create_model("crossvit_9_dagger_240", num_classes=10).config, stages=1))
+    model = lively(
+        dataclasses.replace(
+            crossvit.create_model("crossvit_9_dagger_240", num_classes=10).config, stages=1
+        )
+    )
     images = torch.randn(2, 3, 240, 240)
     with torch.no_grad():
         exact = model(images)
@@ -159,7 +180,10 @@ def test_a_form_that_is_not_to_be_had_is_refused() -> None:
         crossvit.optimize(lively(SMALL))(torch.zeros(1, 3, 8, 8))
 
 
-@pytest.mark.parametrize("sizes", [((240, 240), (224, 224)), ((36, 50), (24, 70)), ((7, 300), (100, 9)), ((5, 5), (1, 1))])
+@pytest.mark.parametrize(
+    "sizes",
+    [((240, 240), (224, 224)), ((36, 50), (24, 70)), ((7, 300), (100, 9)), ((5, 5), (1, 1))],
+)
 def test_the_resize_is_torchs_bicubic(sizes: tuple[tuple[int, int], tuple[int, int]]) -> None:
     given, size = sizes
     images = torch.randn(2, 3, *given)
@@ -169,7 +193,9 @@ def test_the_resize_is_torchs_bicubic(sizes: tuple[tuple[int, int], tuple[int, i
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_products_are_linear_layers(dtype: torch.dtype) -> None:
-    x, weight, bias, residual = (torch.randn(shape).to(dtype) for shape in ((3, 7, 24), (40, 24), (40,), (3, 7, 40)))
+    x, weight, bias, residual = (
+        torch.randn(shape).to(dtype) for shape in ((3, 7, 24), (40, 24), (40,), (3, 7, 40))
+    )
     packed = PackedLinear(weight, bias, rows=21)
     exact = F.linear(x.double(), weight.double(), bias.double())
     near = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
@@ -179,15 +205,21 @@ def test_packed_products_are_linear_layers(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("tokens", "heads", "width"), [(37, 3, 24), (197, 4, 64), (401, 2, 32), (1, 2, 8)])
-def test_attention_in_the_form_is_attention(dtype: torch.dtype, tokens: int, heads: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("tokens", "heads", "width"), [(37, 3, 24), (197, 4, 64), (401, 2, 32), (1, 2, 8)]
+)
+def test_attention_in_the_form_is_attention(
+    dtype: torch.dtype, tokens: int, heads: int, width: int
+) -> None:
     x, weight, bias = (
         torch.randn(2, tokens, heads * width),
         torch.randn(3 * heads * width, heads * width) / 8,
         torch.randn(3 * heads * width),
     )
     query, key, value = (
-        F.linear(x.double(), weight.double(), bias.double()).unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)
+        F.linear(x.double(), weight.double(), bias.double())
+        .unflatten(-1, (3, heads, width))
+        .permute(2, 0, 3, 1, 4)
     )
     exact = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
     qkv = F.linear(x, *scaled_qkv(weight, bias, heads)).to(dtype)
@@ -213,7 +245,7 @@ def test_an_engine_that_is_not_installed_is_one_line_and_torch_computes(
 
 HEARS_A_SIGNAL = """
 import gc, os, signal
-from crossvit.runtimes import openvino
+from crossvit.engines import openvino
 signal.signal(signal.SIGUSR1, lambda *_: print("heard"))
 cores = [openvino._core(), openvino._core()]
 for core in cores:
@@ -229,22 +261,29 @@ os.kill(os.getpid(), signal.SIGUSR1)
 def test_signals_are_heard_after_openvino_was_used_twice() -> None:
     """It ended the process, as at Ctrl-C: OpenVINO put back a signal stack whose memory was gone."""
     pytest.importorskip("openvino")
-    done = subprocess.run([sys.executable, "-c", HEARS_A_SIGNAL], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", HEARS_A_SIGNAL], capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
 def test_a_compile_that_ends_the_process_is_one_line_and_torch_computes(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    trained: Trained,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     pytest.importorskip("openvino")
     crash = tmp_path / "python"
     crash.write_text("#!/bin/sh\nkill -SEGV $$\n")
     crash.chmod(0o755)
     monkeypatch.setattr("sys.executable", str(crash))
-    monkeypatch.setattr("crossvit.runtimes.openvino.version_of", lambda package: "another")
+    monkeypatch.setattr("crossvit.engines.openvino.version_of", lambda package: "another")
     forward = load_engine(trained, engine="openvino", device="cpu")
     assert isinstance(forward.engine, TorchEngine)
-    assert said(caplog) == ["OpenVINO cannot compile the model here (signal 11); torch computes instead"]
+    assert said(caplog) == [
+        "OpenVINO cannot compile the model here (signal 11); torch computes instead"
+    ]
 
 
 def test_what_is_not_an_engine_or_its_precision_is_refused(trained: Trained) -> None:
@@ -271,23 +310,36 @@ class Fixed:
 
 
 def test_auto_leaves_out_what_differs_and_remembers_its_choice(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    trained: Trained,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path))
     monkeypatch.setattr(choose, "TRIAL_SECONDS", 0.05)
     monkeypatch.setattr(choose, "installed_engines", lambda: ["torch", "onnxruntime", "openvino"])
     logits = np.random.default_rng(0).standard_normal((2, choose.TRIAL_BATCH, 3), dtype=np.float32)
     loaded: list[str] = []
-    engines = {"torch": Fixed(logits), "onnxruntime": Fixed(logits + 0.1), "openvino": Fixed(logits * (1 + 1e-6))}
+    engines = {
+        "torch": Fixed(logits),
+        "onnxruntime": Fixed(logits + 0.1),
+        "openvino": Fixed(logits * (1 + 1e-6)),
+    }
 
     def load(trained: Trained, engine: str, **options: str) -> Fixed:
         loaded.append(engine)
         return engines[engine]
 
     monkeypatch.setattr(choose, "_load", load)
-    monkeypatch.setattr(choose, "race", lambda calls, seconds: {name: {"torch": 2.0, "openvino": 1.0}[name] for name in calls})
+    monkeypatch.setattr(
+        choose,
+        "race",
+        lambda calls, seconds: {name: {"torch": 2.0, "openvino": 1.0}[name] for name in calls},
+    )
     assert load_engine(trained, engine="auto").engine is engines["openvino"]
-    assert [message.split(" by ")[0] for message in said(caplog)] == ["engine onnxruntime differs from torch"]
+    assert [message.split(" by ")[0] for message in said(caplog)] == [
+        "engine onnxruntime differs from torch"
+    ]
     assert list(json.loads((tmp_path / "engines.json").read_text()).values()) == ["openvino"]
     loaded.clear()
     assert load_engine(trained, engine="auto").engine is engines["openvino"]
@@ -295,7 +347,10 @@ def test_auto_leaves_out_what_differs_and_remembers_its_choice(
 
 
 def test_auto_goes_on_without_what_fails_or_lacks_the_precision(
-    trained: Trained, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    trained: Trained,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
 ) -> None:
     class Failing(Fixed):
         def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -321,7 +376,9 @@ def test_auto_goes_on_without_what_fails_or_lacks_the_precision(
     assert list(json.loads((tmp_path / "engines.json").read_text()).values()) == ["torch"]
 
 
-def test_what_auto_remembers_depends_on_model_precision_and_versions(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_auto_remembers_depends_on_model_precision_and_versions(
+    trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = dataclasses.replace(trained, config=dataclasses.replace(trained.config, stages=1))
     keys = [
         choose.trial_key(trained, "fp32", ["torch"]),
@@ -333,7 +390,9 @@ def test_what_auto_remembers_depends_on_model_precision_and_versions(trained: Tr
     assert len(set(keys)) == 4
 
 
-def test_a_batch_that_memory_does_not_hold_is_halved_and_said_once(trained: Trained, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_batch_that_memory_does_not_hold_is_halved_and_said_once(
+    trained: Trained, caplog: pytest.LogCaptureFixture
+) -> None:
     sizes: list[int] = []
 
     class OrtFailure(Exception):
@@ -346,7 +405,9 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_said_once(trained: Trai
         def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
             sizes.append(len(images))
             if len(images) > 7:
-                raise OrtFailure("Failed to allocate memory for requested buffer of size 9663676416")
+                raise OrtFailure(
+                    "Failed to allocate memory for requested buffer of size 9663676416"
+                )
             if len(images) > 4:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
             return images.reshape(1, len(images), -1)
@@ -368,7 +429,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_said_once(trained: Trai
 def test_a_model_that_cannot_be_exported_is_an_engine_error(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    onnx = pytest.importorskip("crossvit.runtimes.onnx")
+    onnx = pytest.importorskip("crossvit.engines.onnxruntime")
     monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path))
     monkeypatch.setattr(onnx, "is_installed", lambda package: False)
     with pytest.raises(EngineError, match="exporting to ONNX needs onnx and onnxscript"):
@@ -385,11 +446,18 @@ def test_on_cuda_the_form_is_the_model(compile: bool) -> None:
         exact = model.branch_logits(images)
     for count in (5, 2):
         found = form.branch_logits(images[:count])
-        assert float((found - exact[:, :count]).abs().max() / exact.abs().max()) < choose.TOLERANCE["bf16"]
+        assert (
+            float((found - exact[:, :count]).abs().max() / exact.abs().max())
+            < choose.TOLERANCE["bf16"]
+        )
 
 
-def test_engines_say_what_they_do(caplog: pytest.LogCaptureFixture, trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engines_say_what_they_do(
+    caplog: pytest.LogCaptureFixture, trained: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
     with caplog.at_level(logging.WARNING):
         TorchEngine.load(trained, device="cpu", precision="bf16")
-    assert said(caplog) == ["this processor has no bf16: it is emulated, and slower than --precision fp32"]
+    assert said(caplog) == [
+        "this processor has no bf16: it is emulated, and slower than --precision fp32"
+    ]

@@ -19,15 +19,15 @@ from timm import create_model as timm_model
 
 import crossvit
 import crossvit.weights.hub
-from crossvit.calibration import calibration
 from crossvit.cli.evaluating import print_evaluation
 from crossvit.data.sources import open_data
+from crossvit.engines.select import load_engine
 from crossvit.errors import DataError, RunError, UsageError
-from crossvit.evaluation import choose_part, measure, summarise
-from crossvit.metrics import best_thresholds, probabilities
+from crossvit.evaluation.calibration import calibration
+from crossvit.evaluation.evaluator import choose_part, measure, summarise
+from crossvit.evaluation.metrics import best_thresholds, probabilities
 from crossvit.results import MULTI_LABEL, TrainingResult
 from crossvit.run import Run
-from crossvit.runtimes.choose import load_engine
 from crossvit.trained import open_trained
 from loopback import serve_hub
 
@@ -52,15 +52,25 @@ def test_an_evaluation_has_everything_in_it(tiny_run: TrainingResult, scans: Pat
     assert result.images == open_data(scans).part("all").names
     assert result.calibration is not None
     assert result.selective is not None
-    assert (sum(one.n for one in result.calibration.bins), result.calibration.replaced) == (60, None)
-    assert (result.selective.target_risk, result.selective.points[-1].risk) == (0.3, pytest.approx(1 - result.top1))
+    assert (sum(one.n for one in result.calibration.bins), result.calibration.replaced) == (
+        60,
+        None,
+    )
+    assert (result.selective.target_risk, result.selective.points[-1].risk) == (
+        0.3,
+        pytest.approx(1 - result.top1),
+    )
     assert result.seconds > 0
     assert (result.precision, result.robustness) == ("fp32", None)
     assert tiny_run.evaluation is not None
-    assert tiny_run.evaluation.intervals == crossvit.evaluate(tiny_run.run, scans).intervals  # the report of training has them
+    assert (
+        tiny_run.evaluation.intervals == crossvit.evaluate(tiny_run.run, scans).intervals
+    )  # the report of training has them
 
 
-def test_epochs_are_summarised_without_what_takes_long(tiny_run: TrainingResult, scans: Path) -> None:
+def test_epochs_are_summarised_without_what_takes_long(
+    tiny_run: TrainingResult, scans: Path
+) -> None:
     trained = open_trained(tiny_run.run)
     images, part = choose_part(open_data(scans), trained, None)
     logits, images = measure(load_engine(trained), images, trained.preprocessing)
@@ -68,10 +78,17 @@ def test_epochs_are_summarised_without_what_takes_long(tiny_run: TrainingResult,
     assert (cheap.intervals, cheap.calibration, cheap.selective) == ({}, None, None)
 
 
-def test_robustness_is_measured_where_it_is_asked_for(tiny_run: TrainingResult, scans: Path) -> None:
+def test_robustness_is_measured_where_it_is_asked_for(
+    tiny_run: TrainingResult, scans: Path
+) -> None:
     counted: list[tuple[int, int]] = []
     result = crossvit.evaluate(
-        tiny_run.run, scans, corruptions=["fog"], sizes=[4], robustness_images=6, progress=lambda *count: counted.append(count)
+        tiny_run.run,
+        scans,
+        corruptions=["fog"],
+        sizes=[4],
+        robustness_images=6,
+        progress=lambda *count: counted.append(count),
     )
     assert result.robustness is not None
     assert [score.name for score in result.robustness.corruptions] == ["fog"]
@@ -80,12 +97,16 @@ def test_robustness_is_measured_where_it_is_asked_for(tiny_run: TrainingResult, 
     assert counted[-1] == (12 + 7 * 6, 12 + 7 * 6)
 
 
-def test_several_classes_an_image_are_measured_at_the_runs_thresholds(tiny_run: TrainingResult, scans: Path) -> None:
+def test_several_classes_an_image_are_measured_at_the_runs_thresholds(
+    tiny_run: TrainingResult, scans: Path
+) -> None:
     """The tiny run taken as a multi-label one, on images of which every other one shows class 2 as well."""
     trained = dataclasses.replace(open_trained(tiny_run.run), task=MULTI_LABEL)
     plain, _ = choose_part(open_data(scans), trained, "all")
     assert plain.task == MULTI_LABEL  # a folder's images have one class each
-    labels = tuple(tuple({*label, 2}) if index % 2 else label for index, label in enumerate(plain.labels))  # type: ignore[misc]
+    labels = tuple(
+        tuple({*label, 2}) if index % 2 else label for index, label in enumerate(plain.labels)
+    )  # type: ignore[misc]
     images = dataclasses.replace(plain, labels=labels)
     logits, images = measure(load_engine(trained), images, trained.preprocessing)
     sure = probabilities(logits.mean(axis=0), task=MULTI_LABEL, temperature=2.0)
@@ -102,7 +123,12 @@ def test_several_classes_an_image_are_measured_at_the_runs_thresholds(tiny_run: 
         thorough=True,
     )
     assert result.multi_label is not None
-    assert (result.task, result.confusion.size, result.calibration, result.selective) == (MULTI_LABEL, 0, None, None)
+    assert (result.task, result.confusion.size, result.calibration, result.selective) == (
+        MULTI_LABEL,
+        0,
+        None,
+        None,
+    )
     assert [score.threshold for score in result.multi_label.classes] == list(limits)
     assert set(result.intervals) == {"top1", "top5", "macro_f1", "map"}
     said = sure >= np.array(limits)
@@ -112,9 +138,15 @@ def test_several_classes_an_image_are_measured_at_the_runs_thresholds(tiny_run: 
     first = result.mistakes[0]
     index = images.names.index(first.image.removeprefix(f"{scans}/"))
     assert first.label == images.said(index)
-    assert first.predicted == (";".join(images.classes[c] for c in np.flatnonzero(said[index])) or "none")
+    assert first.predicted == (
+        ";".join(images.classes[c] for c in np.flatnonzero(said[index])) or "none"
+    )
     with pytest.raises(UsageError, match="has several classes an image and .* gives one"):
-        choose_part(dataclasses.replace(open_data(scans), parts={"all": images}), open_trained(tiny_run.run), "all")
+        choose_part(
+            dataclasses.replace(open_data(scans), parts={"all": images}),
+            open_trained(tiny_run.run),
+            "all",
+        )
 
 
 # ---------------------------------------------------------------- calibrate
@@ -127,7 +159,11 @@ def test_calibrate_stores_what_evaluation_then_uses(own_run: Path, scans: Path) 
     assert before.calibration is not None
     assert stored.calibration is not None
     fitted = before.calibration.suggested_temperature
-    assert Run(own_run).record()["temperature"] == stored.calibration.temperature == pytest.approx(fitted)
+    assert (
+        Run(own_run).record()["temperature"]
+        == stored.calibration.temperature
+        == pytest.approx(fitted)
+    )
     assert fitted != 1.0
     assert stored.calibration.replaced == before.calibration
     assert after.calibration == dataclasses.replace(stored.calibration, replaced=None)
@@ -137,13 +173,18 @@ def test_calibrate_stores_what_evaluation_then_uses(own_run: Path, scans: Path) 
     trained = open_trained(own_run)
     images, _ = choose_part(open_data(scans), trained, None)
     logits, _ = measure(load_engine(trained), images, trained.preprocessing)
-    assert calibration(logits.mean(axis=0), images.targets(), temperature=fitted).ece == pytest.approx(after.calibration.ece)
+    assert calibration(
+        logits.mean(axis=0), images.targets(), temperature=fitted
+    ).ece == pytest.approx(after.calibration.ece)
 
 
-def test_calibrate_refuses_images_that_were_trained_on(own_run: Path, own_scans: Path, scans: Path, tmp_path: Path) -> None:
+def test_calibrate_refuses_images_that_were_trained_on(
+    own_run: Path, own_scans: Path, scans: Path, tmp_path: Path
+) -> None:
     text = Run(own_run).record_path.read_text()
     with pytest.raises(
-        UsageError, match=r"48 of the 60 images of .* were trained on, and --calibrate needs images that were not"
+        UsageError,
+        match=r"48 of the 60 images of .* were trained on, and --calibrate needs images that were not",
     ):
         crossvit.evaluate(own_run, scans, split="all", calibrate=True)
     record = Run(own_run).record()
@@ -155,23 +196,35 @@ def test_calibrate_refuses_images_that_were_trained_on(own_run: Path, own_scans:
             shutil.copy(path, learnt / path.parent.name)
     with pytest.raises(UsageError, match="48 of the 48 images"):
         crossvit.evaluate(own_run, learnt, calibrate=True)
-    Run(own_run).write_record({**record, "data": {**record["data"], "location": str(tmp_path / "gone")}})
+    Run(own_run).write_record(
+        {**record, "data": {**record["data"], "location": str(tmp_path / "gone")}}
+    )
     for path in list(own_scans.rglob("*.png")):
         path.rename(path.with_name(f"new-{path.name}"))
     with pytest.raises(UsageError, match="those it was trained on are not to be found"):
         crossvit.evaluate(own_run, own_scans, calibrate=True)
     Run(own_run).record_path.write_text(text)
-    assert crossvit.evaluate(own_run, own_scans, calibrate=True).calibration is not None  # new to it
+    assert (
+        crossvit.evaluate(own_run, own_scans, calibrate=True).calibration is not None
+    )  # new to it
 
 
-def test_calibrate_takes_the_held_out_part_of_the_runs_own_data(own_run: Path, scans: Path, tmp_path: Path) -> None:
+def test_calibrate_takes_the_held_out_part_of_the_runs_own_data(
+    own_run: Path, scans: Path, tmp_path: Path
+) -> None:
     parts = tmp_path / "parts"
     for part in ("train", "val"):
         shutil.copytree(scans, parts / part)
     found = open_data(parts)
     run = Run(own_run)
     record = run.record()
-    own = {**record["data"], "location": str(parts), "fingerprint": found.fingerprint, "held_out": {}, "held_out_part": "val"}
+    own = {
+        **record["data"],
+        "location": str(parts),
+        "fingerprint": found.fingerprint,
+        "held_out": {},
+        "held_out_part": "val",
+    }
     run.write_record({**record, "data": own})
     assert crossvit.evaluate(own_run, parts, calibrate=True).split == "val"
     with pytest.raises(UsageError, match="may have been trained on"):
@@ -185,7 +238,9 @@ def test_calibrate_refuses_what_it_cannot_store(own_run: Path, scans: Path, tmp_
     run = Run(own_run)
     record = run.record()
     run.write_record({**record, "task": MULTI_LABEL})
-    with pytest.raises(UsageError, match="gives several classes an image, and a temperature is of one"):
+    with pytest.raises(
+        UsageError, match="gives several classes an image, and a temperature is of one"
+    ):
         crossvit.evaluate(own_run, scans, calibrate=True)
     run.write_record(record)
     with run.lock(), pytest.raises(RunError, match="is being trained by another process"):
@@ -200,7 +255,9 @@ def test_nothing_is_stored_where_everything_is_right(own_run: Path, own_scans: P
     for index in range(3):
         (alone / str(only)).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8 + index)).save(alone / str(only) / f"black {index}.png")
-    with pytest.raises(DataError, match="all 3 images of .* are answered right, so the surer the better"):
+    with pytest.raises(
+        DataError, match="all 3 images of .* are answered right, so the surer the better"
+    ):
         crossvit.evaluate(own_run, alone, calibrate=True)
     assert "temperature" not in Run(own_run).record()
 
@@ -215,11 +272,17 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[torch.nn.Module,
     model = timm_model("crossvit_9_dagger_240", pretrained=False).eval()
     for head in model.head:
         head.weight.data *= 20  # so that logits stand apart
-    return model, save({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, metadata={"format": "pt"})
+    return model, save(
+        {name: tensor.contiguous() for name, tensor in model.state_dict().items()},
+        metadata={"format": "pt"},
+    )
 
 
 def test_a_hub_name_is_evaluated_on_a_folder_as_timms_own_model_is(
-    released: tuple[torch.nn.Module, bytes], command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    released: tuple[torch.nn.Module, bytes],
+    command: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """Photos in folders of the WordNet ids that timm's model ranks 1st, 3rd and 9th of them, so that the answers are known."""
     from timm.data.imagenet_info import ImageNetInfo
@@ -247,7 +310,9 @@ def test_a_hub_name_is_evaluated_on_a_folder_as_timms_own_model_is(
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "shared"))
         monkeypatch.setattr(crossvit.weights.hub, "PAUSE", 0.0)
         hub.put("timm/crossvit_9_dagger_240.in1k", "model.safetensors", content)
-        status, out, err = command("evaluate", "timm/crossvit_9_dagger_240.in1k", tmp_path / "photos", "--json")
+        status, out, err = command(
+            "evaluate", "timm/crossvit_9_dagger_240.in1k", tmp_path / "photos", "--json"
+        )
     assert status == 0, err
     found = json.loads(out)
     assert (found["top1"], found["top5"], found["n"]) == (3 / 8, 5 / 8, 8)
@@ -264,14 +329,20 @@ def open_trained_file(content: bytes, folder: Path) -> Callable[..., np.ndarray]
 @pytest.mark.parametrize("column", ["wnid", "index"])
 @pytest.mark.parametrize("form", ["csv", "folder"])
 def test_a_photo_of_every_class_of_imagenet_stands_for_its_output(
-    column: str, form: str, released: tuple[torch.nn.Module, bytes], pack: Callable[[str], Path], tmp_path: Path
+    column: str,
+    form: str,
+    released: tuple[torch.nn.Module, bytes],
+    pack: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     photos = pack("imagenet1k_one_per_class_256")
     with (photos / "labels.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     if form == "csv":
         data = photos / f"{column}.csv"
-        data.write_text("path,label\n" + "".join(f"{line['file']},{line[column]}\n" for line in lines))
+        data.write_text(
+            "path,label\n" + "".join(f"{line['file']},{line[column]}\n" for line in lines)
+        )
     else:
         data = tmp_path / "photos"
         for line in lines:
@@ -294,36 +365,71 @@ def test_a_run_of_the_first_schema_still_works(scans: Path, tmp_path: Path) -> N
     picture = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
     (prediction,) = crossvit.Predictor(run)(picture)
     found = {label.label: label.probability for label in prediction.top}
-    assert found == {name: pytest.approx(p, abs=1e-5) for name, p in {"1": 0.4394639, "2": 0.2872231, "0": 0.2733130}.items()}
+    assert found == {
+        name: pytest.approx(p, abs=1e-5)
+        for name, p in {"1": 0.4394639, "2": 0.2872231, "0": 0.2733130}.items()
+    }
     result = crossvit.evaluate(run, scans, calibrate=False)
     assert (result.n, result.split, result.task) == (60, "all", "single-label")
     assert open_trained(run).temperature == 1.0
 
 
 def test_figures_out_of_range_are_refused(tiny_run: TrainingResult, scans: Path) -> None:
-    with pytest.raises(UsageError, match="target_risk = 5: should be a share of the answers, 0 to 1"):
+    with pytest.raises(
+        UsageError, match="target_risk = 5: should be a share of the answers, 0 to 1"
+    ):
         crossvit.evaluate(tiny_run.run, scans, target_risk=5)
     with pytest.raises(UsageError, match="robustness_images = 0: should be 1 or more"):
         crossvit.evaluate(tiny_run.run, scans, robustness_images=0)
 
 
-def test_the_command_prints_every_figure_and_says_what_it_stored(own_run: Path, scans: Path, command: Command) -> None:
-    words = ["--calibrate", "--sizes", 8, 4, "--workers", 0, "--report", own_run / "evaluation.html"]
+def test_the_command_prints_every_figure_and_says_what_it_stored(
+    own_run: Path, scans: Path, command: Command
+) -> None:
+    words = [
+        "--calibrate",
+        "--sizes",
+        8,
+        4,
+        "--workers",
+        0,
+        "--report",
+        own_run / "evaluation.html",
+    ]
     status, out, err = command("evaluate", own_run, scans, *words)
     assert status == 0, err
-    for line in ("top-1  ", "F1     ", "branch S alone", "calibration  off by", "abstain  ", "robustness   top-1", "4 pixels"):
+    for line in (
+        "top-1  ",
+        "F1     ",
+        "branch S alone",
+        "calibration  off by",
+        "abstain  ",
+        "robustness   top-1",
+        "4 pixels",
+    ):
         assert line in out
     temperature = Run(own_run).record()["temperature"]
-    assert f"stored       temperature {temperature:.4g} in {own_run}/run.json, in place of 1\n" in out
+    assert (
+        f"stored       temperature {temperature:.4g} in {own_run}/run.json, in place of 1\n" in out
+    )
     assert "evaluate" in (own_run / "evaluation.html").read_text()
-    assert f"at temperature {temperature:.2f}, the best for these images\n" in command("evaluate", own_run, scans)[1]
-    status, out, err = command("evaluate", own_run, scans, "--report", own_run / "nowhere" / "page.html")
+    assert (
+        f"at temperature {temperature:.2f}, the best for these images\n"
+        in command("evaluate", own_run, scans)[1]
+    )
+    status, out, err = command(
+        "evaluate", own_run, scans, "--report", own_run / "nowhere" / "page.html"
+    )
     assert (status, out) == (2, "")
     assert "cannot be a file: name one in a folder that is there" in err
 
 
-def test_json_is_one_object_with_the_first_figures_first(tiny_run: TrainingResult, scans: Path, command: Command) -> None:
-    status, out, _ = command("evaluate", tiny_run.run, scans, "--sizes", "4", "--workers", "0", "--json")
+def test_json_is_one_object_with_the_first_figures_first(
+    tiny_run: TrainingResult, scans: Path, command: Command
+) -> None:
+    status, out, _ = command(
+        "evaluate", tiny_run.run, scans, "--sizes", "4", "--workers", "0", "--json"
+    )
     found = json.loads(out)
     assert (status, list(found)[:4]) == (0, ["top1", "n", "run", "data"])
     assert set(found["robustness"]) == {"corruptions", "sizes", "mean", "n", "unspoilt"}
@@ -337,11 +443,15 @@ def test_several_classes_and_no_threshold_are_printed_too(
     trained = dataclasses.replace(open_trained(tiny_run.run), task=MULTI_LABEL)
     images, part = choose_part(open_data(scans), trained, None)
     logits, images = measure(load_engine(trained), images, trained.preprocessing)
-    print_evaluation(summarise(logits, images, patches=(4, 8), run="r", data="d", split=part, thorough=True))
+    print_evaluation(
+        summarise(logits, images, patches=(4, 8), run="r", data="d", split=part, thorough=True)
+    )
     out = capsys.readouterr().out
     assert "mAP    " in out
     assert "exact  " in out
     result = crossvit.evaluate(tiny_run.run, scans, target_risk=0.0)
     assert result.selective is not None
-    print_evaluation(dataclasses.replace(result, selective=dataclasses.replace(result.selective, suggested=None)))
+    print_evaluation(
+        dataclasses.replace(result, selective=dataclasses.replace(result.selective, suggested=None))
+    )
     assert "at any confidence more than 0.0 % of the answers are wrong" in capsys.readouterr().out

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from conftest import SMALL
 from crossvit import CrossViTConfig
+from crossvit.engines.select import installed_engines
 from crossvit.factory import model_config
+from crossvit.fast.export_form import GraphForm
 from crossvit.model.crossvit import CrossViT
-from crossvit.runtimes.choose import installed_engines
-from crossvit.runtimes.graph import GraphForm
 
 NO_CLASS_TOKEN = tuple(dataclasses.replace(branch, class_token=False) for branch in SMALL.branches)
 T2T = tuple(dataclasses.replace(branch, tokeniser="t2t", patch=16) for branch in SMALL.branches)
@@ -67,7 +67,9 @@ def test_the_graph_form_is_the_model_to_1e_5(name: str) -> None:
     found = GraphForm(model)(images)
     assert found.shape == exact.shape
     assert relative(found, exact) < 1e-5
-    assert relative(exact[:, 1:], exact[:, :-1]) > 1e-2  # the images are told apart, so that the line above can fail
+    assert (
+        relative(exact[:, 1:], exact[:, :-1]) > 1e-2
+    )  # the images are told apart, so that the line above can fail
 
 
 def test_the_form_is_a_copy() -> None:
@@ -84,10 +86,12 @@ def test_the_form_is_a_copy() -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model's graph: cross-attention, a resize, a stem of convolutions and one of patches."""
-    onnx = pytest.importorskip("crossvit.runtimes.onnx")
+    onnx = pytest.importorskip("crossvit.engines.onnxruntime")
     pytest.importorskip("onnxscript")
     path: Path = tmp_path_factory.mktemp("graph") / "small.onnx"
-    onnx.export_module(GraphForm(lively(SMALL)), path, in_channels=SMALL.in_channels, image_size=SMALL.image_size)
+    onnx.export_module(
+        GraphForm(lively(SMALL)), path, in_channels=SMALL.in_channels, image_size=SMALL.image_size
+    )
     return path
 
 
@@ -101,14 +105,18 @@ def test_the_graph_has_no_operation_that_the_engines_are_slow_in(exported: Path)
     assert operations.count("Gelu") >= blocks  # one operation, not an erf among five
     # Nothing but ones and zeros is left of a block's LayerNorms.
     weights = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    bare = [node for node in graph.node if node.op_type == "LayerNormalization" and np.all(weights[node.input[1]] == 1)]
+    bare = [
+        node
+        for node in graph.node
+        if node.op_type == "LayerNormalization" and np.all(weights[node.input[1]] == 1)
+    ]
     assert len(bare) == 2 * blocks
 
 
 @pytest.mark.skipif("onnxruntime" not in installed_engines(), reason="onnxruntime is not installed")
 @pytest.mark.parametrize("count", [1, 5])
 def test_onnx_runtime_gives_the_models_logits_for_any_batch(exported: Path, count: int) -> None:
-    from crossvit.runtimes.onnx import OnnxRuntimeEngine
+    from crossvit.engines.onnxruntime import OnnxRuntimeEngine
 
     images, _, exact = given(SMALL, count)
     assert relative(torch.from_numpy(OnnxRuntimeEngine(exported)(images.numpy())), exact) < 1e-5
@@ -119,17 +127,24 @@ def test_onnx_runtime_gives_the_models_logits_for_any_batch(exported: Path, coun
 def test_openvino_gives_the_models_logits_whole_and_in_parts(
     exported: Path, streams: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from crossvit.runtimes import openvino
+    from crossvit.engines import openvino
 
     monkeypatch.setattr(openvino, "physical_cores", lambda: streams)
     monkeypatch.setattr(openvino, "PART_IMAGES", 2)
     engine = openvino.OpenVINOEngine(exported)
-    for count in (1, 2, 2 * streams, 4 * streams + 3):  # less than a round of parts, one round, two and a rest
+    for count in (
+        1,
+        2,
+        2 * streams,
+        4 * streams + 3,
+    ):  # less than a round of parts, one round, two and a rest
         images, _, exact = given(SMALL, count)
         found = engine(images.numpy())
         assert found.shape == exact.shape
         assert relative(torch.from_numpy(found), exact) < 1e-5
-    assert ("part_requests" in vars(engine)) == (streams > 1)  # compiled because it was needed, and only then
+    assert ("part_requests" in vars(engine)) == (
+        streams > 1
+    )  # compiled because it was needed, and only then
     images, _, exact = given(SMALL, 4)
     whole = openvino.OpenVINOEngine(exported, in_parts=False)
     assert relative(torch.from_numpy(whole(images.numpy())), exact) < 1e-5

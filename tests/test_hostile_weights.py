@@ -40,9 +40,14 @@ def test_the_authors_training_checkpoints_load(tmp_path: Path) -> None:
     names = renamed(source.state_dict(), "authors")
     state = {names[key]: value for key, value in source.state_dict().items()}
     optimizer = torch.optim.AdamW(source.parameters()).state_dict()
-    torch.save({"model": state, "optimizer": optimizer, "epoch": 3, "args": argparse.Namespace(lr=0.1)}, tmp_path / "c.pth")
+    torch.save(
+        {"model": state, "optimizer": optimizer, "epoch": 3, "args": argparse.Namespace(lr=0.1)},
+        tmp_path / "c.pth",
+    )
     assert crossvit.load_weights(target, tmp_path / "c.pth") == []
-    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(source.parameters(), target.parameters(), strict=True)
+    )
 
 
 def test_what_a_file_is_is_told_by_its_content(tmp_path: Path) -> None:
@@ -66,7 +71,9 @@ def test_what_a_file_is_is_told_by_its_content(tmp_path: Path) -> None:
         (b"\x80\x02 not a pickle", "not a file of tensors"),
     ],
 )
-def test_a_file_of_something_else_says_what_it_is(content: bytes, says: str, tmp_path: Path, command: Command) -> None:
+def test_a_file_of_something_else_says_what_it_is(
+    content: bytes, says: str, tmp_path: Path, command: Command
+) -> None:
     (tmp_path / "w.pth").write_bytes(content)
     status, out, err = command("weights", "show", tmp_path / "w.pth")
     assert (status, out, err.count("\n")) == (1, "", 1)
@@ -102,7 +109,9 @@ def test_a_refused_pickle_names_what_it_holds_and_gives_no_bad_advice(
     ],
     ids=["sparse", "meta", "0-dimensional", "empty", "expanded"],
 )
-def test_tensors_that_no_parameter_is_are_refused_before_anything_is_loaded(odd: torch.Tensor, tmp_path: Path) -> None:
+def test_tensors_that_no_parameter_is_are_refused_before_anything_is_loaded(
+    odd: torch.Tensor, tmp_path: Path
+) -> None:
     target = small_model()
     before = {key: value.clone() for key, value in target.state_dict().items()}
     torch.save(target.state_dict() | {"norms.1.bias": odd}, tmp_path / "w.pth")
@@ -129,16 +138,24 @@ def test_names_are_printed_without_their_escape_codes(tmp_path: Path, command: C
         ({"preprocessing": {"foo": 1}}, "is damaged"),
     ],
 )
-def test_a_header_that_cannot_be_true_is_one_line(changes: dict[str, Any], says: str, tmp_path: Path, command: Command) -> None:
+def test_a_header_that_cannot_be_true_is_one_line(
+    changes: dict[str, Any], says: str, tmp_path: Path, command: Command
+) -> None:
     model = small_model()
-    write_weights(tmp_path / "w.safetensors", model.state_dict(), described(model.config, **changes))
+    write_weights(
+        tmp_path / "w.safetensors", model.state_dict(), described(model.config, **changes)
+    )
     status, _, err = command("weights", "show", tmp_path / "w.safetensors")
     assert (status, err.count("\n")) == (1, 1)
     assert says in err
 
 
-@pytest.mark.parametrize("changes", [{"num_classes": 9}, {"image_size": [480, 480]}, {"stages": 10**8}])
-def test_a_header_that_the_tensors_contradict_is_refused(changes: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"num_classes": 9}, {"image_size": [480, 480]}, {"stages": 10**8}]
+)
+def test_a_header_that_the_tensors_contradict_is_refused(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
     model = small_model()
     record = described(model.config)
     record["config"] |= changes
@@ -149,8 +166,15 @@ def test_a_header_that_the_tensors_contradict_is_refused(changes: dict[str, Any]
 
 def test_a_preset_that_a_header_names_wrongly_is_not_believed(tmp_path: Path) -> None:
     model = crossvit.create_model("crossvit_pico_32", num_classes=3)
-    for name, found in (("crossvit_pico_32", "crossvit_pico_32"), ("crossvit_18_240", None), ("nosuch", None), (5, None)):
-        write_weights(tmp_path / "w.safetensors", model.state_dict(), described(model.config, model=name))
+    for name, found in (
+        ("crossvit_pico_32", "crossvit_pico_32"),
+        ("crossvit_18_240", None),
+        ("nosuch", None),
+        (5, None),
+    ):
+        write_weights(
+            tmp_path / "w.safetensors", model.state_dict(), described(model.config, model=name)
+        )
         assert identify(read_weights(tmp_path / "w.safetensors"))[0] == found
 
 
@@ -162,15 +186,21 @@ def test_a_preset_that_a_header_names_wrongly_is_not_believed(tmp_path: Path) ->
         ({"projection_gelu": False}, "projection_gelu True for False"),
     ],
 )
-def test_weights_of_another_function_are_refused_though_they_fit(changes: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_weights_of_another_function_are_refused_though_they_fit(
+    changes: dict[str, Any], says: str, tmp_path: Path
+) -> None:
     import dataclasses
 
     config = crossvit.create_model("crossvit_pico_32", num_classes=3).config
     heads = changes.pop("heads", None)
-    made = dataclasses.replace(config, **{key: value for key, value in changes.items() if key == "fusion_depth"})
+    made = dataclasses.replace(
+        config, **{key: value for key, value in changes.items() if key == "fusion_depth"}
+    )
     wanted = dataclasses.replace(made, **changes)
     if heads:
-        wanted = dataclasses.replace(wanted, branches=tuple(dataclasses.replace(one, heads=heads) for one in wanted.branches))
+        wanted = dataclasses.replace(
+            wanted, branches=tuple(dataclasses.replace(one, heads=heads) for one in wanted.branches)
+        )
     source, target = crossvit.create_model(made), crossvit.create_model(wanted)
     if "projection_gelu" not in changes:  # without GELU the keys have other numbers
         assert {key: value.shape for key, value in source.state_dict().items()} == {
@@ -189,7 +219,9 @@ def test_numbers_that_are_not_finite_are_said(tmp_path: Path) -> None:
     assert "has numbers that are not finite" in note
 
 
-def test_create_model_says_what_was_adapted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_create_model_says_what_was_adapted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     save_file(small_model().state_dict(), tmp_path / "w.safetensors")
     small_model(weights=tmp_path / "w.safetensors", num_classes=7, in_channels=1, head="new")
     assert caplog.messages == [
@@ -212,22 +244,32 @@ def test_a_timm_folder_without_safetensors_is_read(tmp_path: Path) -> None:
 
 def test_a_size_at_which_timm_gives_the_branches_other_images_is_refused(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm", reason="timm is not installed")
-    timm.models.save_for_hf(timm.create_model("crossvit_9_240", img_size=(108, 240)), tmp_path / "t", safe_serialization=True)
-    with pytest.raises(WeightsError, match=r"timm gives the branches other image sizes at \(108, 240\) pixels"):
+    timm.models.save_for_hf(
+        timm.create_model("crossvit_9_240", img_size=(108, 240)),
+        tmp_path / "t",
+        safe_serialization=True,
+    )
+    with pytest.raises(
+        WeightsError, match=r"timm gives the branches other image sizes at \(108, 240\) pixels"
+    ):
         identify(read_weights(tmp_path / "t"))
 
 
 # ---- places
 
 
-@pytest.mark.parametrize("digest", ["sha256=abc", f"sha256:{'0' * 64}", "md5=0", f"sha256={'g' * 64}", ""])
+@pytest.mark.parametrize(
+    "digest", ["sha256=abc", f"sha256:{'0' * 64}", "md5=0", f"sha256={'g' * 64}", ""]
+)
 def test_a_digest_that_is_none_is_a_wrong_call(digest: str) -> None:
     for source in (f"https://127.0.0.1:9/w.pth#{digest}", f"acme/hands#{digest}"):
         with pytest.raises(UsageError, match="behind # stands sha256= and 64 hexadecimal digits"):
             locate(source)
 
 
-@pytest.mark.parametrize("source", ["x" * 5000, "~nobody-of-this-name/w.pth", "https://[::1/w.pth", "nul\0byte"])
+@pytest.mark.parametrize(
+    "source", ["x" * 5000, "~nobody-of-this-name/w.pth", "https://[::1/w.pth", "nul\0byte"]
+)
 def test_what_cannot_be_a_place_is_a_wrong_call(source: str, command: Command) -> None:
     status, _, err = command("weights", "show", source)
     assert (status, err.count("\n")) == (2, 1)
@@ -239,7 +281,9 @@ def test_a_model_without_released_weights_says_so(name: str) -> None:
         locate(name)
 
 
-def test_a_cache_that_cannot_be_used_names_the_fix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_used_names_the_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path / "file"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -247,7 +291,9 @@ def test_a_cache_that_cannot_be_used_names_the_fix(tmp_path: Path, monkeypatch: 
         locate("acme/hands")
 
 
-def test_a_damaged_record_of_digests_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_damaged_record_of_digests_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path))
     kept = tmp_path / "hub" / "acme--hands@main" / "model.safetensors"
     kept.parent.mkdir(parents=True)
@@ -261,7 +307,9 @@ def test_a_damaged_record_of_digests_is_named(tmp_path: Path, monkeypatch: pytes
     assert list(json.loads((tmp_path / "sha256.json").read_text())) == ["acme/hands@main"]
 
 
-def test_an_empty_name_of_weights_is_a_wrong_call(scans: Path, tmp_path: Path, command: Command) -> None:
+def test_an_empty_name_of_weights_is_a_wrong_call(
+    scans: Path, tmp_path: Path, command: Command
+) -> None:
     status, _, err = command("train", scans, "--out", tmp_path / "run", "--weights", "")
     assert status == 2
     assert "weights = '': should be a name, or left out" in err

@@ -38,7 +38,10 @@ def model() -> crossvit.CrossViT:
 def released(model: crossvit.CrossViT) -> bytes:
     """Random weights in the layout of the released file on the hub."""
     state = model.state_dict()
-    return save({renamed(state, "timm")[name]: tensor for name, tensor in state.items()}, metadata={"format": "pt"})
+    return save(
+        {renamed(state, "timm")[name]: tensor for name, tensor in state.items()},
+        metadata={"format": "pt"},
+    )
 
 
 @pytest.fixture
@@ -79,19 +82,29 @@ def test_an_answer_that_breaks_off_is_gone_on_with(hub: Hub, released: bytes) ->
     hub.put(REPOSITORY, "model.safetensors", released)
     hub.cut = [1 << 20]
     assert locate(REPOSITORY).read_bytes() == released
-    assert [span for path, span in hub.fetched() if path.endswith(".safetensors")] == [None, "bytes=1048576-"]
+    assert [span for path, span in hub.fetched() if path.endswith(".safetensors")] == [
+        None,
+        "bytes=1048576-",
+    ]
 
 
-def test_a_second_call_goes_on_where_the_first_was_interrupted(hub: Hub, released: bytes, tmp_path: Path) -> None:
+def test_a_second_call_goes_on_where_the_first_was_interrupted(
+    hub: Hub, released: bytes, tmp_path: Path
+) -> None:
     hub.put(REPOSITORY, "model.safetensors", released)
     hub.cut = [5 << 20] + [0] * 6
-    with pytest.raises(WeightsError, match=r"stopped after 5\.2 of 35\.\d MB .*run the same command again to go on from there"):
+    with pytest.raises(
+        WeightsError,
+        match=r"stopped after 5\.2 of 35\.\d MB .*run the same command again to go on from there",
+    ):
         locate(REPOSITORY)
     assert not list((tmp_path / "cache").rglob("model.safetensors"))
     hub.cut.clear()
     hub.asked.clear()
     assert locate(REPOSITORY).read_bytes() == released
-    assert [span for path, span in hub.fetched() if path.endswith(".safetensors")] == ["bytes=5242880-"]
+    assert [span for path, span in hub.fetched() if path.endswith(".safetensors")] == [
+        "bytes=5242880-"
+    ]
     assert not list((tmp_path / "cache").rglob("*.partial"))
 
 
@@ -105,9 +118,13 @@ def test_bytes_of_another_version_are_not_gone_on_with(hub: Hub, released: bytes
     assert locate(REPOSITORY).read_bytes() == released
 
 
-def test_a_corrupted_transfer_is_refused_and_not_kept(hub: Hub, released: bytes, tmp_path: Path) -> None:
+def test_a_corrupted_transfer_is_refused_and_not_kept(
+    hub: Hub, released: bytes, tmp_path: Path
+) -> None:
     hub.put(REPOSITORY, "model.safetensors", released[:-1] + b"!")
-    hub.announced[f"/{REPOSITORY}/resolve/main/model.safetensors"] = hashlib.sha256(released).hexdigest()
+    hub.announced[f"/{REPOSITORY}/resolve/main/model.safetensors"] = hashlib.sha256(
+        released
+    ).hexdigest()
     with pytest.raises(WeightsError, match=r"is not the file it should be: .* the hub announced"):
         locate(REPOSITORY)
     assert not list((tmp_path / "cache").rglob("model.safetensors*"))
@@ -119,20 +136,28 @@ def test_a_file_damaged_in_the_cache_is_noticed(hub: Hub, released: bytes) -> No
     hub.put(REPOSITORY, "model.safetensors", released)
     kept = locate(REPOSITORY)
     kept.write_bytes(released[:-1] + b"!")
-    with pytest.raises(WeightsError, match=rf"recorded at its first use.*; remove {kept} and run again"):
+    with pytest.raises(
+        WeightsError, match=rf"recorded at its first use.*; remove {kept} and run again"
+    ):
         locate(REPOSITORY)
     kept.unlink()
     assert locate(REPOSITORY).read_bytes() == released
 
 
-def test_the_first_use_is_recorded_and_later_ones_must_equal_it(hub: Hub, released: bytes, tmp_path: Path) -> None:
+def test_the_first_use_is_recorded_and_later_ones_must_equal_it(
+    hub: Hub, released: bytes, tmp_path: Path
+) -> None:
     hub.put("acme/hands", "model.safetensors", released)
     kept = locate("acme/hands")
     record = tmp_path / "cache" / "sha256.json"
-    assert json.loads(record.read_text()) == {"acme/hands@main": hashlib.sha256(released).hexdigest()}
+    assert json.loads(record.read_text()) == {
+        "acme/hands@main": hashlib.sha256(released).hexdigest()
+    }
     kept.unlink()
     hub.put("acme/hands", "model.safetensors", ANOTHER)
-    with pytest.raises(WeightsError, match=rf"recorded at its first use in {record} \(remove its line there"):
+    with pytest.raises(
+        WeightsError, match=rf"recorded at its first use in {record} \(remove its line there"
+    ):
         locate("acme/hands")
     record.unlink()
     assert locate("acme/hands").read_bytes() == ANOTHER
@@ -145,7 +170,10 @@ def test_what_is_fetched_and_whom_it_waits_for_is_said(
     hub.cut = [1 << 20]
     locate("acme/hands")
     said = capsys.readouterr().err.splitlines()
-    assert said[0] == f"fetching {hub.address}/acme/hands/resolve/main/model.safetensors ({len(released) / 1e6:.1f} MB)"
+    assert (
+        said[0]
+        == f"fetching {hub.address}/acme/hands/resolve/main/model.safetensors ({len(released) / 1e6:.1f} MB)"
+    )
     assert said[1].startswith("no more bytes of acme/hands (")
     assert said[1].endswith("): trying again")
     locate("acme/hands")
@@ -170,22 +198,33 @@ def test_a_trusted_digest_comes_before_everything(hub: Hub, released: bytes) -> 
     hub.put("acme/hands", "model.safetensors", released)
     with pytest.raises(WeightsError, match=rf"{'0' * 64} is trusted"):
         locate(f"acme/hands#sha256={'0' * 64}")
-    assert locate(f"acme/hands#sha256={hashlib.sha256(released).hexdigest()}").read_bytes() == released
+    assert (
+        locate(f"acme/hands#sha256={hashlib.sha256(released).hexdigest()}").read_bytes() == released
+    )
 
 
 def test_only_released_models_have_a_trusted_digest_and_it_is_one() -> None:
     for preset in PRESETS.values():
-        assert preset.sha256 is None or (preset.released and len(bytes.fromhex(preset.sha256)) == 32)
+        assert preset.sha256 is None or (
+            preset.released and len(bytes.fromhex(preset.sha256)) == 32
+        )
 
 
 @pytest.mark.parametrize("how", ["told so", "no answer"])
 def test_offline_says_what_to_put_where_and_takes_it_from_there(
-    how: str, hub: Hub, released: bytes, model: crossvit.CrossViT, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    how: str,
+    hub: Hub,
+    released: bytes,
+    model: crossvit.CrossViT,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     if how == "told so":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     else:
-        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the port of `discard`, where nobody listens
+        monkeypatch.setenv(
+            "HF_ENDPOINT", "http://127.0.0.1:9"
+        )  # the port of `discard`, where nobody listens
     place = tmp_path / "cache" / "hub" / f"timm--{NAME}.in1k@main" / "model.safetensors"
     url = rf"/{REPOSITORY}/resolve/main/model\.safetensors"
     with pytest.raises(WeightsError, match=rf"{url} cannot be reached .* put it at {place}"):
@@ -198,7 +237,9 @@ def test_offline_says_what_to_put_where_and_takes_it_from_there(
 
 def test_what_is_no_weight_file_is_not_taken_for_the_first_use(hub: Hub, released: bytes) -> None:
     hub.put("acme/hands", "model.safetensors", b"<html>Log in</html>")
-    with pytest.raises(WeightsError, match=r"acme/hands@main cannot be read as weights \(a web page\)"):
+    with pytest.raises(
+        WeightsError, match=r"acme/hands@main cannot be read as weights \(a web page\)"
+    ):
         locate("acme/hands")
     hub.put("acme/hands", "model.safetensors", released)
     assert locate("acme/hands").read_bytes() == released
@@ -217,18 +258,25 @@ def test_the_hubs_own_cache_is_read(hub: Hub, released: bytes, tmp_path: Path) -
 
 @pytest.mark.parametrize("source", ["acme/nothing", "runs/mistyped"])
 def test_a_name_that_is_nowhere_is_a_wrong_call(source: str, hub: Hub) -> None:
-    with pytest.raises(UsageError, match=rf"no file or folder {source} here, and .*{source}/resolve/main/.* is not there"):
+    with pytest.raises(
+        UsageError,
+        match=rf"no file or folder {source} here, and .*{source}/resolve/main/.* is not there",
+    ):
         locate(source)
 
 
-@pytest.mark.parametrize("source", ["photo.pth", "runs/new/model.safetensors", "a/b/c", "two words/here"])
+@pytest.mark.parametrize(
+    "source", ["photo.pth", "runs/new/model.safetensors", "a/b/c", "two words/here"]
+)
 def test_what_cannot_be_a_name_on_the_hub_asks_nobody(source: str, hub: Hub) -> None:
     with pytest.raises(UsageError, match="no weights at .*: give a run folder"):
         locate(source)
     assert not hub.asked
 
 
-def test_an_address_is_fetched_checked_and_gone_on_with(hub: Hub, model: crossvit.CrossViT, tmp_path: Path) -> None:
+def test_an_address_is_fetched_checked_and_gone_on_with(
+    hub: Hub, model: crossvit.CrossViT, tmp_path: Path
+) -> None:
     state = model.state_dict()
     names = renamed(state, "authors")
     torch.save({names[name]: tensor for name, tensor in state.items()}, tmp_path / "authors.pth")
@@ -258,9 +306,14 @@ def test_an_address_that_is_not_encrypted_needs_a_digest(hub: Hub) -> None:
         locate("http://example.com/weights.pth")
 
 
-def test_the_authors_names_mean_the_authors_files(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_authors_names_mean_the_authors_files(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(WeightsError, match=r"https://github\.com/IBM/CrossViT/releases/.*/crossvit_18_dagger_384\.pth cannot be"):
+    with pytest.raises(
+        WeightsError,
+        match=r"https://github\.com/IBM/CrossViT/releases/.*/crossvit_18_dagger_384\.pth cannot be",
+    ):
         locate("crossvit_18_dagger_384")
 
 
@@ -270,13 +323,33 @@ def test_the_command_shows_and_trains_from_a_name_on_the_hub(
     hub.put("acme/hands", "model.safetensors", released)
     status, out, _ = command("weights", "show", "acme/hands", "--json")
     shown = json.loads(out)
-    assert (status, shown["model"], shown["layout"], shown["num_classes"]) == (0, NAME, "timm", 1000)
-    options = ["--image-size", 48, "--epochs", 1, "--batch-size", 16, "--precision", "fp32", "--device", "cpu"]
-    status, out, err = command("train", scans, "--out", tmp_path / "run", "--weights", "acme/hands", *options)
+    assert (status, shown["model"], shown["layout"], shown["num_classes"]) == (
+        0,
+        NAME,
+        "timm",
+        1000,
+    )
+    options = [
+        "--image-size",
+        48,
+        "--epochs",
+        1,
+        "--batch-size",
+        16,
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
+    status, out, err = command(
+        "train", scans, "--out", tmp_path / "run", "--weights", "acme/hands", *options
+    )
     assert status == 0, err
     assert f"{NAME}, as in acme/hands" in " ".join(err.split()) or NAME in err
     assert "positions of branch 0 resampled from 20x20 to 4x4 patches" in err
     assert "new classifier: 3 classes in place of 1000" in err
-    status, _, err = command("train", scans, "--out", tmp_path / "other", "--weights", "acme/nothing")
+    status, _, err = command(
+        "train", scans, "--out", tmp_path / "other", "--weights", "acme/nothing"
+    )
     assert status == 2
     assert err.count("\n") == 1

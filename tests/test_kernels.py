@@ -13,21 +13,29 @@ from torch.nn import functional as F
 
 import crossvit
 from conftest import lively
-from crossvit.kernels import block, functions
-from crossvit.kernels import native as module
-from crossvit.kernels.block import Half, attention_half, mlp_half
-from crossvit.kernels.calls import NAMES, Fold, Linear, Norm
-from crossvit.kernels.cross import read, read_normalised
-from crossvit.kernels.native import native, without_kernels
-from crossvit.kernels.patches import patch_tokens, takes_patches
-from crossvit.kernels.resize import bicubic, takes_resize
+from crossvit.fast import self_attention as functions
+from crossvit.fast import sublayers as block
+from crossvit.fast.cross_attention import read, read_normalised
+from crossvit.fast.native import build as module
+from crossvit.fast.native.bindings import NAMES, Fold, Linear, Norm
+from crossvit.fast.native.build import native, without_kernels
+from crossvit.fast.patch_embed import patch_tokens, takes_patches
+from crossvit.fast.resize import bicubic, takes_resize
+from crossvit.fast.sublayers import Half, attention_half, mlp_half
 from crossvit.model.attention import SelfAttention, attention_kernel
 from crossvit.model.config import BranchConfig, CrossViTConfig
 from crossvit.model.tokens import resize
 
-NEAR = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the largest, in the norm: half a step of bf16 is 2e-3
-needs_kernels = pytest.mark.skipif(native() is None, reason="no AVX-512, or no C++ compiler: there are no kernels here")
-needs_layers = pytest.mark.skipif(not getattr(native(), "has_bf16", False), reason="this processor has no AVX-512 bf16")
+NEAR = {
+    torch.float32: 2e-6,
+    torch.bfloat16: 4e-3,
+}  # of the largest, in the norm: half a step of bf16 is 2e-3
+needs_kernels = pytest.mark.skipif(
+    native() is None, reason="no AVX-512, or no C++ compiler: there are no kernels here"
+)
+needs_layers = pytest.mark.skipif(
+    not getattr(native(), "has_bf16", False), reason="this processor has no AVX-512 bf16"
+)
 
 CONFIG = CrossViTConfig(
     branches=(
@@ -53,12 +61,16 @@ def counted(monkeypatch: pytest.MonkeyPatch, place: object, *names: str) -> list
     seen: list[str] = []
     for name in names:
         real = getattr(place, name)
-        monkeypatch.setattr(place, name, lambda *given, name=name, real=real: seen.append(name) or real(*given))
+        monkeypatch.setattr(
+            place, name, lambda *given, name=name, real=real: seen.append(name) or real(*given)
+        )
     return seen
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    return float(((found.double() - exact.double()).norm() / (exact.double().norm() + 1e-12)).detach())
+    return float(
+        ((found.double() - exact.double()).norm() / (exact.double().norm() + 1e-12)).detach()
+    )
 
 
 def exact_attention(qkv: Tensor, heads: int) -> Tensor:
@@ -70,9 +82,19 @@ def exact_attention(qkv: Tensor, heads: int) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "width"),
-    [(1, 1, 1, 16), (2, 17, 2, 32), (3, 48, 1, 48), (1, 197, 4, 64), (2, 401, 1, 32), (1, 600, 1, 16), (1, 1157, 2, 64)],
+    [
+        (1, 1, 1, 16),
+        (2, 17, 2, 32),
+        (3, 48, 1, 48),
+        (1, 197, 4, 64),
+        (2, 401, 1, 32),
+        (1, 600, 1, 16),
+        (1, 1157, 2, 64),
+    ],
 )
-def test_attention_and_its_gradient_are_torchs(batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype) -> None:
+def test_attention_and_its_gradient_are_torchs(
+    batch: int, tokens: int, heads: int, width: int, dtype: torch.dtype
+) -> None:
     """Every remainder of registers, of blocks of rows, and more keys than a chunk."""
     generator = torch.Generator().manual_seed(tokens)
     qkv = 1.5 * torch.randn(batch, tokens, 3 * heads * width, generator=generator)
@@ -85,7 +107,11 @@ def test_attention_and_its_gradient_are_torchs(batch: int, tokens: int, heads: i
     (ours_gradient,) = torch.autograd.grad(ours, qkv, given)
     (exact_gradient,) = torch.autograd.grad(exact, wide, given.double())
     assert error(ours, exact) < NEAR[dtype]
-    assert error(ours_gradient, exact_gradient) < NEAR[dtype] if tokens > 1 else error(ours_gradient, exact_gradient) < 1e-6
+    assert (
+        error(ours_gradient, exact_gradient) < NEAR[dtype]
+        if tokens > 1
+        else error(ours_gradient, exact_gradient) < 1e-6
+    )
 
 
 @needs_kernels
@@ -94,15 +120,27 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish() -> None:
     qkv.requires_grad_()
     wide = qkv.detach().double().requires_grad_()
     ours, exact = functions.attention(qkv, 2), exact_attention(wide, 2)
-    gradients = [torch.autograd.grad(mixed.square().sum(), given)[0] for mixed, given in ((ours, qkv), (exact, wide))]
+    gradients = [
+        torch.autograd.grad(mixed.square().sum(), given)[0]
+        for mixed, given in ((ours, qkv), (exact, wide))
+    ]
     assert error(ours, exact) < 1e-4
     assert error(*gradients) < 1e-3
 
 
 @needs_kernels
 def test_the_number_of_threads_changes_no_bit() -> None:
-    qkv, x = torch.randn(3, 50, 3 * 64, requires_grad=True), torch.randn(3, 77, 32, requires_grad=True)
-    half = Half(*(torch.randn(size, requires_grad=True) for size in ((32,), (32,), (64, 32), (64,), (32, 64), (32,))), eps=1e-6)
+    qkv, x = (
+        torch.randn(3, 50, 3 * 64, requires_grad=True),
+        torch.randn(3, 77, 32, requires_grad=True),
+    )
+    half = Half(
+        *(
+            torch.randn(size, requires_grad=True)
+            for size in ((32,), (32,), (64, 32), (64,), (32, 64), (32,))
+        ),
+        eps=1e-6,
+    )
     before = torch.get_num_threads()
     found = []
     for threads in (1, 2):
@@ -129,10 +167,15 @@ def test_gelu_is_exact_to_the_last_bit_of_bf16_over_all_its_range(dtype: torch.d
     if dtype == torch.bfloat16 and not kernels.has_bf16:
         pytest.skip("this processor has no AVX-512 bf16")
     near, tiny = {torch.float32: (1e-6, 3e-7), torch.bfloat16: (1 / 256, 1e-5)}[dtype]
-    zeros, identity = torch.zeros(1, 1, size), kernels.pack(torch.eye(size), dtype, transposed=False)
+    zeros, identity = (
+        torch.zeros(1, 1, size),
+        kernels.pack(torch.eye(size), dtype, transposed=False),
+    )
     norm, outward = Norm(zeros[0, 0], zeros[0, 0], 1e-6), Linear(identity, zeros[0, 0])
     for values in torch.linspace(-12, 12, 4096).to(dtype).split(size):
-        inward = Linear(kernels.pack(torch.zeros(size, size), dtype, transposed=True), values.float())
+        inward = Linear(
+            kernels.pack(torch.zeros(size, size), dtype, transposed=True), values.float()
+        )
         found, hidden, _ = kernels.mlp(zeros, (norm, inward, outward), None, keeps=True)
         assert hidden is not None
         assert torch.equal(hidden[0, 0], values)
@@ -141,7 +184,11 @@ def test_gelu_is_exact_to_the_last_bit_of_bf16_over_all_its_range(dtype: torch.d
         assert ((found[0, 0] - exact).abs() <= near * exact.abs() + tiny).all()
         if dtype == torch.bfloat16:
             (slope,) = torch.autograd.grad(exact.sum(), wide)
-            ones, statistics, packed = torch.ones(1, 1, size), torch.zeros(1, 1, 2), (identity, identity)
+            ones, statistics, packed = (
+                torch.ones(1, 1, size),
+                torch.zeros(1, 1, 2),
+                (identity, identity),
+            )
             into = (zeros.clone(), torch.zeros(size), torch.zeros(size))
             _, again, gradient = kernels.mlp_gradient(
                 ones, None, packed, hidden, zeros, norm=(norm.weight, statistics), found=into
@@ -152,7 +199,10 @@ def test_gelu_is_exact_to_the_last_bit_of_bf16_over_all_its_range(dtype: torch.d
 
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "width", "inner"), [(1, 16, 32), (7, 48, 64), (65, 64, 112), (200, 80, 16), (130, 128, 256)])
+@pytest.mark.parametrize(
+    ("rows", "width", "inner"),
+    [(1, 16, 32), (7, 48, 64), (65, 64, 112), (200, 80, 16), (130, 128, 256)],
+)
 def test_linear_layers_are_torchs(rows: int, width: int, inner: int, dtype: torch.dtype) -> None:
     """Every remainder of columns, rows and steps; a factor for each of two images."""
     kernels, generator = native(), torch.Generator().manual_seed(rows)
@@ -164,14 +214,23 @@ def test_linear_layers_are_torchs(rows: int, width: int, inner: int, dtype: torc
         torch.randn(2, rows, width, generator=generator),
     )
     scale, shift, bias = (torch.randn(size, generator=generator) for size in (width, width, inner))
-    norm, inward = Norm(scale, shift, 1e-6), Linear(kernels.pack(weight, dtype, transposed=True), bias)
+    norm, inward = (
+        Norm(scale, shift, 1e-6),
+        Linear(kernels.pack(weight, dtype, transposed=True), bias),
+    )
     found, kept = kernels.norm_linear(x, norm, inward, keeps=True)
     normalised = F.layer_norm(x.double(), (width,), scale.double(), shift.double(), 1e-6)
     assert kept.normalised is not None
     assert error(kept.normalised, normalised) < NEAR[dtype]
-    assert error(found, F.linear(kept.normalised.double(), weight.double(), bias.double())) < 2 * NEAR[dtype]
+    assert (
+        error(found, F.linear(kept.normalised.double(), weight.double(), bias.double()))
+        < 2 * NEAR[dtype]
+    )
     assert torch.equal(found, kernels.norm_linear(x, norm, inward, keeps=False)[0])
-    factor, outward = torch.tensor([0.0, 2.0])[:, None, None], Linear(kernels.pack(weight, dtype, transposed=False), shift)
+    factor, outward = (
+        torch.tensor([0.0, 2.0])[:, None, None],
+        Linear(kernels.pack(weight, dtype, transposed=False), shift),
+    )
     exact = x + factor.double() * (found.double() @ weight.double() + shift)
     assert error(sums := kernels.linear_residual(found, outward, x, factor), exact) < NEAR[dtype]
     assert kernels.linear_residual(found, outward, x, factor, in_place=True) is x
@@ -179,20 +238,29 @@ def test_linear_layers_are_torchs(rows: int, width: int, inner: int, dtype: torc
 
 
 @needs_layers
-@pytest.mark.parametrize(("rows", "inward", "outward"), [(1, 32, 48), (9, 32, 48), (301, 80, 16), (520, 48, 112), (256, 64, 16)])
-def test_the_gradient_of_a_linear_layer_is_written_or_added(rows: int, inward: int, outward: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "inward", "outward"),
+    [(1, 32, 48), (9, 32, 48), (301, 80, 16), (520, 48, 112), (256, 64, 16)],
+)
+def test_the_gradient_of_a_linear_layer_is_written_or_added(
+    rows: int, inward: int, outward: int
+) -> None:
     kernels, x, gradient = native(), halves(rows, inward), halves(rows, outward, seed=1)
     assert kernels is not None
     exact = (gradient.double().t() @ x.double(), gradient.double().sum(dim=0))
     for adds in (False, True):
         found = (torch.ones(outward, inward), torch.ones(outward))
         kernels.linear_gradient(gradient, x, found, adds=adds)
-        assert all(error(one - float(adds), other) < 1e-5 for one, other in zip(found, exact, strict=True))
+        assert all(
+            error(one - float(adds), other) < 1e-5 for one, other in zip(found, exact, strict=True)
+        )
 
 
 @needs_layers
 @pytest.mark.parametrize(("inward", "outward"), [(16, 16), (16, 96), (112, 16), (48, 64)])
-def test_the_gradient_of_a_linear_layer_has_the_same_bits_however_it_is_shared_out(inward: int, outward: int) -> None:
+def test_the_gradient_of_a_linear_layer_has_the_same_bits_however_it_is_shared_out(
+    inward: int, outward: int
+) -> None:
     """Also where there are more threads than registers of rows or columns."""
     kernels, x, gradient = native(), halves(450, inward), halves(450, outward, seed=1)
     assert kernels is not None
@@ -206,12 +274,19 @@ def test_the_gradient_of_a_linear_layer_has_the_same_bits_however_it_is_shared_o
         kernels.linear_gradient(gradient, x, found, adds=True)
         runs.append((*written, *found))
     torch.set_num_threads(before)
-    assert all(torch.equal(one, other) for run in runs for one, other in zip(run, runs[0], strict=True))
-    assert all(error(one, other) < 1e-5 for one, other in zip(runs[0], [*exact, *(2 * one for one in exact)], strict=True))
+    assert all(
+        torch.equal(one, other) for run in runs for one, other in zip(run, runs[0], strict=True)
+    )
+    assert all(
+        error(one, other) < 1e-5
+        for one, other in zip(runs[0], [*exact, *(2 * one for one in exact)], strict=True)
+    )
 
 
 @needs_layers
-@pytest.mark.parametrize("shape", [(1, 1, 32), (1, 77, 96), (5, 40, 64), (1, 256, 32), (1, 259, 32)])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 32), (1, 77, 96), (5, 40, 64), (1, 256, 32), (1, 259, 32)]
+)
 @pytest.mark.parametrize("has_factor", [False, True])
 @pytest.mark.parametrize("which", ["attention", "mlp"])
 def test_half_a_block_and_its_gradients_are_those_of_its_equation(
@@ -223,9 +298,14 @@ def test_half_a_block_and_its_gradients_are_those_of_its_equation(
     width, between = shape[2], {"attention": 3 * shape[2], "mlp": 2 * shape[2]}[which]
     inner = {"attention": width, "mlp": between}[which]
     sizes = [shape, (width,), (width,), (between, width), (between,), (width, inner), (width,)]
-    leaves = [torch.randn(size, generator=generator) / (math.sqrt(size[-1]) if len(size) == 2 else 1) for size in sizes]
+    leaves = [
+        torch.randn(size, generator=generator) / (math.sqrt(size[-1]) if len(size) == 2 else 1)
+        for size in sizes
+    ]
     given = torch.randn(shape, generator=generator)
-    factor = torch.tensor([0.0, 1.25, 1.25, 0.0, 1.25])[: shape[0], None, None] if has_factor else None
+    factor = (
+        torch.tensor([0.0, 1.25, 1.25, 0.0, 1.25])[: shape[0], None, None] if has_factor else None
+    )
     half = Half(*(leaf.requires_grad_() for leaf in leaves[1:]), eps=1e-6)
     x = leaves[0].requires_grad_()
     ours = attention_half(x, half, 2, factor) if which == "attention" else mlp_half(x, half, factor)
@@ -233,7 +313,9 @@ def test_half_a_block_and_its_gradients_are_those_of_its_equation(
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     hidden = F.linear(F.layer_norm(wide[0], (width,), wide[1], wide[2], 1e-6), wide[3], wide[4])
     between_them = exact_attention(hidden, 2) if which == "attention" else F.gelu(hidden)
-    exact = wide[0] + F.linear(between_them, wide[5], wide[6]) * (1 if factor is None else factor.double())
+    exact = wide[0] + F.linear(between_them, wide[5], wide[6]) * (
+        1 if factor is None else factor.double()
+    )
     assert ours.dtype == torch.float32
     assert error(ours, exact) < 3 * NEAR[torch.bfloat16]
     found = torch.autograd.grad(ours, leaves, given)
@@ -244,7 +326,8 @@ def test_half_a_block_and_its_gradients_are_those_of_its_equation(
 
 @needs_layers
 @pytest.mark.parametrize(
-    ("channels", "patch", "side", "width"), [(3, 12, 48, 32), (3, 16, 64, 112), (1, 4, 20, 16), (2, 40, 80, 48)]
+    ("channels", "patch", "side", "width"),
+    [(3, 12, 48, 32), (3, 16, 64, 112), (1, 4, 20, 16), (2, 40, 80, 48)],
 )
 @pytest.mark.parametrize("has_class_token", [False, True])
 def test_patches_and_their_gradients_are_a_convolutions(
@@ -256,7 +339,9 @@ def test_patches_and_their_gradients_are_a_convolutions(
     stem = nn.Conv2d(channels, width, patch, stride=patch)
     tokens = (side // patch) * (side // patch + 2) + has_class_token
     positions = torch.randn(1, tokens, width, generator=generator).requires_grad_()
-    class_token = torch.randn(1, 1, width, generator=generator).requires_grad_() if has_class_token else None
+    class_token = (
+        torch.randn(1, 1, width, generator=generator).requires_grad_() if has_class_token else None
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert takes_patches(images, stem, class_token, positions)
         ours = patch_tokens(images, stem, class_token, positions)
@@ -284,9 +369,15 @@ def test_a_stem_that_is_more_than_its_patches_is_left_to_torch() -> None:
             nn.Conv2d(3, 32, 16, stride=16, padding=1),
             nn.Conv2d(3, 32, 16, 16, bias=False),
         ]
-        others += [nn.Conv2d(3, 33, 16, stride=16), nn.Conv2d(3, 32, 5, stride=5), nn.Sequential(plain)]
+        others += [
+            nn.Conv2d(3, 33, 16, stride=16),
+            nn.Conv2d(3, 32, 5, stride=5),
+            nn.Sequential(plain),
+        ]
         assert not any(takes_patches(images, stem, positions[:, :1], positions) for stem in others)
-        assert not takes_patches(images.clone().requires_grad_(), plain, positions[:, :1], positions)
+        assert not takes_patches(
+            images.clone().requires_grad_(), plain, positions[:, :1], positions
+        )
         assert not takes_patches(images, plain, None, positions)  # a position too many
         assert not takes_patches(images[:, :2], plain, positions[:, :1], positions)
         assert not takes_patches(images[..., :8], plain, positions[:, :1], positions[:, :1])
@@ -296,7 +387,10 @@ def test_a_stem_that_is_more_than_its_patches_is_left_to_torch() -> None:
 
 @needs_kernels
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize(("batch", "tokens", "heads", "width"), [(1, 1, 1, 16), (3, 2, 4, 32), (2, 77, 6, 96), (5, 401, 3, 144)])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "width"),
+    [(1, 1, 1, 16), (3, 2, 4, 32), (2, 77, 6, 96), (5, 401, 3, 144)],
+)
 def test_a_cross_read_and_its_gradients_are_those_of_its_equation(
     batch: int, tokens: int, heads: int, width: int, folded: bool
 ) -> None:
@@ -304,7 +398,9 @@ def test_a_cross_read_and_its_gradients_are_those_of_its_equation(
     generator = torch.Generator().manual_seed(tokens)
     x = 2 * torch.randn(batch, tokens, width, generator=generator) + 3
     probes = torch.randn(batch, heads, width, generator=generator) / math.sqrt(width)
-    leaves = [x, probes] + [torch.randn(size, generator=generator) for size in ((batch, width), (width,), (width,))] * folded
+    leaves = [x, probes] + [
+        torch.randn(size, generator=generator) for size in ((batch, width), (width,), (width,))
+    ] * folded
     leaves = [leaf.requires_grad_() for leaf in leaves]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     ours = read_normalised(*leaves[:2], Fold(*leaves[2:], eps=1e-6)) if folded else read(*leaves)
@@ -316,21 +412,35 @@ def test_a_cross_read_and_its_gradients_are_those_of_its_equation(
     assert error(ours, exact) < 1e-5
     given = torch.randn(ours.shape, generator=generator)
     found = torch.autograd.grad(ours, leaves, given)
-    for one, other in zip(found, torch.autograd.grad(exact, wide, given.double(), materialize_grads=True), strict=True):
+    for one, other in zip(
+        found, torch.autograd.grad(exact, wide, given.double(), materialize_grads=True), strict=True
+    ):
         assert float((one - other).norm()) < 2e-5 * float(other.norm()) + 1e-5
-    if torch.bfloat16 in NAMES and f"cross_read_{NAMES[torch.bfloat16]}" in getattr(native(), "functions", {}):
+    if torch.bfloat16 in NAMES and f"cross_read_{NAMES[torch.bfloat16]}" in getattr(
+        native(), "functions", {}
+    ):
         with torch.no_grad():
             reduced = x.bfloat16()
             fold = Fold(*leaves[2:], eps=1e-6) if folded else None
             again = read_normalised(reduced, probes, fold) if fold else read(reduced, probes)
-            same = read_normalised(reduced.float(), probes, fold) if fold else read(reduced.float(), probes)
+            same = (
+                read_normalised(reduced.float(), probes, fold)
+                if fold
+                else read(reduced.float(), probes)
+            )
         torch.testing.assert_close(again, same, rtol=1e-6, atol=1e-6)
 
 
 @needs_kernels
 @pytest.mark.parametrize(
     ("given", "size"),
-    [((240, 240), (224, 224)), ((36, 50), (24, 70)), ((4, 300), (100, 9)), ((17, 5), (1, 1)), ((8, 8), (90, 31))],
+    [
+        ((240, 240), (224, 224)),
+        ((36, 50), (24, 70)),
+        ((4, 300), (100, 9)),
+        ((17, 5), (1, 1)),
+        ((8, 8), (90, 31)),
+    ],
 )
 def test_the_resize_is_torchs_bicubic(given: tuple[int, int], size: tuple[int, int]) -> None:
     """Smaller, larger, by factors that are no ratio of small numbers, and every edge."""
@@ -354,7 +464,9 @@ def test_a_model_learns_with_them_as_without(checkpointing: bool) -> None:
     def gradients(*, autocast: bool) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = model(images)
-        found = torch.autograd.grad(F.cross_entropy(logits.float(), labels), list(model.parameters()))
+        found = torch.autograd.grad(
+            F.cross_entropy(logits.float(), labels), list(model.parameters())
+        )
         return torch.cat([gradient.flatten() for gradient in found])
 
     with without_kernels():
@@ -409,16 +521,35 @@ def test_without_a_compiler_or_with_one_that_fails_torch_computes(
 
 @needs_kernels
 @pytest.mark.parametrize(
-    "wrong", ["attention", "attention_gradient", "mlp", "norm_linear", "linear_residual", "cross_read", "cross_read_gradient"]
+    "wrong",
+    [
+        "attention",
+        "attention_gradient",
+        "mlp",
+        "norm_linear",
+        "linear_residual",
+        "cross_read",
+        "cross_read_gradient",
+    ],
 )
-def test_kernels_that_were_compiled_wrong_are_not_used(forgotten: None, wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_were_compiled_wrong_are_not_used(
+    forgotten: None, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module._found.cache_clear()
     real = getattr(module.Native, wrong)
 
     def off(found: object) -> object:
-        return tuple(map(off, found)) if isinstance(found, tuple) else found * 1.1 + 0.1 if isinstance(found, Tensor) else found
+        return (
+            tuple(map(off, found))
+            if isinstance(found, tuple)
+            else found * 1.1 + 0.1
+            if isinstance(found, Tensor)
+            else found
+        )
 
-    monkeypatch.setattr(module.Native, wrong, lambda self, *given, **named: off(real(self, *given, **named)))
+    monkeypatch.setattr(
+        module.Native, wrong, lambda self, *given, **named: off(real(self, *given, **named))
+    )
     assert native() is None
 
 

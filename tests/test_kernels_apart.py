@@ -15,12 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conftest import lively
-from crossvit.kernels import functions
-from crossvit.kernels import native as module
-from crossvit.kernels.block import Half, takes
-from crossvit.kernels.native import native, why_none, without_kernels
+from crossvit.fast import self_attention as functions
+from crossvit.fast.native import build as module
+from crossvit.fast.native.build import native, why_none, without_kernels
+from crossvit.fast.sublayers import Half, takes
 from crossvit.model.crossvit import CrossViT, EncoderBlock
-from test_kernels import CONFIG, NEAR, counted, error, exact_attention, forgotten, needs_kernels, needs_layers
+from test_kernels import (
+    CONFIG,
+    NEAR,
+    counted,
+    error,
+    exact_attention,
+    forgotten,
+    needs_kernels,
+    needs_layers,
+)
 
 __all__ = ["forgotten"]  # a fixture
 
@@ -102,7 +111,9 @@ def test_no_images_give_no_logits_and_gradients_of_zero() -> None:
     logits = mixed(model, IMAGES[:0])
     logits.float().sum().backward()
     assert logits.shape == (0, 7)
-    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
+    assert all(
+        parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters()
+    )
 
 
 @needs_layers
@@ -129,7 +140,10 @@ def test_a_gradient_can_be_added_to_taken_twice_and_taken_of_a_copy() -> None:
     twin = copy.deepcopy(model)
     for _ in range(2):
         mixed(twin).float().square().sum().backward()
-    assert all(torch.equal(2 * one, parameter.grad) for one, parameter in zip(once, twin.parameters(), strict=True))  # type: ignore[arg-type]
+    assert all(
+        torch.equal(2 * one, parameter.grad)
+        for one, parameter in zip(once, twin.parameters(), strict=True)
+    )  # type: ignore[arg-type]
 
 
 @needs_layers
@@ -184,13 +198,22 @@ class Doubled(nn.Linear):
 
 
 CHANGES: dict[str, Change] = {
-    "hook": lambda block: block.mlp[0].register_forward_hook(lambda module, given, found: 2 * found),
-    "backward hook": lambda block: block.attention.register_full_backward_hook(lambda module, given, found: None),
+    "hook": lambda block: block.mlp[0].register_forward_hook(
+        lambda module, given, found: 2 * found
+    ),
+    "backward hook": lambda block: block.attention.register_full_backward_hook(
+        lambda module, given, found: None
+    ),
     "other class": lambda block: block.mlp.__setitem__(0, Doubled(32, 64)),
     "other activation": lambda block: block.mlp.__setitem__(1, nn.GELU(approximate="tanh")),
-    "other forward": lambda block: setattr(block.attention.qkv, "forward", lambda x: F.linear(x, block.attention.qkv.weight)),
+    "other forward": lambda block: setattr(
+        block.attention.qkv, "forward", lambda x: F.linear(x, block.attention.qkv.weight)
+    ),
     "dropout": lambda block: (setattr(block.mlp[2], "p", 0.5), block.mlp[2].train()),
-    "attention dropout": lambda block: (setattr(block.attention, "attention_drop", 0.5), block.attention.train()),
+    "attention dropout": lambda block: (
+        setattr(block.attention, "attention_drop", 0.5),
+        block.attention.train(),
+    ),
 }
 
 
@@ -213,7 +236,9 @@ def test_a_block_that_is_not_as_built_is_computed_as_it_is(change: str, calls: l
 @needs_layers
 def test_a_hook_on_every_module_is_called() -> None:
     model, seen = lively(CONFIG), set()
-    handle = nn.modules.module.register_module_forward_hook(lambda module, given, found: seen.add(module))
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, given, found: seen.add(module)
+    )
     try:
         mixed(model)
     finally:
@@ -259,7 +284,7 @@ def doubles() -> Iterator[None]:
 @pytest.mark.usefixtures("doubles", "forgotten")
 def test_torchs_default_dtype_changes_nothing() -> None:
     """With numbers of eight bytes by default the kernels are found and given those of four."""
-    from crossvit.kernels.resize import _taps
+    from crossvit.fast.resize import _taps
 
     _taps.cache_clear()
     assert native() is not None
@@ -289,13 +314,18 @@ def test_several_threads_at_once_find_the_same_bits() -> None:
         return torch.autograd.grad(mixed(model).float().square().sum(), parameters)
 
     expected, found = gradients(), []
-    threads = [threading.Thread(target=lambda: found.extend(gradients() for _ in range(3))) for _ in range(3)]
+    threads = [
+        threading.Thread(target=lambda: found.extend(gradients() for _ in range(3)))
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert len(found) == 9
-    assert all(torch.equal(one, other) for own in found for one, other in zip(own, expected, strict=True))
+    assert all(
+        torch.equal(one, other) for own in found for one, other in zip(own, expected, strict=True)
+    )
 
 
 # ---- the library
@@ -321,7 +351,9 @@ def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A compiler in a folder with a space, whose work is quickly done, and a cache of its own. Where it has worked is a file."""
     path = tmp_path / "my compilers" / "fast c++"
     path.parent.mkdir()
-    path.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do echo "$1" >> "$0.words"; shift; done\necho "a library of $$" > "$2"\n')
+    path.write_text(
+        '#!/bin/sh\nwhile [ "$1" != -o ]; do echo "$1" >> "$0.words"; shift; done\necho "a library of $$" > "$2"\n'
+    )
     path.chmod(0o755)
     monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(path))
@@ -350,7 +382,9 @@ def test_a_compiler_may_have_arguments(compiler: Path, monkeypatch: pytest.Monke
     assert linked.with_name("cached.words").read_text().split()[:2] == ["--first", "-O1"]
 
 
-def test_a_machine_with_other_instructions_has_a_library_of_its_own(compiler: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_with_other_instructions_has_a_library_of_its_own(
+    compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     here = module._library()
     monkeypatch.setattr(module, "instruction_sets", lambda: "fpu avx512f")
     assert module._library() != here

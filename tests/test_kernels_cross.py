@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from crossvit.kernels.calls import Fold
-from crossvit.kernels.cross import read, read_normalised, takes_read
-from crossvit.kernels.native import native, without_kernels
+from crossvit.fast.cross_attention import read, read_normalised, takes_read
+from crossvit.fast.native.bindings import Fold
+from crossvit.fast.native.build import native, without_kernels
 from crossvit.model import attention as of_model
 from crossvit.model.attention import CrossAttention
 from crossvit.model.config import BranchConfig, CrossViTConfig
@@ -32,7 +32,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def cross_block(**changes: object) -> CrossReadBlock:
     torch.manual_seed(0)
     branch = BranchConfig(patch=8, dim=WIDTH, depth=1, heads=3, mlp_ratio=2.0)
-    config = CrossViTConfig(branches=(branch, branch), stages=1, num_classes=3, image_size=(32, 32), **changes)  # type: ignore[arg-type]
+    config = CrossViTConfig(
+        branches=(branch, branch), stages=1, num_classes=3, image_size=(32, 32), **changes
+    )  # type: ignore[arg-type]
     block = CrossReadBlock(branch, config, drop_path=0.0)
     with torch.no_grad():
         for parameter in block.parameters():
@@ -42,7 +44,9 @@ def cross_block(**changes: object) -> CrossReadBlock:
 
 def given(batch: int = 2, tokens: int = 9) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(tokens)
-    return torch.randn(batch, 1, WIDTH, generator=generator), torch.randn(batch, tokens, WIDTH, generator=generator)
+    return torch.randn(batch, 1, WIDTH, generator=generator), torch.randn(
+        batch, tokens, WIDTH, generator=generator
+    )
 
 
 def as_without(block: CrossReadBlock, query: Tensor, other: Tensor, near: float = 1e-4) -> None:
@@ -59,7 +63,9 @@ def as_without(block: CrossReadBlock, query: Tensor, other: Tensor, near: float 
         found.append((after, *torch.autograd.grad(after.float().square().sum(), leaves)))
     for one, other_one in zip(*found, strict=True):
         assert one.dtype == other_one.dtype
-        torch.testing.assert_close(one, other_one, rtol=near, atol=near * float(1 + other_one.detach().abs().max()))
+        torch.testing.assert_close(
+            one, other_one, rtol=near, atol=near * float(1 + other_one.detach().abs().max())
+        )
 
 
 @needs_kernels
@@ -78,11 +84,16 @@ def test_many_heads_and_tokens_far_from_zero_are_as_near_as_torchs_layers(heads:
     """A LayerNorm that is folded in takes a mean away after the product, of a thousand deviations here."""
     generator = torch.Generator().manual_seed(heads)
     x = torch.randn(2, 50, 80, generator=generator) + 1000
-    first, probes = torch.randn(2, 80, generator=generator), torch.randn(2, heads, 80, generator=generator) / 9
+    first, probes = (
+        torch.randn(2, 80, generator=generator),
+        torch.randn(2, heads, 80, generator=generator) / 9,
+    )
     weight, bias = torch.randn(2, 80, generator=generator)
 
     def by_torch(x: Tensor, first: Tensor, probes: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        joined = torch.cat((first[:, None], F.layer_norm(x, (80,), weight, bias, 1e-6)[:, 1:]), dim=1)
+        joined = torch.cat(
+            (first[:, None], F.layer_norm(x, (80,), weight, bias, 1e-6)[:, 1:]), dim=1
+        )
         return (probes @ joined.mT).softmax(dim=-1) @ joined
 
     leaves = [x, first, probes, weight, bias]
@@ -117,16 +128,30 @@ def test_the_number_of_threads_changes_no_bit_and_a_graph_serves_twice() -> None
             found += [(after, *once), (after, *torch.autograd.grad(loss, leaves))]
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(one, other) for rest in found[1:] for one, other in zip(found[0], rest, strict=True))
+    assert all(
+        torch.equal(one, other)
+        for rest in found[1:]
+        for one, other in zip(found[0], rest, strict=True)
+    )
 
 
 CHANGES: dict[str, Callable[[CrossReadBlock], object]] = {
-    "a hook on the attention": lambda block: block.attention.register_forward_hook(lambda module, given, out: 2 * out),
-    "a hook on the norm": lambda block: block.norm.register_forward_hook(lambda module, given, out: 2 * out),
+    "a hook on the attention": lambda block: block.attention.register_forward_hook(
+        lambda module, given, out: 2 * out
+    ),
+    "a hook on the norm": lambda block: block.norm.register_forward_hook(
+        lambda module, given, out: 2 * out
+    ),
     "a norm without a bias": lambda block: setattr(block, "norm", nn.LayerNorm(WIDTH, bias=False)),
-    "a norm without weights": lambda block: setattr(block, "norm", nn.LayerNorm(WIDTH, elementwise_affine=False)),
-    "another forward": lambda block: setattr(block.attention, "forward", lambda x: x[:, :1] + x.mean()),
-    "attention of another kind": lambda block: setattr(block, "attention", nn.Sequential(block.attention)),
+    "a norm without weights": lambda block: setattr(
+        block, "norm", nn.LayerNorm(WIDTH, elementwise_affine=False)
+    ),
+    "another forward": lambda block: setattr(
+        block.attention, "forward", lambda x: x[:, :1] + x.mean()
+    ),
+    "attention of another kind": lambda block: setattr(
+        block, "attention", nn.Sequential(block.attention)
+    ),
     "doubles": lambda block: block.double(),
 }
 
@@ -186,7 +211,9 @@ def test_autocast_and_reduced_models(dtype: torch.dtype) -> None:
         as_without(block, query, other, near=5e-2)
         with torch.no_grad():
             assert error(block(query, other), exact) < 2e-2
-            wide = cross_block().double()(query.double(), other.double())  # autocast leaves doubles alone
+            wide = cross_block().double()(
+                query.double(), other.double()
+            )  # autocast leaves doubles alone
     assert wide.dtype == torch.float64
     assert error(wide, exact) < 1e-5
     reduced = block.to(dtype)
@@ -213,7 +240,10 @@ def test_it_steps_aside_for_whoever_traces_transforms_listens_or_drops(calls: li
     block, (query, other) = cross_block(), given()
     expected = block(query, other)
     calls.clear()
-    found = [torch.compile(block, backend="eager", fullgraph=True)(query, other), torch.func.vjp(block, query, other)[0]]
+    found = [
+        torch.compile(block, backend="eager", fullgraph=True)(query, other),
+        torch.func.vjp(block, query, other)[0],
+    ]
     block.attention.listener = lambda weights: None
     found.append(block(query, other))
     block.attention.listener = None

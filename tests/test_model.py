@@ -53,7 +53,9 @@ def test_attention_dropout_scales_the_value_bias_with_what_is_kept() -> None:
 @pytest.mark.parametrize("needs_gradient", [False, True])
 def test_attention_kernels_agree_in_reduced_precision(needs_gradient: bool) -> None:
     torch.manual_seed(0)
-    query, key, value = torch.randn(3, 2, 4, 50, 16).bfloat16().requires_grad_(needs_gradient).unbind(0)
+    query, key, value = (
+        torch.randn(3, 2, 4, 50, 16).bfloat16().requires_grad_(needs_gradient).unbind(0)
+    )
     exact = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
     torch.testing.assert_close(attention(query, key, value).double(), exact, rtol=0.03, atol=0.03)
 
@@ -61,8 +63,14 @@ def test_attention_kernels_agree_in_reduced_precision(needs_gradient: bool) -> N
 def test_patches_in_another_order_change_nothing_without_positions() -> None:
     torch.manual_seed(0)
     model = CrossViT(SMALL).double().eval()
-    tokens = [torch.randn(2, 1 + 6 * 9, 16, dtype=torch.float64), torch.randn(2, 1 + 4 * 5, 24, dtype=torch.float64)]
-    shuffled = [torch.cat((own[:, :1], own[:, 1:][:, torch.randperm(own.shape[1] - 1)]), dim=1) for own in tokens]
+    tokens = [
+        torch.randn(2, 1 + 6 * 9, 16, dtype=torch.float64),
+        torch.randn(2, 1 + 4 * 5, 24, dtype=torch.float64),
+    ]
+    shuffled = [
+        torch.cat((own[:, :1], own[:, 1:][:, torch.randperm(own.shape[1] - 1)]), dim=1)
+        for own in tokens
+    ]
     grids = [(6, 9), (4, 5)]
     for encoder in model.encoders:
         tokens, shuffled = encoder(tokens, grids), encoder(shuffled, grids)
@@ -79,13 +87,19 @@ def test_every_parameter_has_a_gradient_and_logits_are_the_branches_mean() -> No
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     assert logits.shape == (3, 5)
     torch.testing.assert_close(model.branch_logits(images).mean(dim=0), logits)
-    assert [tuple(own.shape) for own in model.forward_features(images)] == [(3, 1 + 6 * 9, 16), (3, 1 + 4 * 5, 24)]
+    assert [tuple(own.shape) for own in model.forward_features(images)] == [
+        (3, 1 + 6 * 9, 16),
+        (3, 1 + 4 * 5, 24),
+    ]
 
 
 def test_each_direction_of_the_fusion_reads_the_other_branch() -> None:
     torch.manual_seed(0)
     fusion = CrossViT(SMALL).encoders[0].fusion
-    tokens = [torch.randn(1, 55, 16, requires_grad=True), torch.randn(1, 21, 24, requires_grad=True)]
+    tokens = [
+        torch.randn(1, 55, 16, requires_grad=True),
+        torch.randn(1, 21, 24, requires_grad=True),
+    ]
     small, large = fusion(tokens, [(6, 9), (4, 5)])
     torch.testing.assert_close(small[:, 1:], tokens[0][:, 1:])  # patches are handed on as they are
     read_by_small = torch.autograd.grad(small[:, 0].sum(), tokens, retain_graph=True)
@@ -125,10 +139,12 @@ def test_drop_path_rates_grow_over_all_blocks_and_fusion_takes_the_last() -> Non
     for stage, encoder in enumerate(model.encoders):
         small, large = encoder.blocks
         assert [block.drop_path.rate for block in small] == pytest.approx([step * 3 * stage])
-        assert [block.drop_path.rate for block in large] == pytest.approx([step * (3 * stage + i) for i in range(3)])
-        assert [block.drop_path.rate for read in encoder.fusion.reads for block in read.blocks] == pytest.approx(
-            [step * (3 * stage + 2)] * 2
+        assert [block.drop_path.rate for block in large] == pytest.approx(
+            [step * (3 * stage + i) for i in range(3)]
         )
+        assert [
+            block.drop_path.rate for read in encoder.fusion.reads for block in read.blocks
+        ] == pytest.approx([step * (3 * stage + 2)] * 2)
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
@@ -157,7 +173,10 @@ def test_same_seed_same_model() -> None:
     for _ in range(2):
         torch.manual_seed(3)
         models.append(create_model("crossvit_pico_32"))
-    assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True)
+    )
 
 
 # ---------------------------------------------------------------- sizes
@@ -180,10 +199,14 @@ def test_any_size_and_aspect(size: tuple[int, int]) -> None:
     images = torch.randn(2, 3, *size)
     assert model(images).shape == (2, 5)
     grids = [branch.grid(size) for branch in SMALL.branches]
-    assert [own.shape[1] for own in model.forward_features(images)] == [1 + rows * columns for rows, columns in grids]
+    assert [own.shape[1] for own in model.forward_features(images)] == [
+        1 + rows * columns for rows, columns in grids
+    ]
 
 
-def test_dynamic_size_changes_nothing_at_the_models_own_size_and_refuses_less_than_a_patch() -> None:
+def test_dynamic_size_changes_nothing_at_the_models_own_size_and_refuses_less_than_a_patch() -> (
+    None
+):
     torch.manual_seed(0)
     fixed = CrossViT(SMALL).eval()
     dynamic = CrossViT(CrossViTConfig(**{**vars(SMALL), "dynamic_size": True})).eval()
@@ -208,10 +231,18 @@ def test_recorded_attention_sums_to_one_and_changes_nothing() -> None:
     assert [(found.kind, found.stage, found.branch, found.block) for found in maps] == [
         (kind, stage, branch, block)
         for stage in (0, 1)
-        for kind, branch, block in [("self", 0, 0), ("self", 1, 0), ("self", 1, 1), ("cross", 0, 0), ("cross", 1, 0)]
+        for kind, branch, block in [
+            ("self", 0, 0),
+            ("self", 1, 0),
+            ("self", 1, 1),
+            ("cross", 0, 0),
+            ("cross", 1, 0),
+        ]
     ]
     for found in maps:
-        torch.testing.assert_close(found.weights.sum(dim=-1), torch.ones(found.weights.shape[:-1], dtype=torch.float64))
+        torch.testing.assert_close(
+            found.weights.sum(dim=-1), torch.ones(found.weights.shape[:-1], dtype=torch.float64)
+        )
         assert (found.weights >= 0).all()
     assert maps[0].weights.shape == (2, 2, 55, 55)
     assert maps[3].weights.shape == (2, 3, 1, 21)  # S reads L: L's heads, [itself ‖ L's 20 patches]
@@ -222,7 +253,9 @@ def test_recorded_attention_sums_to_one_and_changes_nothing() -> None:
 def test_recorded_weights_are_those_of_both_forms() -> None:
     torch.manual_seed(0)
     lazy = CrossViT(SMALL).double().eval()
-    built = CrossViT(CrossViTConfig(**{**vars(SMALL), "keys_values": "materialised"})).double().eval()
+    built = (
+        CrossViT(CrossViTConfig(**{**vars(SMALL), "keys_values": "materialised"})).double().eval()
+    )
     built.load_state_dict(lazy.state_dict())
     images = torch.randn(1, 3, 24, 36, dtype=torch.float64)
     with record_attention(lazy) as ours, record_attention(built) as papers:
@@ -237,7 +270,9 @@ def test_intermediate_tokens_end_in_the_features() -> None:
     images = torch.randn(1, 3, 24, 36)
     stages = model.intermediate_tokens(images)
     assert [len(stage) for stage in stages] == [2, 2]
-    for norm, last, feature in zip(model.norms, stages[-1], model.forward_features(images), strict=True):
+    for norm, last, feature in zip(
+        model.norms, stages[-1], model.forward_features(images), strict=True
+    ):
         assert torch.equal(norm(last), feature)
 
 
@@ -265,7 +300,10 @@ def test_kernels_agree_and_an_unknown_one_is_refused() -> None:
         with attention_kernel(kernel):
             logits.append(model(images))
     torch.testing.assert_close(*logits, rtol=1e-10, atol=1e-10)
-    with pytest.raises(ConfigError, match="kernel = 'flash': should be one of auto, fused, plain"), attention_kernel("flash"):
+    with (
+        pytest.raises(ConfigError, match="kernel = 'flash': should be one of auto, fused, plain"),
+        attention_kernel("flash"),
+    ):
         pass
 
 
@@ -273,12 +311,19 @@ def test_one_branch_equals_timms_plain_vit_with_the_same_weights() -> None:
     timm = pytest.importorskip("timm", reason="timm is not installed")
     torch.manual_seed(0)
     branch = BranchConfig(patch=8, dim=24, heads=3, depth=2, mlp_ratio=2)
-    config = CrossViTConfig(branches=(branch,), image_size=32, stages=2, num_classes=5, fusion="none")
+    config = CrossViTConfig(
+        branches=(branch,), image_size=32, stages=2, num_classes=5, fusion="none"
+    )
     ours = CrossViT(config).double().eval()
     theirs = timm.models.VisionTransformer(
         img_size=32, patch_size=8, embed_dim=24, depth=4, num_heads=3, mlp_ratio=2, num_classes=5
     ).double()
-    names = {"attention_norm": "norm1", "attention.qkv": "attn.qkv", "attention.out": "attn.proj", "mlp_norm": "norm2"}
+    names = {
+        "attention_norm": "norm1",
+        "attention.qkv": "attn.qkv",
+        "attention.out": "attn.proj",
+        "mlp_norm": "norm2",
+    }
     names |= {"mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2"}
     state = {
         "cls_token": ours.tokens[0].class_token,
@@ -293,7 +338,9 @@ def test_one_branch_equals_timms_plain_vit_with_the_same_weights() -> None:
     for index in range(4):
         block = ours.encoders[index // 2].blocks[0][index % 2].state_dict()
         for own, their in names.items():
-            state |= {f"blocks.{index}.{their}.{end}": block[f"{own}.{end}"] for end in ("weight", "bias")}
+            state |= {
+                f"blocks.{index}.{their}.{end}": block[f"{own}.{end}"] for end in ("weight", "bias")
+            }
     theirs.load_state_dict(state)
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     torch.testing.assert_close(ours(images), theirs.eval()(images), rtol=1e-9, atol=1e-9)
@@ -315,7 +362,9 @@ def test_pure_bf16_and_autocast_stay_near_full_precision(dtype: torch.dtype) -> 
     assert (rough - exact).abs().max() < 0.05 * exact.abs().max()
 
 
-@pytest.mark.parametrize("scheme", ["none", "all-attention", "class-token", "pairwise", "cross-attention"])
+@pytest.mark.parametrize(
+    "scheme", ["none", "all-attention", "class-token", "pairwise", "cross-attention"]
+)
 def test_compile_has_no_graph_break_and_export_gives_the_same(scheme: str) -> None:
     torch.manual_seed(0)
     model = CrossViT(CrossViTConfig(**{**vars(SMALL), "fusion": scheme})).eval()

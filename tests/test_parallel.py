@@ -16,27 +16,54 @@ import torch
 from crossvit.cli import FIRST_SAYS_WITHIN, run
 from crossvit.errors import TrainingError
 from crossvit.run import Run
-from crossvit.train import parallel
-from crossvit.train.parallel import Team, assembled
+from crossvit.train import distributed as parallel
+from crossvit.train.distributed import Team, assembled
 from test_recovery import EVERYTHING
 from test_training import ONE_THREAD, same_bits, weights_of
 
-PLAIN = {"epochs": 5, "batch_size": 47, "drop_path": 0.0}  # of 48 images: 47, then one, which leaves a process without a share
+PLAIN = {
+    "epochs": 5,
+    "batch_size": 47,
+    "drop_path": 0.0,
+}  # of 48 images: 47, then one, which leaves a process without a share
 
 
 def words(scans: Path, out: Path, changes: dict[str, object]) -> list[str]:
-    settings = {"model": "crossvit_pico_32", "batch_size": 16, "precision": "fp32", "device": "cpu"} | changes
-    options = [text for key, value in settings.items() for text in ("--" + key.replace("_", "-"), str(value))]
+    settings = {
+        "model": "crossvit_pico_32",
+        "batch_size": 16,
+        "precision": "fp32",
+        "device": "cpu",
+    } | changes
+    options = [
+        text
+        for key, value in settings.items()
+        for text in ("--" + key.replace("_", "-"), str(value))
+    ]
     return ["-m", "crossvit", "train", str(scans), "--out", str(out), *options]
 
 
-def start(processes: int, scans: Path, out: Path, changes: dict[str, object], *more: str) -> subprocess.Popen[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), *more]
+def start(
+    processes: int, scans: Path, out: Path, changes: dict[str, object], *more: str
+) -> subprocess.Popen[str]:
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(processes),
+        *more,
+    ]
     command = [*launcher, *words(scans, out, changes)]
-    return subprocess.Popen(command, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=ONE_THREAD, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
-def train(processes: int, scans: Path, out: Path, changes: dict[str, object], *more: str) -> tuple[int, str, str]:
+def train(
+    processes: int, scans: Path, out: Path, changes: dict[str, object], *more: str
+) -> tuple[int, str, str]:
     process = start(processes, scans, out, changes, *more)
     printed, said = process.communicate(timeout=240)
     return process.returncode, printed, said
@@ -67,7 +94,12 @@ def test_shares_are_in_order_and_whole() -> None:
 
 def test_two_processes_train_as_one_does(scans: Path, tmp_path: Path) -> None:
     """Ten steps with AdamW."""
-    subprocess.run([sys.executable, *words(scans, tmp_path / "one", PLAIN)], env=ONE_THREAD, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, *words(scans, tmp_path / "one", PLAIN)],
+        env=ONE_THREAD,
+        check=True,
+        capture_output=True,
+    )
     status, printed, said = train(2, scans, tmp_path / "two", PLAIN)
     assert status == 0, said
     assert printed.count("top-1") == 1  # one process speaks
@@ -75,20 +107,31 @@ def test_two_processes_train_as_one_does(scans: Path, tmp_path: Path) -> None:
     assert apart(tmp_path / "one", tmp_path / "two") == {}
     one, two = (Run(tmp_path / name).record() for name in ("one", "two"))
     assert (one["processes"], two["processes"]) == (1, 2)
-    assert (one["result"]["top1"], one["result"]["n"]) == (two["result"]["top1"], two["result"]["n"])
+    assert (one["result"]["top1"], one["result"]["n"]) == (
+        two["result"]["top1"],
+        two["result"]["n"],
+    )
     assert two["result"]["loss"] == pytest.approx(one["result"]["loss"], abs=1e-5)
-    for before, after in zip(Run(tmp_path / "one").entries(), Run(tmp_path / "two").entries(), strict=True):
+    for before, after in zip(
+        Run(tmp_path / "one").entries(), Run(tmp_path / "two").entries(), strict=True
+    ):
         assert after["loss"] == pytest.approx(before["loss"], abs=1e-5)
         assert after["train_top1"] == before["train_top1"]
 
 
-def test_a_killed_worker_is_started_again_and_ends_at_the_same_bits(scans: Path, tmp_path: Path) -> None:
+def test_a_killed_worker_is_started_again_and_ends_at_the_same_bits(
+    scans: Path, tmp_path: Path
+) -> None:
     changes = EVERYTHING | {"precision": "fp32"}
     assert train(2, scans, tmp_path / "whole", changes)[0] == 0
     process = start(2, scans, tmp_path / "killed", changes, "--max-restarts", "2")
     deadline = time.monotonic() + 120
     checkpoints = tmp_path / "killed" / "checkpoints"
-    while not (checkpoints / "step-000000002.ckpt").exists() and process.poll() is None and time.monotonic() < deadline:
+    while (
+        not (checkpoints / "step-000000002.ckpt").exists()
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     workers = [pid for pid in children(process.pid) if "crossvit" in command_of(pid)]
     assert len(workers) == 2
@@ -115,11 +158,17 @@ def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
 
 
-def test_another_number_of_processes_goes_on_with_the_same_samples(scans: Path, tmp_path: Path) -> None:
+def test_another_number_of_processes_goes_on_with_the_same_samples(
+    scans: Path, tmp_path: Path
+) -> None:
     changes = PLAIN | {"epochs": 4}
     process = start(2, scans, tmp_path / "run", changes)
     deadline = time.monotonic() + 120
-    while len(Run(tmp_path / "run").entries()) < 2 and process.poll() is None and time.monotonic() < deadline:
+    while (
+        len(Run(tmp_path / "run").entries()) < 2
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
@@ -131,7 +180,12 @@ def test_another_number_of_processes_goes_on_with_the_same_samples(scans: Path, 
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    subprocess.run([sys.executable, *words(scans, tmp_path / "one", changes)], env=ONE_THREAD, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, *words(scans, tmp_path / "one", changes)],
+        env=ONE_THREAD,
+        check=True,
+        capture_output=True,
+    )
     assert apart(tmp_path / "run", tmp_path / "one") == {}
 
 
@@ -159,12 +213,17 @@ def test_an_error_that_one_process_alone_finds_is_said(
 def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the first of two processes without torchrun's own store, which would have taken the port before."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(taken.getsockname()[1]), "TORCHELASTIC_RUN_ID": "none"}
+        place = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(taken.getsockname()[1]),
+            "TORCHELASTIC_RUN_ID": "none",
+        }
         for name, value in (place | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}).items():
             monkeypatch.setenv(name, value)
         with (
             pytest.raises(
-                TrainingError, match=r"the processes of this run cannot meet \(.*\): try another --master-port"
+                TrainingError,
+                match=r"the processes of this run cannot meet \(.*\): try another --master-port",
             ) as raised,
             assembled(torch.device("cpu")),
         ):
@@ -175,11 +234,15 @@ def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"),
+        RuntimeError(
+            "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1"
+        ),
         torch.distributed.DistBackendError("NCCL communicator was aborted"),
     ],
 )
-def test_a_process_that_has_gone_is_one_line(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_has_gone_is_one_line(
+    error: RuntimeError, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def gone(*_: object, **__: object) -> None:
         raise error
 
@@ -187,10 +250,16 @@ def test_a_process_that_has_gone_is_one_line(error: RuntimeError, monkeypatch: p
     monkeypatch.setattr(parallel.dist, "get_backend", lambda: "gloo")
     with pytest.raises(TrainingError, match="another process of this run has ended"):
         Team(size=2).total(1.0)
-    with pytest.raises(TrainingError, match="another process of this run has ended"), Team(size=2).exchanging():
+    with (
+        pytest.raises(TrainingError, match="another process of this run has ended"),
+        Team(size=2).exchanging(),
+    ):
         gone()
 
 
 def test_other_errors_between_processes_keep_their_words() -> None:
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), Team(size=2).exchanging():
+    with (
+        pytest.raises(RuntimeError, match="shapes cannot be multiplied"),
+        Team(size=2).exchanging(),
+    ):
         torch.zeros(2, 3) @ torch.zeros(2, 3)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from crossvit.prediction import Predictor, find_images
+from crossvit.prediction.predictor import Predictor, find_images
 from crossvit.results import BatchPrediction, TrainingResult, plain_name
 from crossvit.trained import open_trained
 from test_batch_prediction import awkward, rows_of
@@ -30,7 +30,10 @@ def test_the_command_writes_resumes_and_tells(
     assert printed.endswith(f"look    {out}\n")
     status, printed, err = command(*words)
     assert (status, printed) == (2, "")
-    assert err == f"crossvit: {out} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out\n"
+    assert (
+        err
+        == f"crossvit: {out} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out\n"
+    )
     (own_scans / "2" / "zzz.png").write_bytes(b"")
     status, printed, _ = command(*words, "--resume", "--json")
     summary = json.loads(printed)
@@ -46,18 +49,29 @@ def test_the_command_prints_what_is_unsure_and_what_is_several(
     command: Command, tiny_run: TrainingResult, own_scans: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = find_images([str(own_scans)])[0]
-    assert command("predict", tiny_run.run, path, "--abstain-below", 1.0)[1].startswith(f"{path}  no answer  (")
-    trained = dataclasses.replace(open_trained(tiny_run.run), task="multi-label", thresholds=(0.0, 1.0, 1.0))
-    monkeypatch.setattr("crossvit.prediction.open_trained", lambda source: trained)
+    assert command("predict", tiny_run.run, path, "--abstain-below", 1.0)[1].startswith(
+        f"{path}  no answer  ("
+    )
+    trained = dataclasses.replace(
+        open_trained(tiny_run.run), task="multi-label", thresholds=(0.0, 1.0, 1.0)
+    )
+    monkeypatch.setattr("crossvit.prediction.predictor.open_trained", lambda source: trained)
     line = command("predict", tiny_run.run, path)[1]
     assert line.startswith(f"{path}  0 ")
     assert line.split("(")[0].count("%") == 1
-    monkeypatch.setattr("crossvit.prediction.open_trained", lambda source: dataclasses.replace(trained, thresholds=(1.0,) * 3))
+    monkeypatch.setattr(
+        "crossvit.prediction.predictor.open_trained",
+        lambda source: dataclasses.replace(trained, thresholds=(1.0,) * 3),
+    )
     assert command("predict", tiny_run.run, path)[1].startswith(f"{path}  no label  (")
 
 
 def test_names_come_from_a_list_or_standard_input(
-    command: Command, tiny_run: TrainingResult, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command,
+    tiny_run: TrainingResult,
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     named = [image for image in awkward(scans, tmp_path) if "\n" not in image]
     text = "\r\n".join(["", *named, ""]).encode("utf-8", "surrogateescape")
@@ -65,7 +79,9 @@ def test_names_come_from_a_list_or_standard_input(
     out = tmp_path / "out.jsonl"
     for place in (tmp_path / "list.txt", "-"):
         monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
-        assert command("predict", tiny_run.run, "--from", place, "--out", out, "--overwrite")[0] == 1
+        assert (
+            command("predict", tiny_run.run, "--from", place, "--out", out, "--overwrite")[0] == 1
+        )
         assert [row["image"] for row in rows_of(out)] == [plain_name(name) for name in named]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text)))
     status, printed, _ = command("predict", tiny_run.run, "--from", "-", "--json")
@@ -84,17 +100,28 @@ def test_names_come_from_a_list_or_standard_input(
     ],
 )
 def test_a_wrong_call_is_one_line(
-    words: list[str], says: str, command: Command, tiny_run: TrainingResult, scans: Path, tmp_path: Path
+    words: list[str],
+    says: str,
+    command: Command,
+    tiny_run: TrainingResult,
+    scans: Path,
+    tmp_path: Path,
 ) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     places = {"SCANS": str(scans), "EMPTY": str(tmp_path / "empty.txt")}
-    status, printed, err = command("predict", tiny_run.run, *(places.get(word, word) for word in words))
+    status, printed, err = command(
+        "predict", tiny_run.run, *(places.get(word, word) for word in words)
+    )
     assert (status, printed, len(err.splitlines())) == (2, "", 1)
     assert says in err
 
 
 def test_ctrl_c_says_how_to_go_on(
-    command: Command, tiny_run: TrainingResult, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command,
+    tiny_run: TrainingResult,
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def batches(self: Predictor, images: Iterator[str]) -> Iterator[Any]:
         raise KeyboardInterrupt
@@ -110,12 +137,16 @@ def test_ctrl_c_says_how_to_go_on(
 
 
 def test_progress_in_a_log_has_the_speed_and_the_time_left(
-    command: Command, tiny_run: TrainingResult, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command,
+    tiny_run: TrainingResult,
+    scans: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("crossvit.cli.predicting.SECONDS_A_LINE", 0.0)
     monkeypatch.setattr("threading.Thread.start", lambda thread: thread.run())
     with monkeypatch.context() as patch:
-        patch.setattr("crossvit.prediction.ThreadPoolExecutor", Inline)
+        patch.setattr("crossvit.prediction.predictor.ThreadPoolExecutor", Inline)
         err = command("predict", tiny_run.run, scans, "--out", tmp_path / "out.jsonl")[2]
     lines = err.splitlines()
     assert lines[1].startswith("32 of 60, ")

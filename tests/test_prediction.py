@@ -24,8 +24,15 @@ import crossvit
 from crossvit.data.preprocess import MAX_ASPECT, Preprocessing, read_image
 from crossvit.data.sources import is_image_file, open_data
 from crossvit.errors import UsageError
-from crossvit.evaluation import measure
-from crossvit.prediction import READ_AHEAD, VIEWS, Predictor, centre, find_images, scan_images
+from crossvit.evaluation.evaluator import measure
+from crossvit.prediction.predictor import (
+    READ_AHEAD,
+    VIEWS,
+    Predictor,
+    centre,
+    find_images,
+    scan_images,
+)
 from crossvit.results import Label, TrainingResult
 from crossvit.trained import Trained, open_trained
 
@@ -61,7 +68,7 @@ def changed(tiny_run: TrainingResult, monkeypatch: pytest.MonkeyPatch) -> Change
         def opened(source: str) -> Trained:
             return dataclasses.replace(open_trained(source), **record)
 
-        monkeypatch.setattr("crossvit.prediction.open_trained", opened)
+        monkeypatch.setattr("crossvit.prediction.predictor.open_trained", opened)
         return Predictor(tiny_run.run, **options)
 
     return make
@@ -87,8 +94,12 @@ def test_inputs_and_logits_are_evaluations_to_the_bit(
         assert all(np.array_equal(one, other) for one, other in zip(mine, theirs, strict=True))
 
 
-@pytest.mark.parametrize(("temperature", "task"), [(1.0, "single-label"), (2.5, "single-label"), (2.5, "multi-label")])
-def test_probabilities_are_scipys(temperature: float, task: str, changed: Changed, paths: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("temperature", "task"), [(1.0, "single-label"), (2.5, "single-label"), (2.5, "multi-label")]
+)
+def test_probabilities_are_scipys(
+    temperature: float, task: str, changed: Changed, paths: list[str]
+) -> None:
     predictor = changed({"temperature": temperature, "task": task}, top_k=3)
     predictor.engine = Recorder(predictor.engine)
     predictions = predictor(paths[:8])
@@ -98,7 +109,9 @@ def test_probabilities_are_scipys(temperature: float, task: str, changed: Change
         assert {label.label: label.probability for label in prediction.top} == pytest.approx(
             dict(zip(predictor.classes, row, strict=True))
         )
-        assert [label.probability for label in prediction.top] == pytest.approx(sorted(row, reverse=True))
+        assert [label.probability for label in prediction.top] == pytest.approx(
+            sorted(row, reverse=True)
+        )
 
 
 def test_several_labels_are_those_at_or_above_their_thresholds(changed: Changed) -> None:
@@ -111,11 +124,15 @@ def test_several_labels_are_those_at_or_above_their_thresholds(changed: Changed)
     assert (both.label, len(both.top)) == ("2", 1)
     assert (none.label, none.labels, none.error, none.abstained) == (None, (), None, False)
     assert none.top[0].probability == pytest.approx(0.1)
-    with pytest.raises(UsageError, match="thresholds say which are given, so leave out abstain_below"):
+    with pytest.raises(
+        UsageError, match="thresholds say which are given, so leave out abstain_below"
+    ):
         changed({"task": "multi-label"}, abstain_below=0.5)
 
 
-def test_abstaining_keeps_what_the_answer_would_have_been(tiny_run: TrainingResult, paths: list[str]) -> None:
+def test_abstaining_keeps_what_the_answer_would_have_been(
+    tiny_run: TrainingResult, paths: list[str]
+) -> None:
     sure = Predictor(tiny_run.run)(paths)
     middle = sorted(prediction.top[0].probability for prediction in sure)[len(sure) // 2]
     unsure = Predictor(tiny_run.run, abstain_below=middle)(paths)
@@ -137,10 +154,14 @@ def test_views_are_averaged_as_logits(tiny_run: TrainingResult, paths: list[str]
     assert np.array_equal(mirrored, plain[..., ::-1])
     assert np.array_equal(plain[0], predictor.preprocessing(paths[0]))
     logits = np.mean([outputs.mean(axis=0)[0] for outputs in predictor.engine.outputs], axis=0)
-    assert [label.probability for label in prediction.top] == pytest.approx(sorted(softmax(logits), reverse=True), abs=1e-6)
+    assert [label.probability for label in prediction.top] == pytest.approx(
+        sorted(softmax(logits), reverse=True), abs=1e-6
+    )
 
 
-def test_with_mirrored_views_a_picture_and_its_mirror_image_are_one(tiny_run: TrainingResult, paths: list[str]) -> None:
+def test_with_mirrored_views_a_picture_and_its_mirror_image_are_one(
+    tiny_run: TrainingResult, paths: list[str]
+) -> None:
     picture = read_image(paths[0])
     mirror = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     for tta, same in (("flip", True), ("none", False)):
@@ -150,7 +171,9 @@ def test_with_mirrored_views_a_picture_and_its_mirror_image_are_one(tiny_run: Tr
 
 @pytest.mark.parametrize("size", [(10, 20), (1, 1), (7, 3)])
 @pytest.mark.parametrize("share", [1.0, 0.9, 0.8, 0.5])
-def test_the_centre_of_a_picture_and_of_an_array_are_the_same(size: tuple[int, int], share: float) -> None:
+def test_the_centre_of_a_picture_and_of_an_array_are_the_same(
+    size: tuple[int, int], share: float
+) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     cut = centre(pixels.astype(np.float32), share)
     assert np.array_equal(np.asarray(centre(Image.fromarray(pixels), share)), cut)
@@ -169,12 +192,16 @@ def test_the_centre_of_a_picture_and_of_an_array_are_the_same(size: tuple[int, i
         ({"workers": 0}, "workers = 0: should be 1 or more"),
     ],
 )
-def test_options_that_cannot_be_are_refused(options: dict[str, Any], says: str, tiny_run: TrainingResult) -> None:
+def test_options_that_cannot_be_are_refused(
+    options: dict[str, Any], says: str, tiny_run: TrainingResult
+) -> None:
     with pytest.raises(UsageError, match=says):
         Predictor(tiny_run.run, **options)
 
 
-def test_a_weight_file_predicts_as_the_run_it_is_of(tiny_run: TrainingResult, paths: list[str]) -> None:
+def test_a_weight_file_predicts_as_the_run_it_is_of(
+    tiny_run: TrainingResult, paths: list[str]
+) -> None:
     expected = Predictor(tiny_run.run)(paths[:4])
     assert Predictor(Path(tiny_run.run) / "model.safetensors")(paths[:4]) == expected
 
@@ -182,11 +209,15 @@ def test_a_weight_file_predicts_as_the_run_it_is_of(tiny_run: TrainingResult, pa
 def test_an_array_of_pictures_is_a_batch(tiny_run: TrainingResult, paths: list[str]) -> None:
     predictor = Predictor(tiny_run.run)
     pixels = np.stack([np.asarray(read_image(path)) for path in paths[:3]])
-    assert [prediction.top for prediction in predictor(pixels)] == [prediction.top for prediction in predictor(paths[:3])]
+    assert [prediction.top for prediction in predictor(pixels)] == [
+        prediction.top for prediction in predictor(paths[:3])
+    ]
     assert len(predictor(pixels[0])) == 1
 
 
-def test_weights_that_are_damaged_give_errors_and_no_numbers(tiny_run: TrainingResult, paths: list[str], tmp_path: Path) -> None:
+def test_weights_that_are_damaged_give_errors_and_no_numbers(
+    tiny_run: TrainingResult, paths: list[str], tmp_path: Path
+) -> None:
     run = Path(shutil.copytree(tiny_run.run, tmp_path / "run"))
     weights = load_file(run / "model.safetensors")
     next(iter(weights.values())).fill_(float("nan"))
@@ -203,7 +234,9 @@ def test_threads_may_share_a_predictor(tiny_run: TrainingResult, paths: list[str
         assert list(pool.map(predictor, paths[:12])) == expected
 
 
-def test_images_are_taken_only_as_they_are_needed(tiny_run: TrainingResult, paths: list[str]) -> None:
+def test_images_are_taken_only_as_they_are_needed(
+    tiny_run: TrainingResult, paths: list[str]
+) -> None:
     taken = 0
 
     def endless() -> Iterator[str]:
@@ -240,17 +273,30 @@ def large_png(width: int, height: int) -> bytes:
     """A whole PNG of one bit a pixel, all black: small as a file."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     squeeze = zlib.compressobj(1)
     row = bytes(1 + width // 8)
     pixels = b"".join(squeeze.compress(row * 100) for _ in range(height // 100)) + squeeze.flush()
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+    )
 
 
 def animation(kind: str) -> bytes:
-    return encoded(photo(), kind, save_all=True, append_images=[Image.new("RGB", (40, 30), "red")] * 2, duration=50)
+    return encoded(
+        photo(),
+        kind,
+        save_all=True,
+        append_images=[Image.new("RGB", (40, 30), "red")] * 2,
+        duration=50,
+    )
 
 
 EXIF_ROTATED = Image.Exif()
@@ -258,18 +304,27 @@ EXIF_ROTATED[0x0112] = 6
 
 # name -> (content of the file, what the error says; None where the picture is classified)
 PICTURES: dict[str, tuple[bytes, str | None]] = {
-    "a header of 300 million pixels.ppm": (b"P6 20000 15000 255\n" + bytes(300), "more than 89,478,485 pixels"),
+    "a header of 300 million pixels.ppm": (
+        b"P6 20000 15000 255\n" + bytes(300),
+        "more than 89,478,485 pixels",
+    ),
     "300 million real pixels.png": (large_png(20_000, 15_000), "more than 89,478,485 pixels"),
     "100 million real pixels.png": (large_png(10_000, 10_000), "more than 89,478,485 pixels"),
     "truncated.jpg": (encoded(photo(400, 300), "JPEG")[:2000], "truncated"),
     "truncated.png": (encoded(photo(400, 300), "PNG")[:300], "cannot be decoded"),
     "text.jpg": (b"This is text.\n", NOT_AN_IMAGE),
     "page.png": (b"<!DOCTYPE html><html>404</html>", NOT_AN_IMAGE),
-    "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', NOT_AN_IMAGE),
+    "drawing.svg": (
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        NOT_AN_IMAGE,
+    ),
     "empty.png": (b"", "the file is empty (0 bytes)"),
     "one pixel.png": (encoded(photo(1, 1), "PNG"), None),
     "hair.png": (encoded(photo(1, 5000), "PNG"), None),
-    "16 bits.png": (encoded(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50), "PNG"), None),
+    "16 bits.png": (
+        encoded(Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50), "PNG"),
+        None,
+    ),
     "cmyk.jpg": (encoded(photo(mode="CMYK"), "JPEG"), None),
     "grey.jpg": (encoded(photo(mode="L"), "JPEG"), None),
     "palette.png": (encoded(photo(mode="P"), "PNG"), None),
@@ -288,16 +343,23 @@ def test_each_picture_is_a_result(tiny_run: TrainingResult, tmp_path: Path) -> N
     for name, (content, _) in PICTURES.items():
         (tmp_path / name).write_bytes(content)
     predictor = Predictor(tiny_run.run)
-    for sources in ([tmp_path / name for name in PICTURES], [content for content, _ in PICTURES.values()]):
+    for sources in (
+        [tmp_path / name for name in PICTURES],
+        [content for content, _ in PICTURES.values()],
+    ):
         for (name, (_, says)), prediction in zip(PICTURES.items(), predictor(sources), strict=True):
             if says is None:
                 assert (prediction.error, len(prediction.top)) == (None, 3), name
             else:
-                assert says in str(prediction.error) or (says.startswith("the file is") and NOT_AN_IMAGE in str(prediction.error))
+                assert says in str(prediction.error) or (
+                    says.startswith("the file is") and NOT_AN_IMAGE in str(prediction.error)
+                )
                 assert prediction.top == (), name
 
 
-def test_what_is_no_file_is_a_result_and_nothing_waits(tiny_run: TrainingResult, tmp_path: Path) -> None:
+def test_what_is_no_file_is_a_result_and_nothing_waits(
+    tiny_run: TrainingResult, tmp_path: Path
+) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "dangling.png").symlink_to(tmp_path / "gone.png")
@@ -305,7 +367,9 @@ def test_what_is_no_file_is_a_result_and_nothing_waits(tiny_run: TrainingResult,
     absent = [tmp_path / "dangling.png", tmp_path / "gone.png", "x" * 5000, "nul\0.png", ""]
     predictions = Predictor(tiny_run.run)([*specials, *absent])
     for prediction in predictions[:3]:
-        assert str(prediction.error).endswith("cannot be decoded (a folder, a pipe or a device, not a file)")
+        assert str(prediction.error).endswith(
+            "cannot be decoded (a folder, a pipe or a device, not a file)"
+        )
     for prediction in predictions[3:5]:
         assert str(prediction.error).endswith(": no such file")
     assert all(prediction.error for prediction in predictions)
@@ -321,7 +385,11 @@ def test_pictures_are_read_as_people_see_them() -> None:
     first = np.asarray(read_image(animation("WEBP")), dtype=int)
     assert abs(first - np.asarray(photo())).mean() < 10  # the first picture, not the red ones
     sixteen = np.array([[0, 256, 65535]], dtype=np.uint16)
-    assert np.asarray(read_image(encoded(Image.fromarray(sixteen), "PNG")))[0, :, 0].tolist() == [0, 1, 255]
+    assert np.asarray(read_image(encoded(Image.fromarray(sixteen), "PNG")))[0, :, 0].tolist() == [
+        0,
+        1,
+        255,
+    ]
 
 
 @pytest.mark.parametrize("side", ["width", "height"])
@@ -334,7 +402,9 @@ def test_a_hair_does_not_fill_the_memory_and_others_are_not_touched(side: str) -
     height, width = 274, 274 * MAX_ASPECT
     whole = within.resize((width, height), Image.Resampling.BICUBIC)
     left, top = round((width - 240) / 2), round((height - 240) / 2)
-    assert np.array_equal(preprocessing.fit(within), np.asarray(whole.crop((left, top, left + 240, top + 240))))
+    assert np.array_equal(
+        preprocessing.fit(within), np.asarray(whole.crop((left, top, left + 240, top + 240)))
+    )
 
 
 # ---------------------------------------------------------------- which images
@@ -345,12 +415,15 @@ def test_images_come_in_the_order_of_their_paths(tmp_path: Path) -> None:
     chance = random.Random(0)
     for _ in range(150):
         parts = [
-            "".join(chance.choices("aB.-0 é", k=chance.randint(1, 3))).strip(". ") or "x" for _ in range(chance.randint(0, 3))
+            "".join(chance.choices("aB.-0 é", k=chance.randint(1, 3))).strip(". ") or "x"
+            for _ in range(chance.randint(0, 3))
         ]
         folder = tmp_path.joinpath("root", *parts)
         if not any(place.is_file() for place in (folder, *folder.parents)):
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{chance.choice('aB-0é')}{chance.choice(['.png', '.JPG', '.txt', ''])}").touch()
+            (
+                folder / f"{chance.choice('aB-0é')}{chance.choice(['.png', '.JPG', '.txt', ''])}"
+            ).touch()
     (tmp_path / "root" / "loop").symlink_to(tmp_path / "root")
     (tmp_path / "root" / ".hidden.png").touch()
     expected = sorted(str(path) for path in (tmp_path / "root").rglob("*") if is_image_file(path))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import crossvit
-from crossvit.kernels.native import HEADERS, SOURCES
+from crossvit.fast.native.build import HEADERS, SOURCES
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +20,9 @@ ROOT = Path(__file__).parents[1]
 @pytest.mark.alone
 def test_the_quickstart_gets_at_least_99_percent_of_the_held_out_scans(tmp_path: Path) -> None:
     torch.set_num_threads(2)
-    result = crossvit.fit(crossvit.load_recipe("quickstart", data="digits", out=str(tmp_path / "run")))
+    result = crossvit.fit(
+        crossvit.load_recipe("quickstart", data="digits", out=str(tmp_path / "run"))
+    )
     assert result.n == 360
     assert result.top1 >= 0.99
 
@@ -28,13 +30,25 @@ def test_the_quickstart_gets_at_least_99_percent_of_the_held_out_scans(tmp_path:
 @pytest.mark.slow
 def test_hands_from_scratch_reach_97_percent(pack: Callable[[str], Path], tmp_path: Path) -> None:
     torch.set_num_threads(2)
-    result = crossvit.fit(crossvit.load_recipe("small", data=str(pack("sign_digits_64")), out=str(tmp_path / "run")))
+    result = crossvit.fit(
+        crossvit.load_recipe("small", data=str(pack("sign_digits_64")), out=str(tmp_path / "run"))
+    )
     assert (result.record["model"], result.n) == ("crossvit_nano_64", 400)
     assert result.top1 >= 0.97
 
 
 def test_a_wheel_has_recipes_and_page(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
     subprocess.run(command, check=True, timeout=300)
     (wheel,) = tmp_path.glob("crossvit-*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
@@ -42,7 +56,7 @@ def test_a_wheel_has_recipes_and_page(tmp_path: Path) -> None:
         "crossvit/report/run.html",
         "crossvit/report/page.js",
         "crossvit/report/style.css",
-        *(f"crossvit/kernels/{name}" for name in (*HEADERS, *SOURCES)),
+        *(f"crossvit/fast/native/{name}" for name in (*HEADERS, *SOURCES)),
         "crossvit/recipes/small.toml",
         "crossvit/recipes/quickstart.toml",
     } <= inside

@@ -21,11 +21,11 @@ from crossvit.cli.terminal import TerminalWatch
 from crossvit.errors import RunError, TrainingError
 from crossvit.report.plots import curves
 from crossvit.run import Run
+from crossvit.train.callbacks import Watch
 from crossvit.train.checkpoint import best_path, copied, load_newest, save_checkpoint
-from crossvit.train.learner import BAD_IN_A_ROW
 from crossvit.train.loop import fit
-from crossvit.train.training import Training
-from crossvit.train.watch import Watch
+from crossvit.train.step import BAD_IN_A_ROW
+from crossvit.train.trainer import Training
 from test_training import recipe, same_bits, weights_of
 
 # Everything whose state must come back: mixing, stochastic depth, an average, several parts a batch, repeats, a teacher's rate
@@ -42,14 +42,18 @@ class Poison(Heard):
         super().__init__()
         step = Training.train_step
 
-        def poisoned_step(training: Training, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+        def poisoned_step(
+            training: Training, images: torch.Tensor, labels: torch.Tensor
+        ) -> tuple[float, int]:
             bad = poisoned(training)
             return step(training, images * float("nan") if bad else images, labels)
 
         monkeypatch.setattr(Training, "train_step", poisoned_step)
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_is_not_finite_is_skipped_and_counted(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watch = Poison(monkeypatch, lambda training: training.step in (1, 4))
     result = fit(recipe(scans, tmp_path / "run", epochs=3), watch=watch)
     assert [entry.skipped for entry in watch.epochs] == [1, 1, 0]
@@ -72,9 +76,14 @@ def test_many_in_a_row_go_back_to_the_last_checkpoint_with_half_the_rate(
     assert [line["epoch"] for line in Run(result.run).entries()] == [*range(1, 9)]
 
 
-def test_if_that_fails_too_training_stops_with_a_clear_line(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_that_fails_too_training_stops_with_a_clear_line(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watch = Poison(monkeypatch, lambda training: training.step >= 4)
-    with pytest.raises(TrainingError, match=r"in epoch 5, at half the rate too: train anew with a lower --lr \(now 0\.001\)"):
+    with pytest.raises(
+        TrainingError,
+        match=r"in epoch 5, at half the rate too: train anew with a lower --lr \(now 0\.001\)",
+    ):
         fit(recipe(scans, tmp_path / "run", epochs=8), watch=watch)
     assert load_newest(tmp_path / "run" / "checkpoints")[0] is not None
 
@@ -93,7 +102,10 @@ def test_a_failure_that_comes_again_goes_one_checkpoint_further_back(
     watch = Poison(monkeypatch, poisoned)
     result = fit(recipe(scans, tmp_path / "run", epochs=8), watch=watch)
     told = [line.partition(": ")[2] for line in watch.lines if "not finite" in line]
-    assert told == ["going back to step 6 of 24 with half the rate", "going back to step 3 of 24 with half the rate"]
+    assert told == [
+        "going back to step 6 of 24 with half the rate",
+        "going back to step 3 of 24 with half the rate",
+    ]
     assert gone_through == {3, 4, 5}
     assert [entry.epoch for entry in result.epochs] == [*range(1, 9)]
 
@@ -104,7 +116,9 @@ def test_weights_that_an_update_made_infinite_are_never_saved(
     """The loss of that step is finite, and a checkpoint is due after each."""
     step = Training.train_step
 
-    def exploding(training: Training, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    def exploding(
+        training: Training, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[float, int]:
         done = step(training, images, labels)
         if training.step == 4 and training.rate_factor == 1:
             with torch.no_grad():
@@ -126,7 +140,9 @@ def test_an_epoch_whose_steps_were_all_skipped_has_no_loss(
 ) -> None:
     watch = Poison(monkeypatch, lambda training: 3 <= training.step < 6)
     result = fit(recipe(scans, tmp_path / "run", epochs=3), watch=watch)
-    assert [(entry.loss is None, entry.train_top1 is None, entry.skipped) for entry in result.epochs] == [
+    assert [
+        (entry.loss is None, entry.train_top1 is None, entry.skipped) for entry in result.epochs
+    ] == [
         (False, False, 0),
         (True, True, 3),
         (False, False, 0),
@@ -158,10 +174,17 @@ class Scored:
         monkeypatch.setattr(Training, "evaluate", scored)
 
 
-def test_the_best_of_a_way_that_was_left_is_not_taken(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_of_a_way_that_was_left_is_not_taken(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Epoch 4 (step 12) is the best, and lost when the run goes back to the checkpoint after epoch 3: then it is epoch 2."""
     Poison(monkeypatch, lambda training: training.step >= 12 and training.rate_factor == 1)
-    scored = Scored(monkeypatch, lambda training: {6: 0.5, 12: 1.0 if training.rate_factor == 1 else 0.1}.get(training.step, 0.1))
+    scored = Scored(
+        monkeypatch,
+        lambda training: {6: 0.5, 12: 1.0 if training.rate_factor == 1 else 0.1}.get(
+            training.step, 0.1
+        ),
+    )
     result = fit(recipe(scans, tmp_path / "run", epochs=9, every="3 epochs", select="best"))
     assert result.record["result"]["selected_epoch"] == 2
     assert same_bits(weights_of(result.run), scored.weights[6])
@@ -210,7 +233,17 @@ def words(scans: Path, out: Path, seed: int) -> list[str]:
         if key not in ("data", "out") and value not in (None, False, [], "")
         for text in (name, str(value))
     ]
-    return [sys.executable, "-c", COMMAND, str(torch.get_num_threads()), "train", str(scans), "--out", str(out), *options]
+    return [
+        sys.executable,
+        "-c",
+        COMMAND,
+        str(torch.get_num_threads()),
+        "train",
+        str(scans),
+        "--out",
+        str(out),
+        *options,
+    ]
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -223,7 +256,11 @@ def test_a_run_killed_at_random_moments_ends_at_the_same_bits(
     kills = 0
     for _ in range(3):
         before = _newest(out)
-        process = subprocess.Popen([*words(scans, out, seed), "--resume"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*words(scans, out, seed), "--resume"],
+            stderr=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
         deadline = time.monotonic() + 120
         while process.poll() is None and _newest(out) <= before and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -233,17 +270,29 @@ def test_a_run_killed_at_random_moments_ends_at_the_same_bits(
             kills += 1
         process.wait()
     assert kills >= 1
-    done = subprocess.run([*words(scans, out, seed), "--resume"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*words(scans, out, seed), "--resume"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert same_bits(weights_of(out), weights_of(uninterrupted[seed]))
-    assert [line["loss"] for line in Run(out).entries()] == [line["loss"] for line in Run(uninterrupted[seed]).entries()]
+    assert [line["loss"] for line in Run(out).entries()] == [
+        line["loss"] for line in Run(uninterrupted[seed]).entries()
+    ]
 
 
 def _newest(out: Path) -> int:
-    return max((int(path.stem.removeprefix("step-")) for path in (out / "checkpoints").glob("step-*.ckpt")), default=-1)
+    return max(
+        (
+            int(path.stem.removeprefix("step-"))
+            for path in (out / "checkpoints").glob("step-*.ckpt")
+        ),
+        default=-1,
+    )
 
 
-def test_every_step_is_a_place_to_stop_and_go_on_from(uninterrupted: dict[int, Path], scans: Path, tmp_path: Path) -> None:
+def test_every_step_is_a_place_to_stop_and_go_on_from(
+    uninterrupted: dict[int, Path], scans: Path, tmp_path: Path
+) -> None:
     """Stopped after each step in turn, the ends of epochs included."""
     out = tmp_path / "stopped"
     for _ in range(12):
@@ -337,15 +386,24 @@ save_checkpoint(folder, {"step": 2, "x": torch.ones(1000)}, step=2)
 
 @pytest.mark.parametrize("how", ["error", "kill"])
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_any_call_of_a_save_leaves_a_checkpoint_that_loads(fault: str, how: str, tmp_path: Path) -> None:
+def test_a_fault_in_any_call_of_a_save_leaves_a_checkpoint_that_loads(
+    fault: str, how: str, tmp_path: Path
+) -> None:
     save_checkpoint(tmp_path, {"step": 1, "x": torch.zeros(1000)}, step=1)
-    done = subprocess.run([sys.executable, "-c", SAVE, fault, how, str(tmp_path)], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SAVE, fault, how, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == (9 if how == "kill" else 1)
     if how == "error":
         assert "crossvit.errors.RunError: cannot write" in done.stderr
     state, _ = load_newest(tmp_path)
     assert state is not None
-    step = 2 if fault in ("folder open", "folder fsync") else 1  # renamed already: the new one is whole
+    step = (
+        2 if fault in ("folder open", "folder fsync") else 1
+    )  # renamed already: the new one is whole
     assert state["step"] == step
     assert torch.equal(state["x"], torch.full((1000,), float(step - 1)))
     save_checkpoint(tmp_path, {"step": 3, "x": torch.ones(1)}, step=3)  # and the next save works
@@ -368,7 +426,10 @@ def test_a_failing_save_in_a_run_ends_it_with_one_line_and_it_goes_on(
 
     with monkeypatch.context() as patched:
         patched.setattr(os, "replace", failing)
-        with pytest.raises(RunError, match=r"cannot write .*\.ckpt: No space left on device; what was there before is kept"):
+        with pytest.raises(
+            RunError,
+            match=r"cannot write .*\.ckpt: No space left on device; what was there before is kept",
+        ):
             fit(recipe(scans, tmp_path / "cut", epochs=2))
     fit(recipe(scans, tmp_path / "cut", epochs=2), resume=True)
     assert same_bits(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))

@@ -15,15 +15,22 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from crossvit.comparison import common_data, compare_runs, differing, short_names
 from crossvit.errors import UsageError
+from crossvit.evaluation.bootstrap import compare
+from crossvit.evaluation.comparison import common_data, compare_runs, differing, short_names
 from crossvit.report.comparison import Axis, comparison_page
 from crossvit.report.matrix import ALL_SHOWN, MOST_CONFUSED, matrix_of
 from crossvit.report.page import PICTURE_BYTES, evaluation_page, run_page
 from crossvit.results import ClassScore, Evaluation, Interval, TrainingResult
 from crossvit.run import Run
-from crossvit.uncertainty import compare
-from evaluations import class_names, made_comparison, made_epochs, made_evaluation, made_multi_label, made_record
+from evaluations import (
+    class_names,
+    made_comparison,
+    made_epochs,
+    made_evaluation,
+    made_multi_label,
+    made_record,
+)
 
 LIMIT = 5_000_000  # bytes of a page
 
@@ -41,14 +48,22 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
-        self.asked += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
-        self.anchors += [value[1:] for name, value in attrs if tag == "a" and value and name == "href"]
+        self.asked += [
+            value or "" for name, value in attrs if name in ("src", "href", "xlink:href")
+        ]
+        self.anchors += [
+            value[1:] for name, value in attrs if tag == "a" and value and name == "href"
+        ]
         self.ids += [value or "" for name, value in attrs if name == "id"]
 
 
 def words(text: str) -> str:
     """What a page says, without its tags."""
-    return re.sub(r"[ \n]+", " ", unescape(re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL)))
+    return re.sub(
+        r"[ \n]+",
+        " ",
+        unescape(re.sub(r"<(style|script).*?</\1>|<[^>]*>", " ", text, flags=re.DOTALL)),
+    )
 
 
 def small(confusion: list[list[int]]) -> Evaluation:
@@ -56,7 +71,10 @@ def small(confusion: list[list[int]]) -> Evaluation:
     counts = np.array(confusion)
     names = [chr(ord("a") + index) for index in range(len(counts))]
     made = made_evaluation(names, each=4)
-    classes = tuple(ClassScore(name, int(row.sum()), 0.5, 0.5, 0.5) for name, row in zip(names, counts, strict=True))
+    classes = tuple(
+        ClassScore(name, int(row.sum()), 0.5, 0.5, 0.5)
+        for name, row in zip(names, counts, strict=True)
+    )
     return dataclasses.replace(made, confusion=counts, classes=classes)
 
 
@@ -66,7 +84,11 @@ def small(confusion: list[list[int]]) -> Evaluation:
 def test_a_literal_matrix() -> None:
     matrix = matrix_of(small([[8, 2, 0], [0, 4, 0], [3, 1, 0]]))
     assert matrix is not None
-    assert [(row.name, row.n, row.wrong, row.others) for row in matrix.rows] == [("a", 10, 2, 0), ("b", 4, 0, 0), ("c", 4, 4, 0)]
+    assert [(row.name, row.n, row.wrong, row.others) for row in matrix.rows] == [
+        ("a", 10, 2, 0),
+        ("b", 4, 0, 0),
+        ("c", 4, 4, 0),
+    ]
     assert [cell.count for cell in matrix.rows[0].cells] == [8, 2, 0]
     assert matrix.rows[0].cells[1].says == "a taken for b, 2 of 10 (20.0\u202f%)"
     assert matrix.rows[0].cells[0].says == "a: right, 8 of 10 (80.0\u202f%)"
@@ -88,7 +110,13 @@ def test_a_matrix_of_too_many_classes_shows_the_most_confused_and_loses_no_image
     assert matrix.cut
     assert (len(matrix.names), matrix.classes) == (MOST_CONFUSED, ALL_SHOWN + 1)
     wrong = evaluation.confusion - np.diag(evaluation.confusion.diagonal())
-    involved = dict(zip(class_names(ALL_SHOWN + 1), (wrong.sum(axis=0) + wrong.sum(axis=1)).tolist(), strict=True))
+    involved = dict(
+        zip(
+            class_names(ALL_SHOWN + 1),
+            (wrong.sum(axis=0) + wrong.sum(axis=1)).tolist(),
+            strict=True,
+        )
+    )
     left_out = set(involved) - set(matrix.names)
     assert min(involved[name] for name in matrix.names) >= max(involved[name] for name in left_out)
     for row in matrix.rows:
@@ -100,7 +128,15 @@ def test_a_matrix_of_too_many_classes_shows_the_most_confused_and_loses_no_image
 
 
 def run_of(evaluation: Evaluation, names: list[str]) -> TrainingResult:
-    return TrainingResult("runs/hand made", evaluation.top1, evaluation.n, 131.0, made_record(names), made_epochs(12), evaluation)
+    return TrainingResult(
+        "runs/hand made",
+        evaluation.top1,
+        evaluation.n,
+        131.0,
+        made_record(names),
+        made_epochs(12),
+        evaluation,
+    )
 
 
 @pytest.mark.parametrize("count", [3, 10, 100, 1000])
@@ -144,7 +180,8 @@ def test_a_run_page_says_everything_of_the_run() -> None:
     ):
         assert expected in says
     counts = re.findall(
-        r'<td class="[hm]" style="--s:[\d.]+" title="[^"]*">(\d+)</td>', run_page(run_of(evaluation, names), evaluation)
+        r'<td class="[hm]" style="--s:[\d.]+" title="[^"]*">(\d+)</td>',
+        run_page(run_of(evaluation, names), evaluation),
     )
     assert sum(map(int, counts)) == evaluation.n
 
@@ -173,9 +210,17 @@ def test_the_policy_lets_our_script_run_and_no_other() -> None:
 
 def test_an_evaluation_without_a_run_or_anything_beyond_scores_has_a_page() -> None:
     evaluation = dataclasses.replace(
-        made_evaluation(class_names(3)), intervals={}, calibration=None, selective=None, robustness=None, mistakes=(), branches=()
+        made_evaluation(class_names(3)),
+        intervals={},
+        calibration=None,
+        selective=None,
+        robustness=None,
+        mistakes=(),
+        branches=(),
     )
-    text = evaluation_page(evaluation, command="crossvit evaluate timm/crossvit_15_dagger_240.in1k photos")
+    text = evaluation_page(
+        evaluation, command="crossvit evaluate timm/crossvit_15_dagger_240.in1k photos"
+    )
     page, says = Page(text), words(text)
     assert "crossvit evaluate timm/crossvit_15_dagger_240.in1k photos" in says
     assert "svg" not in page.tags
@@ -184,7 +229,9 @@ def test_an_evaluation_without_a_run_or_anything_beyond_scores_has_a_page() -> N
 
 
 def test_nothing_wrong_is_said_in_words() -> None:
-    evaluation = dataclasses.replace(small([[5, 0], [0, 5]]), top1=1.0, n=10, correct=(), mistakes=())
+    evaluation = dataclasses.replace(
+        small([[5, 0], [0, 5]]), top1=1.0, n=10, correct=(), mistakes=()
+    )
     says = words(evaluation_page(evaluation, command="crossvit evaluate run data"))
     assert "of 10 val images right, 0 wrong" in says
     assert "every image is right" in says
@@ -193,22 +240,31 @@ def test_nothing_wrong_is_said_in_words() -> None:
 
 def test_a_multi_label_page_has_its_own_table() -> None:
     evaluation = made_multi_label(class_names(5))
-    text = evaluation_page(evaluation, command="crossvit evaluate run photos.csv", record=made_record(class_names(5)))
+    text = evaluation_page(
+        evaluation, command="crossvit evaluate run photos.csv", record=made_record(class_names(5))
+    )
     says = words(text)
     assert "mean average precision" in says
     assert "66.0 – 74.0\u202f%" in says
     assert 'class="confusion' not in text
-    order = [says.index(f"{name} {n}") for name, n in (("fig 10", 44), ("écrevisse à pattes rouges", 43), ("crab", 40))]
+    order = [
+        says.index(f"{name} {n}")
+        for name, n in (("fig 10", 44), ("écrevisse à pattes rouges", 43), ("crab", 40))
+    ]
     assert order == sorted(order)  # the lowest average precision first
 
 
 def test_pictures_that_take_too_much_room_are_left_out() -> None:
     evaluation = made_evaluation(class_names(3), each=40, accuracy=0.6)
     large = tuple(
-        dataclasses.replace(mistake, picture=mistake.picture.ljust(PICTURE_BYTES // 6, b"\0"), map=b"")
+        dataclasses.replace(
+            mistake, picture=mistake.picture.ljust(PICTURE_BYTES // 6, b"\0"), map=b""
+        )
         for mistake in evaluation.mistakes
     )
-    text = evaluation_page(dataclasses.replace(evaluation, mistakes=large), command="crossvit evaluate run data")
+    text = evaluation_page(
+        dataclasses.replace(evaluation, mistakes=large), command="crossvit evaluate run data"
+    )
     assert Page(text).tags.count("img") == 6 < len(large)
     assert len(text) < LIMIT
 
@@ -217,22 +273,32 @@ def test_a_run_page_says_when_the_best_epoch_was_chosen_on_these_images() -> Non
     names = class_names(3)
     evaluation = made_evaluation(names)
     result = run_of(evaluation, names)
-    chosen = dataclasses.replace(result, record=made_record(names, result={"seconds": 5.0, "selected_epoch": 7}))
+    chosen = dataclasses.replace(
+        result, record=made_record(names, result={"seconds": 5.0, "selected_epoch": 7})
+    )
     assert "the last epoch's" in words(run_page(result, evaluation))
-    assert "those of epoch 7, the best on these very images: expect a little less" in words(run_page(chosen, evaluation))
+    assert "those of epoch 7, the best on these very images: expect a little less" in words(
+        run_page(chosen, evaluation)
+    )
 
 
 # ---------------------------------------------------------------- runs side by side
 
 
 @pytest.fixture(scope="module")
-def two_runs(tiny_run: TrainingResult, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def two_runs(
+    tiny_run: TrainingResult, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
     """A run, and a copy whose classifiers name the next class: on the same held-out images."""
     folder = tmp_path_factory.mktemp("compared")
-    first, second = Path(shutil.copytree(tiny_run.run, folder / "first")), Path(shutil.copytree(tiny_run.run, folder / "second"))
+    first, second = (
+        Path(shutil.copytree(tiny_run.run, folder / "first")),
+        Path(shutil.copytree(tiny_run.run, folder / "second")),
+    )
     weights = load_file(second / "model.safetensors")
     rolled = {
-        name: np.roll(own, 1, axis=0) if name.startswith("heads.") and len(own) == 3 else own for name, own in weights.items()
+        name: np.roll(own, 1, axis=0) if name.startswith("heads.") and len(own) == 3 else own
+        for name, own in weights.items()
     }
     assert any(not np.array_equal(rolled[name], weights[name]) for name in weights)
     save_file(rolled, second / "model.safetensors")
@@ -253,12 +319,16 @@ def test_runs_are_compared_on_what_both_held_out(two_runs: tuple[Path, Path]) ->
     assert first.correct != second.correct
     assert found.tests == (compare(first, second),)
     assert found.differing == {"epochs": (1, 2), "optimiser.lr": (0.001, 0.125)}
-    assert found.runs[0].parameters == sum(own.size for own in load_file(two_runs[0] / "model.safetensors").values())
+    assert found.runs[0].parameters == sum(
+        own.size for own in load_file(two_runs[0] / "model.safetensors").values()
+    )
     assert calls[-1] == (24, 24)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
 
 
-def test_report_compares_runs(two_runs: tuple[Path, Path], command: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+def test_report_compares_runs(
+    two_runs: tuple[Path, Path], command: Callable[..., tuple[int, str, str]], tmp_path: Path
+) -> None:
     page = tmp_path / "both runs.html"
     status, out, _ = command("report", *two_runs, "--out", page)
     assert status == 0
@@ -298,12 +368,16 @@ def test_runs_that_held_out_different_images_are_refused_with_the_way_out(
     record = Run(other).record()
     held_out = record["data"]["held_out"]
     kept = dict(list(held_out.items())[:-1])
-    (other / "run.json").write_text(json.dumps({**record, "data": {**record["data"], "held_out": kept}}))
+    (other / "run.json").write_text(
+        json.dumps({**record, "data": {**record["data"], "held_out": kept}})
+    )
     status, _, err = command("report", first, other, "--out", tmp_path / "x.html")
     assert status == 2
     assert "first and other held out different images, so their scores cannot be compared" in err
     assert "--data DATA" in err
-    status, _, err = command("report", first, other, "--data", record["recipe"]["data"], "--out", tmp_path / "x.html")
+    status, _, err = command(
+        "report", first, other, "--data", record["recipe"]["data"], "--out", tmp_path / "x.html"
+    )
     assert status == 2
     assert "(12 and 11, 11 in common)" in err
     status, _, err = command("report", first, first)
@@ -318,9 +392,14 @@ def test_runs_that_held_out_different_images_are_refused_with_the_way_out(
 
 def test_data_with_a_part_to_hold_out_is_told_apart_by_its_fingerprint() -> None:
     def record(part: str, fingerprint: str, location: str = "photos") -> dict[str, object]:
-        return {"data": {"held_out_part": part, "fingerprint": fingerprint, "held_out": {}}, "recipe": {"data": location}}
+        return {
+            "data": {"held_out_part": part, "fingerprint": fingerprint, "held_out": {}},
+            "recipe": {"data": location},
+        }
 
-    assert common_data({"a": record("val", "1"), "b": record("val", "1", "moved/photos")}) == "photos"
+    assert (
+        common_data({"a": record("val", "1"), "b": record("val", "1", "moved/photos")}) == "photos"
+    )
     for other in (record("val", "2"), record("test", "1")):
         with pytest.raises(UsageError, match="a and b held out different images"):
             common_data({"a": record("val", "1"), "b": other})
@@ -342,7 +421,9 @@ def test_recipes_differ_field_by_field() -> None:
 def test_names_of_runs_are_not_taken_for_formulas() -> None:
     found = made_comparison(accuracies=(0.8, 0.9))
     first = dataclasses.replace(found.runs[0], name="a$x^2$ <b>")
-    page = comparison_page(dataclasses.replace(found, runs=(first, found.runs[1])), command="crossvit report a b")
+    page = comparison_page(
+        dataclasses.replace(found, runs=(first, found.runs[1])), command="crossvit report a b"
+    )
     assert page.count("a$x^2$ &lt;b&gt;") >= 3  # in tables, and in the legend
 
 
@@ -355,7 +436,13 @@ def test_an_axis_places_figures_between_its_ends() -> None:
 
 def test_a_comparison_says_what_the_test_found() -> None:
     better = made_comparison(accuracies=(0.6, 0.9))
-    assert "second is better than first" in words(comparison_page(better, command="crossvit report a b"))
-    assert "the difference is second less first, in points" in words(comparison_page(better, command="crossvit report a b"))
+    assert "second is better than first" in words(
+        comparison_page(better, command="crossvit report a b")
+    )
+    assert "the difference is second less first, in points" in words(
+        comparison_page(better, command="crossvit report a b")
+    )
     same = made_comparison(accuracies=(0.8, 0.8), seeds=(0, 0))
-    assert "second gets as many right as first" in words(comparison_page(same, command="crossvit report a b"))
+    assert "second gets as many right as first" in words(
+        comparison_page(same, command="crossvit report a b")
+    )

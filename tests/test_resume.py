@@ -15,17 +15,17 @@ import torch
 from conftest import TINY, Heard
 from crossvit.data.augment import seed_generators
 from crossvit.errors import UsageError
-from crossvit.kernels import native as native_module
-from crossvit.kernels.native import native, without_kernels
+from crossvit.fast.native import build as native_module
+from crossvit.fast.native.build import native, without_kernels
 from crossvit.run import Run
+from crossvit.train.callbacks import Watch
+from crossvit.train.distributed import Team
 from crossvit.train.loop import fit
 from crossvit.train.losses import Mixing
-from crossvit.train.parallel import Team
 from crossvit.train.recipe import MixingRecipe, load_recipe
-from crossvit.train.repeatable import CUBLAS, deterministic, same_kernels, threads
-from crossvit.train.resuming import refuse_changes
-from crossvit.train.training import Training
-from crossvit.train.watch import Watch
+from crossvit.train.reproducibility import CUBLAS, deterministic, same_kernels, threads
+from crossvit.train.resume import refuse_changes
+from crossvit.train.trainer import Training
 from test_training import recipe, same_bits, weights_of
 
 Command = Callable[..., tuple[int, str, str]]
@@ -57,7 +57,9 @@ def scales(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
     found: list[float] = []
     step = Training.train_step
 
-    def overflowing(training: Training, images: torch.Tensor, labels: torch.Tensor) -> tuple[float, int]:
+    def overflowing(
+        training: Training, images: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[float, int]:
         found.append(training.scaler.get_scale())
         return step(training, images * float("inf") if training.step == 1 else images, labels)
 
@@ -75,7 +77,9 @@ def test_training_in_half_precision_is_resumed_to_the_bit(
     whole = fit(recipe(scans, tmp_path / "whole", **plan))
     of_whole = scales.copy()
     scales.clear()
-    cut(recipe(scans, tmp_path / "cut", **plan), after=3)  # the fourth step is done too, and not saved
+    cut(
+        recipe(scans, tmp_path / "cut", **plan), after=3
+    )  # the fourth step is done too, and not saved
     scales.clear()
     result = fit(recipe(scans, tmp_path / "cut", **plan), resume=True)
     assert same_bits(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
@@ -87,7 +91,9 @@ def test_training_in_half_precision_is_resumed_to_the_bit(
     assert plain.epochs[0].loss != whole.epochs[0].loss
 
 
-def test_threads_and_precision_are_the_runs_own(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_precision_are_the_runs_own(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A processor with other abilities goes on as the first one began; afterwards torch has its own threads again."""
     plan = recipe(scans, tmp_path / "run", epochs=2, precision="auto")
     before = torch.get_num_threads()
@@ -123,7 +129,9 @@ def forgotten() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("record", ["with", "without", "of before"])
-def test_kernels_are_the_runs_own(record: str, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_the_runs_own(
+    record: str, scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A run goes on with them if it was begun with them; runs of before they were recorded had none."""
     if native() is None:
         pytest.skip("no AVX-512, or no C++ compiler: there are no kernels here")
@@ -142,7 +150,9 @@ def test_kernels_are_the_runs_own(record: str, scans: Path, tmp_path: Path, monk
         cut(recipe(scans, run.path, **plan), after=2)
     assert run.record()["kernels"] is had
     if record == "of before":
-        run.write_record({key: value for key, value in run.record().items() if key not in ("schema", "kernels")})
+        run.write_record(
+            {key: value for key, value in run.record().items() if key not in ("schema", "kernels")}
+        )
     monkeypatch.setattr(Training, "train_step", looked_at)
     watch = Heard()
     result = fit(recipe(scans, run.path, **plan), resume=True, watch=watch)
@@ -164,8 +174,12 @@ def test_a_run_whose_kernels_are_not_here_is_warned_about_and_goes_on(
     run.amend(kernels=True)
     watch = Heard()
     result = fit(plan, resume=True, watch=watch)
-    problem = "the run was computed with our kernels, and here there are none (CROSSVIT_KERNELS=off)"
-    assert [line for line in watch.lines if "kernels" in line] == [f"warn   {problem}: its last bits become others"]
+    problem = (
+        "the run was computed with our kernels, and here there are none (CROSSVIT_KERNELS=off)"
+    )
+    assert [line for line in watch.lines if "kernels" in line] == [
+        f"warn   {problem}: its last bits become others"
+    ]
     assert result.record["kernels"] is False
 
 
@@ -176,7 +190,9 @@ def test_a_run_of_the_first_schema_is_read_as_one_without_kernels() -> None:
         assert native() is None
 
 
-def test_kernels_compute_where_every_process_has_them(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_compute_where_every_process_has_them(
+    forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One process whose cache is full leaves torch to compute in all; a GPU has nothing to do with it."""
     here = native() is not None
     for reasons, there in ((["", ""], here), (["", "no space left"], False)):
@@ -218,7 +234,14 @@ def test_a_gpu_adds_in_a_fixed_order_while_it_trains() -> None:
 @pytest.mark.filterwarnings("default:.*determinis")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_run_on_a_gpu_is_resumed_to_the_bit(precision: str, scans: Path, tmp_path: Path) -> None:
-    plan = {"epochs": 3, "device": "cuda", "precision": precision, "drop_path": 0.2, "mixup": 0.8, "every": "1 steps"}
+    plan = {
+        "epochs": 3,
+        "device": "cuda",
+        "precision": precision,
+        "drop_path": 0.2,
+        "mixup": 0.8,
+        "every": "1 steps",
+    }
     fit(recipe(scans, tmp_path / "whole", **plan))
     cut(recipe(scans, tmp_path / "cut", **plan), after=4)
     fit(recipe(scans, tmp_path / "cut", **plan), resume=True)
@@ -230,7 +253,13 @@ def test_a_run_on_a_gpu_is_resumed_to_the_bit(precision: str, scans: Path, tmp_p
 
 def test_the_same_recipe_goes_on_though_the_run_has_changed_it(scans: Path, tmp_path: Path) -> None:
     """One batch is trained without what would vary it, and zeros are numbers that suit the images."""
-    plan = load_recipe("finetune", data=str(scans), out=str(tmp_path / "run"), **TINY | {"epochs": 3}, overfit_one_batch=True)
+    plan = load_recipe(
+        "finetune",
+        data=str(scans),
+        out=str(tmp_path / "run"),
+        **TINY | {"epochs": 3},
+        overfit_one_batch=True,
+    )
     cut(plan, after=1)
     recorded = Run(tmp_path / "run").record()
     assert recorded["given"] == plan.to_dict() != recorded["recipe"]
@@ -248,7 +277,9 @@ def test_zero_epochs_leave_the_runs_own(scans: Path, tmp_path: Path) -> None:
     assert len(result.epochs) == result.record["recipe"]["epochs"] == 2
 
 
-def test_a_teacher_is_the_same_however_its_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_teacher_is_the_same_however_its_path_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     begun = recipe("digits", Path("run"), teacher="runs/a")
     refuse_changes(begun.changed(teacher="./runs/a"), begun, begun)
@@ -257,15 +288,24 @@ def test_a_teacher_is_the_same_however_its_path_is_written(tmp_path: Path, monke
         refuse_changes(begun.changed(teacher="runs/b"), begun, begun)
 
 
-def test_a_run_that_has_recorded_patience_as_taking_the_best_goes_on(scans: Path, tmp_path: Path) -> None:
+def test_a_run_that_has_recorded_patience_as_taking_the_best_goes_on(
+    scans: Path, tmp_path: Path
+) -> None:
     """As runs did before `select` was left as it was given."""
-    plan = load_recipe("finetune", data=str(scans), out=str(tmp_path / "run"), **TINY | {"epochs": 2})
+    plan = load_recipe(
+        "finetune", data=str(scans), out=str(tmp_path / "run"), **TINY | {"epochs": 2}
+    )
     cut(plan, after=1)
     run = Run(tmp_path / "run")
     record = run.record()
     record["recipe"]["checkpoints"]["select"] = "best"
-    run.write_record({key: value for key, value in record.items() if key not in ("schema", "given")})
-    with pytest.raises(UsageError, match=r"--resume cannot change --patience 0 epochs \(the run has 20 %\), --select last \("):
+    run.write_record(
+        {key: value for key, value in record.items() if key not in ("schema", "given")}
+    )
+    with pytest.raises(
+        UsageError,
+        match=r"--resume cannot change --patience 0 epochs \(the run has 20 %\), --select last \(",
+    ):
         fit(plan.changed(patience="0"), resume=True)
     assert len(fit(plan, resume=True).epochs) == 2
 
@@ -278,13 +318,17 @@ def test_a_run_begun_on_another_device_says_so(scans: Path, tmp_path: Path) -> N
     watch = Heard()
     fit(plan, resume=True, watch=watch)
     here = "cuda" if torch.cuda.is_available() else "cpu"
-    assert any(line.startswith(f"note   the run was on cuda and goes on on {here}") for line in watch.lines) == (here != "cuda")
+    assert any(
+        line.startswith(f"note   the run was on cuda and goes on on {here}") for line in watch.lines
+    ) == (here != "cuda")
 
 
 # ---- what is mended
 
 
-def test_a_run_without_checkpoints_begins_again_and_what_a_kill_left_goes(scans: Path, tmp_path: Path) -> None:
+def test_a_run_without_checkpoints_begins_again_and_what_a_kill_left_goes(
+    scans: Path, tmp_path: Path
+) -> None:
     """Killed between the record and the folder, and in the middle of writing two files."""
     fit(recipe(scans, tmp_path / "whole"))
     cut(recipe(scans, tmp_path / "cut"), after=1)
@@ -299,7 +343,9 @@ def test_a_run_without_checkpoints_begins_again_and_what_a_kill_left_goes(scans:
     assert not list((tmp_path / "cut").rglob("*.partial"))
 
 
-def test_the_weights_of_a_finished_run_are_made_again_from_its_last_checkpoint(scans: Path, tmp_path: Path) -> None:
+def test_the_weights_of_a_finished_run_are_made_again_from_its_last_checkpoint(
+    scans: Path, tmp_path: Path
+) -> None:
     plan = recipe(scans, tmp_path / "run")
     fit(plan)
     before = weights_of(tmp_path / "run")
@@ -311,7 +357,9 @@ def test_the_weights_of_a_finished_run_are_made_again_from_its_last_checkpoint(s
     assert Run(tmp_path / "run").finished_record()["result"]["top1"] == again.top1
 
 
-def test_a_report_that_a_kill_has_taken_is_written(own_scans: Path, tmp_path: Path, command: Command) -> None:
+def test_a_report_that_a_kill_has_taken_is_written(
+    own_scans: Path, tmp_path: Path, command: Command
+) -> None:
     out = tmp_path / "run"
     fit(recipe(own_scans, out))  # a run without a report, as after a kill at the very end
     words = ["train", own_scans, "--out", out, "--resume"]

@@ -15,7 +15,13 @@ from crossvit.data.images import Arrays, ImageSet
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import open_data
 from crossvit.errors import UnknownNameError, UsageError
-from crossvit.robustness import CORRUPTIONS, Corruption, Shrunk, measure_robustness, spoilings
+from crossvit.evaluation.robustness import (
+    CORRUPTIONS,
+    Corruption,
+    Shrunk,
+    measure_robustness,
+    spoilings,
+)
 
 GREY = Preprocessing(image_size=(8, 8))
 
@@ -37,7 +43,9 @@ def plain(*levels: int) -> ImageSet:
     pixels = np.stack([np.full((64, 64, 3), level, dtype=np.uint8) for level in levels])
     labels = tuple(int(level > 115) for level in levels)  # the mean of IMAGENET_MEAN
     names = tuple(str(index) for index in range(len(levels)))
-    return ImageSet(Arrays("made-up", pixels), ("dark", "bright"), names, labels, (1,) * len(levels))
+    return ImageSet(
+        Arrays("made-up", pixels), ("dark", "bright"), names, labels, (1,) * len(levels)
+    )
 
 
 def test_the_fifteen_are_the_packages_common_ones_in_the_papers_order() -> None:
@@ -48,19 +56,33 @@ def test_the_fifteen_are_the_packages_common_ones_in_the_papers_order() -> None:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_a_corruption_is_the_same_for_the_same_seed_and_grows(name: str, photo: Image.Image) -> None:
+def test_a_corruption_is_the_same_for_the_same_seed_and_grows(
+    name: str, photo: Image.Image
+) -> None:
     before = np.random.get_state()[1].copy()
     first, again = (np.asarray(Corruption(name, 3)(photo, seed=7)) for _ in range(2))
     assert np.array_equal(first, again)
     assert np.array_equal(np.random.get_state()[1], before)  # nobody else's draws change
     clean = np.asarray(photo).astype(float)
-    low, high = (np.abs(np.asarray(Corruption(name, severity)(photo, seed=7)) - clean).mean() for severity in (1, 5))
+    low, high = (
+        np.abs(np.asarray(Corruption(name, severity)(photo, seed=7)) - clean).mean()
+        for severity in (1, 5)
+    )
     assert 0 < low < high
-    drawn = name not in ("defocus_blur", "zoom_blur", "brightness", "contrast", "pixelate", "jpeg_compression")
+    drawn = name not in (
+        "defocus_blur",
+        "zoom_blur",
+        "brightness",
+        "contrast",
+        "pixelate",
+        "jpeg_compression",
+    )
     assert np.array_equal(first, np.asarray(Corruption(name, 3)(photo, seed=8))) != drawn
 
 
-def test_large_and_small_pictures_are_brought_to_the_sizes_the_severities_are_for(photo: Image.Image) -> None:
+def test_large_and_small_pictures_are_brought_to_the_sizes_the_severities_are_for(
+    photo: Image.Image,
+) -> None:
     assert Corruption("contrast", 1)(photo.resize((1200, 600)), seed=0).size == (512, 256)
     assert Corruption("contrast", 1)(photo.resize((8, 16)), seed=0).size == (32, 64)
     assert Corruption("contrast", 1)(photo, seed=0).size == photo.size
@@ -77,10 +99,15 @@ def test_what_is_measured_at_literal_values() -> None:
     images = plain(90, 40, 200, 230)
     asked = spoilings(("brightness", "contrast"), (4, 32))
     seen: list[tuple[int, int]] = []
-    found = measure_robustness(brightness, images, GREY, asked, batch_size=3, progress=lambda *count: seen.append(count))
+    found = measure_robustness(
+        brightness, images, GREY, asked, batch_size=3, progress=lambda *count: seen.append(count)
+    )
     assert (found.n, found.unspoilt) == (4, 1.0)
     assert [(score.name, score.top1) for score in found.corruptions] == [
-        ("brightness", (0.75, 0.75, 0.5, 0.5, 0.5)),  # of 255: 90 + 26, 40 + 77 (V of HSV), and so on
+        (
+            "brightness",
+            (0.75, 0.75, 0.5, 0.5, 0.5),
+        ),  # of 255: 90 + 26, 40 + 77 (V of HSV), and so on
         ("contrast", (1.0,) * 5),
     ]
     assert found.mean == pytest.approx(0.8)
@@ -105,14 +132,20 @@ def test_other_processes_give_the_same_figures(scans: Path) -> None:
         return (batch.reshape(len(batch), -1) @ spread)[None]
 
     alone = measure_robustness(forward, images, GREY, asked, sample=12, batch_size=5)
-    assert alone == measure_robustness(forward, images, GREY, asked, sample=12, batch_size=4, workers=2)
+    assert alone == measure_robustness(
+        forward, images, GREY, asked, sample=12, batch_size=4, workers=2
+    )
     assert len({score.top1 for score in alone.corruptions}) > 1
 
 
-def test_what_cannot_be_asked_is_said_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_asked_is_said_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(UnknownNameError, match="unknown corruption 'fogg': did you mean fog"):
         spoilings(("fogg",), ())
-    with pytest.raises(UsageError, match="sizes has 0: each should be a shorter side of 1 pixel or more"):
+    with pytest.raises(
+        UsageError, match="sizes has 0: each should be a shorter side of 1 pixel or more"
+    ):
         spoilings((), (32, 0))
     with pytest.raises(UsageError, match="pictures of 6 channels cannot be spoilt"):
         spoilings((), (8,), channels=6)

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from conftest import SMALL
 from crossvit import BranchConfig, CrossViTConfig
+from crossvit.explanation.relevance import (
+    Flow,
+    GradientWeighted,
+    Rollout,
+    density,
+    read,
+    summary_row,
+)
 from crossvit.model.attention import CrossAttention, record_attention
 from crossvit.model.crossvit import CrossViT
 from crossvit.model.fusion import FUSIONS, Grid
-from crossvit.rollout import Flow, GradientWeighted, Rollout, density, read, summary_row
 
 THIRD = BranchConfig(patch=12, dim=16, heads=2, depth=1)
 
@@ -31,10 +38,19 @@ def variants() -> list[dict[str, object]]:
     for fusion in FUSIONS:
         for branches in (SMALL.branches, (*SMALL.branches, THIRD)):
             for class_token in (True, False):
-                own = tuple(dataclasses.replace(branch, class_token=class_token) for branch in branches)
+                own = tuple(
+                    dataclasses.replace(branch, class_token=class_token) for branch in branches
+                )
                 found.append({"branches": own, "fusion": fusion})
-    deep = [{"fusion": fusion, "fusion_depth": 2} for fusion in ("all-attention", "cross-attention")]
-    return [*found, *deep, {"fusion_depth": 2, "as_released": True}, {"keys_values": "materialised"}]
+    deep = [
+        {"fusion": fusion, "fusion_depth": 2} for fusion in ("all-attention", "cross-attention")
+    ]
+    return [
+        *found,
+        *deep,
+        {"fusion_depth": 2, "as_released": True},
+        {"keys_values": "materialised"},
+    ]
 
 
 def name(changes: dict[str, object]) -> str:
@@ -42,12 +58,16 @@ def name(changes: dict[str, object]) -> str:
     assert isinstance(branches, tuple)
     words = [str(changes.get("fusion", "cross-attention")), str(len(branches))]
     return "-".join(
-        words + ["no-class"] * (not branches[0].class_token) + [key for key in changes if key not in ("fusion", "branches")]
+        words
+        + ["no-class"] * (not branches[0].class_token)
+        + [key for key in changes if key not in ("fusion", "branches")]
     )
 
 
 @pytest.mark.parametrize("changes", variants(), ids=name)
-def test_rows_of_the_rollout_sum_to_one_and_what_crosses_is_what_the_fusion_lets(changes: dict[str, object]) -> None:
+def test_rows_of_the_rollout_sum_to_one_and_what_crosses_is_what_the_fusion_lets(
+    changes: dict[str, object],
+) -> None:
     model = built(**changes)
     reading = read(model, torch.randn(3, 3, *SMALL.image_size))
     count = len(model.config.branches)
@@ -56,7 +76,9 @@ def test_rows_of_the_rollout_sum_to_one_and_what_crosses_is_what_the_fusion_lets
     assert (reading.gradient >= 0).all()
     for relevance in (reading.rollout, reading.gradient):
         parts = reading.on_grids(relevance)  # one (branches, 3, rows, columns) a grid
-        assert [tuple(part.shape) for part in parts] == [(count, 3, *grid) for grid in reading.grids]
+        assert [tuple(part.shape) for part in parts] == [
+            (count, 3, *grid) for grid in reading.grids
+        ]
         for reader in range(count):
             for on in range(count):
                 mass = parts[on][reader].sum(dim=(-2, -1))
@@ -101,7 +123,10 @@ def test_even_attention_has_a_value_on_paper() -> None:
         image_size=(8, 12),
         num_classes=2,
         stages=1,
-        branches=(BranchConfig(patch=4, dim=8, heads=2, depth=1), BranchConfig(patch=6, dim=8, heads=2, depth=1)),
+        branches=(
+            BranchConfig(patch=4, dim=8, heads=2, depth=1),
+            BranchConfig(patch=6, dim=8, heads=2, depth=1),
+        ),
     )
     grids = [(2, 3), (1, 2)]
     weights = {
@@ -110,7 +135,10 @@ def test_even_attention_has_a_value_on_paper() -> None:
         ("cross", 0, 0, 0): torch.full((1, 2, 1, 3), 1 / 3),
         ("cross", 0, 1, 0): torch.full((1, 2, 1, 7), 1 / 7),
     }
-    first, second = (summary_row(rows, True)[0, 0] for rows in Flow(config, grids, Rollout(weights)).follow(torch.zeros(1))[0])
+    first, second = (
+        summary_row(rows, True)[0, 0]
+        for rows in Flow(config, grids, Rollout(weights)).follow(torch.zeros(1))[0]
+    )
     torch.testing.assert_close(first[1:7], torch.full((6,), (1 + 1 / 3) / 2 / 14))
     torch.testing.assert_close(first[8:], torch.full((2,), 1 / 6 * (1 / 2 + 2 / 6)))
     torch.testing.assert_close(second[8:], torch.full((2,), (1 + 1 / 7) / 2 / 6))
@@ -123,7 +151,10 @@ def test_gradient_weighting_by_hand() -> None:
         image_size=4,
         num_classes=2,
         stages=1,
-        branches=(BranchConfig(patch=4, dim=8, heads=1, depth=1), BranchConfig(patch=4, dim=8, heads=1, depth=1)),
+        branches=(
+            BranchConfig(patch=4, dim=8, heads=1, depth=1),
+            BranchConfig(patch=4, dim=8, heads=1, depth=1),
+        ),
     )
     weights = {
         ("self", 0, 0, 0): torch.tensor([[[[0.5, 0.5], [0.2, 0.8]]]]),
@@ -137,11 +168,15 @@ def test_gradient_weighting_by_hand() -> None:
         ("cross", 0, 0, 0): torch.tensor([[[[1.0, 10.0]]]]),
         ("cross", 0, 1, 0): torch.tensor([[[[0.0, -2.0]]]]),
     }
-    (small, large), _ = Flow(config, [(1, 1), (1, 1)], GradientWeighted(weights, slopes)).follow(torch.zeros(1))
+    (small, large), _ = Flow(config, [(1, 1), (1, 1)], GradientWeighted(weights, slopes)).follow(
+        torch.zeros(1)
+    )
     # c_S after its block: (2, 0 | 0, 0). It reads itself with 0.4 and L's patch, (0.5, 0.5) + its identity, with 6.
     torch.testing.assert_close(small[0, 0], torch.tensor([2.8, 0.0, 3.0, 9.0]))
     torch.testing.assert_close(small[0, 1], torch.tensor([0.0, 1.8, 0.0, 0.0]))
-    torch.testing.assert_close(large[0, 0], torch.tensor([0.0, 0.0, 1.0, 3.0]))  # what it read spoke against the class
+    torch.testing.assert_close(
+        large[0, 0], torch.tensor([0.0, 0.0, 1.0, 3.0])
+    )  # what it read spoke against the class
 
 
 @pytest.mark.parametrize("keys_values", ["lazy", "materialised"])
@@ -166,7 +201,9 @@ def test_every_attention_of_a_branch_has_a_gradient_of_its_own_logit() -> None:
     with record_attention(model) as maps:
         logits = model.branch_logits(torch.randn(1, 3, *SMALL.image_size))
     for branch, own in enumerate(logits):
-        slopes = torch.autograd.grad(own[0, 0], [one.weights for one in maps], retain_graph=True, allow_unused=True)
+        slopes = torch.autograd.grad(
+            own[0, 0], [one.weights for one in maps], retain_graph=True, allow_unused=True
+        )
         for one, slope in zip(maps, slopes, strict=True):
             if one.branch == branch or (one.kind == "self" and one.stage == 0):
                 assert slope is not None, one
@@ -176,17 +213,27 @@ def test_every_attention_of_a_branch_has_a_gradient_of_its_own_logit() -> None:
 @pytest.mark.parametrize("fusion", ["none", "cross-attention", "all-attention", "class-token"])
 def test_maps_move_with_the_picture(fusion: str) -> None:
     """Without positions, and by whole patches of both branches, a picture shifted round has its maps shifted round."""
-    branches = (BranchConfig(patch=4, dim=16, heads=2, depth=1), BranchConfig(patch=8, dim=16, heads=2, depth=1))
-    config = CrossViTConfig(image_size=(24, 32), num_classes=3, stages=2, branches=branches, fusion=fusion)
+    branches = (
+        BranchConfig(patch=4, dim=16, heads=2, depth=1),
+        BranchConfig(patch=8, dim=16, heads=2, depth=1),
+    )
+    config = CrossViTConfig(
+        image_size=(24, 32), num_classes=3, stages=2, branches=branches, fusion=fusion
+    )
     torch.manual_seed(0)
     model = CrossViT(config).double().eval()
     for name, parameter in model.named_parameters():
         torch.nn.init.normal_(parameter, std=0.0 if name.endswith("positions") else 0.3)
     images = torch.randn(1, 3, 24, 32, dtype=torch.float64)
     target = torch.tensor([1])
-    here, there = read(model, images, target), read(model, images.roll((8, 16), dims=(2, 3)), target)
+    here, there = (
+        read(model, images, target),
+        read(model, images.roll((8, 16), dims=(2, 3)), target),
+    )
     for relevance, moved in ((here.rollout, there.rollout), (here.gradient, there.gradient)):
-        for part, other, patch in zip(here.on_grids(relevance), there.on_grids(moved), (4, 8), strict=True):
+        for part, other, patch in zip(
+            here.on_grids(relevance), there.on_grids(moved), (4, 8), strict=True
+        ):
             torch.testing.assert_close(part.roll((8 // patch, 16 // patch), dims=(-2, -1)), other)
 
 

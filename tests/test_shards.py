@@ -33,21 +33,31 @@ def test_every_file_comes_back_to_the_bit_in_the_same_order(own_scans: Path, sha
     folder, tars = open_data(own_scans), open_data(shards)
     assert len(list(shards.glob("*.tar"))) > 2
     before, after = folder.part("all"), tars.part("all")
-    assert (after.names, after.labels, after.classes) == (before.names, before.labels, before.classes)
-    assert all(after.source(index) == Path(before.path(index)).read_bytes() for index in range(len(before)))
+    assert (after.names, after.labels, after.classes) == (
+        before.names,
+        before.labels,
+        before.classes,
+    )
+    assert all(
+        after.source(index) == Path(before.path(index)).read_bytes() for index in range(len(before))
+    )
     assert tars.fingerprint == folder.fingerprint
     assert open_data(shards / MANIFEST).fingerprint == folder.fingerprint
     assert after.path(0).endswith(f".tar:{after.names[0]}")
 
 
-def test_training_on_shards_is_training_on_the_folder(own_scans: Path, shards: Path, tmp_path: Path) -> None:
+def test_training_on_shards_is_training_on_the_folder(
+    own_scans: Path, shards: Path, tmp_path: Path
+) -> None:
     folder = fit(recipe(own_scans, tmp_path / "folder"))
     tars = fit(recipe(shards, tmp_path / "tars"))
     assert same_bits(weights_of(tars.run), weights_of(folder.run))
     assert tars.top1 == folder.top1
 
 
-def test_the_same_images_give_the_same_shards(own_scans: Path, shards: Path, tmp_path: Path) -> None:
+def test_the_same_images_give_the_same_shards(
+    own_scans: Path, shards: Path, tmp_path: Path
+) -> None:
     write_shards(open_data(own_scans), tmp_path / "again", shard_bytes=20_000)
     for tar in shards.iterdir():
         assert (tmp_path / "again" / tar.name).read_bytes() == tar.read_bytes()
@@ -59,18 +69,24 @@ def test_the_layout_is_webdatasets(own_scans: Path, shards: Path) -> None:
     for tar in sorted(shards.glob("*.tar")):
         with tarfile.open(tar) as opened:
             members = opened.getmembers()
-            for picture, label in zip(members[::2], members[1::2], strict=True):  # a sample's files stand together
+            for picture, label in zip(
+                members[::2], members[1::2], strict=True
+            ):  # a sample's files stand together
                 key, suffix = picture.name.split(".", 1)
                 assert (suffix, label.name) == ("png", f"{key}.cls")
                 seen[int(key)] = int(opened.extractfile(label).read())  # type: ignore[union-attr]
     assert [seen[index] for index in range(len(images))] == list(images.labels)
     first = tarfile.open(shards / "all-00000.tar")  # noqa: SIM115
     with first:
-        labels = [first.extractfile(member).read() for member in first if member.name.endswith(".cls")]  # type: ignore[union-attr]
+        labels = [
+            first.extractfile(member).read() for member in first if member.name.endswith(".cls")
+        ]  # type: ignore[union-attr]
     assert len(set(labels)) == 3  # shuffled
 
 
-def test_tar_files_of_others_are_read_by_position_too(own_scans: Path, shards: Path, tmp_path: Path) -> None:
+def test_tar_files_of_others_are_read_by_position_too(
+    own_scans: Path, shards: Path, tmp_path: Path
+) -> None:
     (shards / MANIFEST).unlink()
     foreign, own = open_data(shards).part("all"), open_data(own_scans).part("all")
     assert foreign.classes == ("0", "1", "2")
@@ -101,7 +117,9 @@ def test_tar_files_of_others_with_names_for_classes_and_parts(scans: Path, tmp_p
     }
     with tarfile.open(tmp_path / "train-1.tar", "w") as tar:
         add(tar, "9.png", picture)
-    with pytest.raises(UsageError, match=r"train-1\.tar: 9\.png has no label beside it: add <key>\.cls"):
+    with pytest.raises(
+        UsageError, match=r"train-1\.tar: 9\.png has no label beside it: add <key>\.cls"
+    ):
         open_data(tmp_path)
 
 
@@ -123,7 +141,8 @@ def test_torn_and_missing_shards_are_said(shards: Path) -> None:
     whole = tar.read_bytes()
     tar.write_bytes(whole[:-1024])
     with pytest.raises(
-        UsageError, match=rf"all-00001\.tar has {len(whole) - 1024:,} bytes and the manifest says .*: copy it again"
+        UsageError,
+        match=rf"all-00001\.tar has {len(whole) - 1024:,} bytes and the manifest says .*: copy it again",
     ):
         open_data(shards)
     tar.unlink()
@@ -157,17 +176,37 @@ def test_a_shard_that_goes_while_it_is_read_is_an_error_of_that_image(shards: Pa
     [
         (lambda m: m.update(format="crossvit shards 9"), "of another version of crossvit"),
         (lambda m: m.pop("classes"), "is not a manifest of `crossvit data shard`"),
-        (lambda m: m["parts"]["all"]["labels"].__setitem__(0, 3), "label 3 of 3 classes: labels are from 0 to 2"),
+        (
+            lambda m: m["parts"]["all"]["labels"].__setitem__(0, 3),
+            "label 3 of 3 classes: labels are from 0 to 2",
+        ),
         (lambda m: m["parts"]["all"]["labels"].__setitem__(0, -1), "label -1 of 3 classes"),
         (lambda m: m["parts"]["all"]["labels"].pop(), "its columns differ in length"),
-        (lambda m: m["parts"]["all"]["names"].__setitem__(0, m["parts"]["all"]["names"][1]), "a name is there twice"),
-        (lambda m: m["parts"]["all"]["offset"].__setitem__(0, 10**9), "an image lies outside its shard"),
-        (lambda m: m["parts"]["all"]["shard"].__setitem__(0, 99), "an image lies outside its shard"),
-        (lambda m: m["parts"]["all"]["shards"][0].update(file="../../etc/passwd"), "it should lie beside the manifest"),
-        (lambda m: m["parts"]["all"]["size"].__setitem__(0, "x"), "is not a manifest of `crossvit data shard`"),
+        (
+            lambda m: m["parts"]["all"]["names"].__setitem__(0, m["parts"]["all"]["names"][1]),
+            "a name is there twice",
+        ),
+        (
+            lambda m: m["parts"]["all"]["offset"].__setitem__(0, 10**9),
+            "an image lies outside its shard",
+        ),
+        (
+            lambda m: m["parts"]["all"]["shard"].__setitem__(0, 99),
+            "an image lies outside its shard",
+        ),
+        (
+            lambda m: m["parts"]["all"]["shards"][0].update(file="../../etc/passwd"),
+            "it should lie beside the manifest",
+        ),
+        (
+            lambda m: m["parts"]["all"]["size"].__setitem__(0, "x"),
+            "is not a manifest of `crossvit data shard`",
+        ),
     ],
 )
-def test_a_manifest_that_cannot_be_is_refused(change: Callable[[dict], object], message: str, shards: Path) -> None:  # type: ignore[type-arg]
+def test_a_manifest_that_cannot_be_is_refused(
+    change: Callable[[dict], object], message: str, shards: Path
+) -> None:  # type: ignore[type-arg]
     manifest = json.loads((shards / MANIFEST).read_text())
     change(manifest)
     (shards / MANIFEST).write_text(json.dumps(manifest))
@@ -175,7 +214,9 @@ def test_a_manifest_that_cannot_be_is_refused(change: Callable[[dict], object], 
         open_data(shards)
 
 
-def test_a_place_that_holds_something_is_kept(own_scans: Path, tmp_path: Path, command: Command) -> None:
+def test_a_place_that_holds_something_is_kept(
+    own_scans: Path, tmp_path: Path, command: Command
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
     for more in ((), ("--overwrite",)):

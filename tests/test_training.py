@@ -24,12 +24,14 @@ from crossvit.data.sources import open_data
 from crossvit.errors import RunError, TrainingError, UsageError
 from crossvit.results import Epoch, TrainingResult
 from crossvit.run import Run
+from crossvit.train.callbacks import Watch
 from crossvit.train.checkpoint import checkpoint_path
 from crossvit.train.loop import fit
 from crossvit.train.recipe import Recipe, load_recipe
-from crossvit.train.watch import Watch
 
-ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}  # several processes with two threads each stand in each other's way
+ONE_THREAD = os.environ | {
+    "OMP_NUM_THREADS": "1"
+}  # several processes with two threads each stand in each other's way
 
 
 def recipe(data: Path | str, out: Path, **changes: object) -> Recipe:
@@ -44,7 +46,9 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_full_disk_ends_training_with_one_line_and_the_last_checkpoint(scans: Path, tmp_path: Path) -> None:
+def test_a_full_disk_ends_training_with_one_line_and_the_last_checkpoint(
+    scans: Path, tmp_path: Path
+) -> None:
     """A real limit on file size in a process of its own: the first write over it fails as a full disk does."""
     out = tmp_path / "run"
     code = (
@@ -52,8 +56,25 @@ def test_a_full_disk_ends_training_with_one_line_and_the_last_checkpoint(scans: 
         "resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))\n"
         "from crossvit.cli import main; main(sys.argv[1:])"
     )
-    words = ["train", str(scans), "--out", str(out), "--model", "crossvit_pico_32", "--epochs", "1", "--precision", "fp32"]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=300, check=False)
+    words = [
+        "train",
+        str(scans),
+        "--out",
+        str(out),
+        "--model",
+        "crossvit_pico_32",
+        "--epochs",
+        "1",
+        "--precision",
+        "fp32",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("crossvit: cannot write")
@@ -62,7 +83,9 @@ def test_a_full_disk_ends_training_with_one_line_and_the_last_checkpoint(scans: 
     assert Run(out).record()["result"] is None
 
 
-def test_a_run_has_everything_and_is_the_same_to_the_bit_when_repeated(scans: Path, tmp_path: Path) -> None:
+def test_a_run_has_everything_and_is_the_same_to_the_bit_when_repeated(
+    scans: Path, tmp_path: Path
+) -> None:
     results = [fit(recipe(scans, tmp_path / name)) for name in ("one", "two")]
     assert sorted(path.name for path in (tmp_path / "one").iterdir() if path.name != ".lock") == [
         "checkpoints",
@@ -102,17 +125,23 @@ class Stop(Watch):
 
 
 @pytest.mark.parametrize("steps_into_the_next", [0, 2])
-def test_a_resumed_run_equals_one_never_stopped(steps_into_the_next: int, scans: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_equals_one_never_stopped(
+    steps_into_the_next: int, scans: Path, tmp_path: Path
+) -> None:
     plan = {"epochs": 3, "drop_path": 0.3}
     fit(recipe(scans, tmp_path / "whole", **plan))
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe(scans, tmp_path / "cut", **plan), watch=Stop(epochs=1, steps=steps_into_the_next))
+        fit(
+            recipe(scans, tmp_path / "cut", **plan), watch=Stop(epochs=1, steps=steps_into_the_next)
+        )
     watch = Stop(epochs=99)
     result = fit(recipe(scans, tmp_path / "cut", **plan), resume=True, watch=watch)
     assert "going on after epoch 1 of 3" in watch.lines
     assert same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
     assert [entry.epoch for entry in result.epochs] == [1, 2, 3]
-    logged = [[line["loss"] for line in Run(tmp_path / name).entries()] for name in ("whole", "cut")]
+    logged = [
+        [line["loss"] for line in Run(tmp_path / name).entries()] for name in ("whole", "cut")
+    ]
     assert logged[0] == logged[1]
 
 
@@ -125,11 +154,16 @@ def test_resume_goes_on_from_the_checkpoint_before_a_torn_one(scans: Path, tmp_p
     newest.write_bytes(newest.read_bytes()[:1000])
     watch = Stop(epochs=99)
     fit(recipe(scans, tmp_path / "cut", **plan), resume=True, watch=watch)
-    assert any("step-000000006.ckpt is torn" in line and "using the one before it" in line for line in watch.lines)
+    assert any(
+        "step-000000006.ckpt is torn" in line and "using the one before it" in line
+        for line in watch.lines
+    )
     assert same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
 
 
-def test_resume_from_nothing_starts_and_on_a_finished_run_returns(scans: Path, tmp_path: Path) -> None:
+def test_resume_from_nothing_starts_and_on_a_finished_run_returns(
+    scans: Path, tmp_path: Path
+) -> None:
     first = fit(recipe(scans, tmp_path / "run"), resume=True)
     before = (tmp_path / "run" / "model.safetensors").stat().st_mtime_ns
     for checkpoint in (tmp_path / "run" / "checkpoints").iterdir():
@@ -153,15 +187,22 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_its_weights_again(
     assert same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
 
 
-def test_resume_refuses_changes_by_name(tiny_run: TrainingResult, scans: Path, own_scans: Path) -> None:
+def test_resume_refuses_changes_by_name(
+    tiny_run: TrainingResult, scans: Path, own_scans: Path
+) -> None:
     out = Path(tiny_run.run)
-    with pytest.raises(UsageError, match=r"--resume cannot change --epochs 9 \(the run has 1\), --lr 0.5 \(the run has 0.001\)"):
+    with pytest.raises(
+        UsageError,
+        match=r"--resume cannot change --epochs 9 \(the run has 1\), --lr 0.5 \(the run has 0.001\)",
+    ):
         fit(recipe(scans, out, epochs=9, lr=0.5), resume=True)
     with pytest.raises(UsageError, match="--resume cannot change DATA"):
         fit(recipe(own_scans, out), resume=True)
 
 
-def test_resume_takes_the_same_folder_however_it_is_written(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_takes_the_same_folder_however_it_is_written(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         fit(recipe(scans, tmp_path / "run", epochs=2), watch=Stop(epochs=1))
     monkeypatch.chdir(scans.parent)
@@ -170,7 +211,9 @@ def test_resume_takes_the_same_folder_however_it_is_written(scans: Path, tmp_pat
 
 def test_a_loss_that_is_not_finite_stops_with_one_line(scans: Path, tmp_path: Path) -> None:
     watch = Stop(epochs=99)
-    with pytest.raises(TrainingError, match=r"not finite .*, at half the rate too: .* lower --lr \(now 1e\+09\)"):
+    with pytest.raises(
+        TrainingError, match=r"not finite .*, at half the rate too: .* lower --lr \(now 1e\+09\)"
+    ):
         fit(recipe(scans, tmp_path / "run", epochs=30, lr=1e9), watch=watch)
     assert any("not finite" in line and "going back to step" in line for line in watch.lines)
 
@@ -184,7 +227,10 @@ def test_the_classifier_comes_along_for_the_same_classes_only(
     said = []
     for data in (scans, own_scans):
         watch = Stop(epochs=99)
-        fit(recipe(data, tmp_path / "runs" / data.name, model=None, weights=tiny_run.run), watch=watch)
+        fit(
+            recipe(data, tmp_path / "runs" / data.name, model=None, weights=tiny_run.run),
+            watch=watch,
+        )
         said.append(any("new classifier: 3 classes in place of 3" in line for line in watch.lines))
     assert said == [False, True]
 
@@ -200,14 +246,19 @@ def test_resume_refuses_data_that_has_changed(own_scans: Path, tmp_path: Path) -
 def test_a_folder_that_is_taken_is_refused_or_replaced(scans: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     fit(recipe(scans, out))
-    with pytest.raises(UsageError, match="exists: add --resume to go on with it, --overwrite to replace it"):
+    with pytest.raises(
+        UsageError, match="exists: add --resume to go on with it, --overwrite to replace it"
+    ):
         fit(recipe(scans, out))
     fit(recipe(scans, out, seed=1), overwrite=True)
     assert Run(out).record()["recipe"]["seed"] == 1
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "dear.txt").write_text("keep me")
     for how in ({}, {"overwrite": True}, {"resume": True}):
-        with pytest.raises(UsageError, match="has files and is not a run, so it is left alone: choose another --out"):
+        with pytest.raises(
+            UsageError,
+            match="has files and is not a run, so it is left alone: choose another --out",
+        ):
             fit(recipe(scans, tmp_path / "photos"), **how)
     assert (tmp_path / "photos" / "dear.txt").read_text() == "keep me"
 
@@ -218,7 +269,9 @@ def test_two_processes_cannot_train_into_one_run(scans: Path, tmp_path: Path) ->
         fit(recipe(scans, tmp_path / "run"))
 
 
-def test_starting_from_another_runs_weights_takes_its_model(tiny_run: TrainingResult, own_scans: Path, tmp_path: Path) -> None:
+def test_starting_from_another_runs_weights_takes_its_model(
+    tiny_run: TrainingResult, own_scans: Path, tmp_path: Path
+) -> None:
     for path in list((own_scans / "2").iterdir()):
         path.unlink()
     (own_scans / "2").rmdir()
@@ -232,13 +285,19 @@ def test_starting_from_another_runs_weights_takes_its_model(tiny_run: TrainingRe
     assert moved < 0.02  # one epoch away from where it began, not a new draw
 
 
-def test_bad_images_stop_training_before_it_starts_or_are_skipped(own_scans: Path, tmp_path: Path) -> None:
+def test_bad_images_stop_training_before_it_starts_or_are_skipped(
+    own_scans: Path, tmp_path: Path
+) -> None:
     (own_scans / "0" / "zero.png").write_bytes(b"")
     (own_scans / "1" / "text.jpg").write_text("hello")
-    with pytest.raises(crossvit.CrossViTError, match=r"cannot be decoded: .*Mend or remove them, or add --skip-bad"):
+    with pytest.raises(
+        crossvit.CrossViTError, match=r"cannot be decoded: .*Mend or remove them, or add --skip-bad"
+    ):
         fit(recipe(own_scans, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
-    with pytest.raises(crossvit.CrossViTError, match="2 of 26 images cannot be decoded"):  # of both parts together
+    with pytest.raises(
+        crossvit.CrossViTError, match="2 of 26 images cannot be decoded"
+    ):  # of both parts together
         fit(recipe(own_scans, tmp_path / "run"))
     watch = Stop(epochs=99)
     result = fit(recipe(own_scans, tmp_path / "run", skip_bad=True), watch=watch)
@@ -257,7 +316,9 @@ def test_a_run_inside_its_images_is_refused(own_scans: Path) -> None:
         fit(recipe(own_scans, own_scans / "run"))
 
 
-def test_the_first_lines_say_what_was_found_the_model_and_the_time(scans: Path, tmp_path: Path) -> None:
+def test_the_first_lines_say_what_was_found_the_model_and_the_time(
+    scans: Path, tmp_path: Path
+) -> None:
     class Listen(Stop):
         def started(self, lines: list[str], **_: object) -> None:  # type: ignore[override]
             self.lines += lines
@@ -285,10 +346,24 @@ def interrupts_heard() -> Iterator[None]:
 @pytest.mark.parametrize("delay", [0.0, 0.3, 1.0])
 def test_ctrl_c_with_workers_is_one_line(delay: float, scans: Path, tmp_path: Path) -> None:
     """To the whole process group, as a terminal sends it, while the workers start and later."""
-    words = ["train", str(scans), "--out", str(tmp_path / "run"), "--epochs", "500", "--workers", "2"]
+    words = [
+        "train",
+        str(scans),
+        "--out",
+        str(tmp_path / "run"),
+        "--epochs",
+        "500",
+        "--workers",
+        "2",
+    ]
     command = [sys.executable, "-m", "crossvit", *words]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, env=ONE_THREAD
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=ONE_THREAD,
     )
     try:
         deadline = time.monotonic() + 240  # to begin, beside other tests
@@ -313,14 +388,20 @@ def test_ctrl_c_while_workers_are_started_is_heard_when_they_are() -> None:
     with pytest.raises(KeyboardInterrupt), _interrupts_left_to_this_process():  # noqa: PT012  # what comes after it has its turn
         signal.raise_signal(signal.SIGINT)
         code = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
-        started.append(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+        started.append(
+            subprocess.run(
+                [sys.executable, "-c", code], capture_output=True, text=True, check=True
+            ).stdout
+        )
     assert started == ["True\n"], "a process that was started inside does not hear it"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 @pytest.mark.usefixtures("interrupts_heard")
-def test_ctrl_c_between_two_epochs_is_not_lost(scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_between_two_epochs_is_not_lost(
+    scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Without workers too, where an epoch's first batch is asked for."""
     begin = DataLoader.__iter__
 
@@ -335,12 +416,37 @@ def test_ctrl_c_between_two_epochs_is_not_lost(scans: Path, tmp_path: Path, monk
 
 @pytest.mark.usefixtures("interrupts_heard")
 @pytest.mark.parametrize("moment", [signal.SIGINT, signal.SIGKILL])
-def test_a_stopped_process_resumes_to_the_same_bits(moment: signal.Signals, scans: Path, tmp_path: Path) -> None:
-    words = ["--model", "crossvit_pico_32", "--epochs", "4", "--batch-size", "16", "--precision", "fp32", "--device", "cpu"]
+def test_a_stopped_process_resumes_to_the_same_bits(
+    moment: signal.Signals, scans: Path, tmp_path: Path
+) -> None:
+    words = [
+        "--model",
+        "crossvit_pico_32",
+        "--epochs",
+        "4",
+        "--batch-size",
+        "16",
+        "--precision",
+        "fp32",
+        "--device",
+        "cpu",
+    ]
 
     def start(name: str, *more: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "crossvit", "train", str(scans), "--out", str(tmp_path / name), *words, *more]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD)
+        command = [
+            sys.executable,
+            "-m",
+            "crossvit",
+            "train",
+            str(scans),
+            "--out",
+            str(tmp_path / name),
+            *words,
+            *more,
+        ]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ONE_THREAD
+        )
 
     whole = start("whole")
     stopped = start("cut")

@@ -11,9 +11,14 @@ from scipy.stats import binomtest, bootstrap
 from sklearn.metrics import average_precision_score, f1_score
 
 from crossvit.errors import UsageError
-from crossvit.metrics import hits
+from crossvit.evaluation.bootstrap import (
+    compare,
+    mcnemar,
+    multi_label_intervals,
+    single_label_intervals,
+)
+from crossvit.evaluation.metrics import hits
 from crossvit.results import Evaluation
-from crossvit.uncertainty import compare, mcnemar, multi_label_intervals, single_label_intervals
 
 
 def near(interval: object, low: float, high: float) -> bool:
@@ -28,7 +33,13 @@ def test_intervals_are_scipys() -> None:
     answers = np.where(rng.random(200) < 0.7, labels, rng.integers(0, 4, 200))
     five = rng.random(200) < 0.9
     found = single_label_intervals(labels, answers, five)
-    options = {"paired": True, "vectorized": False, "n_resamples": 2000, "method": "percentile", "rng": 1}
+    options = {
+        "paired": True,
+        "vectorized": False,
+        "n_resamples": 2000,
+        "method": "percentile",
+        "rng": 1,
+    }
     for name, data, figure in (
         ("top1", (labels, answers), lambda true, said: np.mean(true == said)),
         ("top5", (five, five), lambda among, _: np.mean(among)),
@@ -50,7 +61,10 @@ def test_intervals_of_several_classes_are_scipys() -> None:
     options = {"vectorized": False, "n_resamples": 1000, "method": "percentile", "rng": 1}
     for name, figure in (
         ("top1", lambda drawn: hits(scores[drawn], targets[drawn]).mean()),
-        ("macro_f1", lambda drawn: f1_score(targets[drawn], scores[drawn] >= limits, average="macro")),
+        (
+            "macro_f1",
+            lambda drawn: f1_score(targets[drawn], scores[drawn] >= limits, average="macro"),
+        ),
         ("map", lambda drawn: average_precision_score(targets[drawn], scores[drawn])),
     ):
         low, high = bootstrap((images,), figure, **options).confidence_interval
@@ -63,13 +77,19 @@ def test_fifty_thousand_images_take_seconds() -> None:
     started = time.perf_counter()
     found = single_label_intervals(labels, answers, labels == answers)
     assert time.perf_counter() - started < 30
-    assert found["top1"].high - found["top1"].low == pytest.approx(2 * 1.96 * np.sqrt(0.8 * 0.2 / 50_000), rel=0.2)
+    assert found["top1"].high - found["top1"].low == pytest.approx(
+        2 * 1.96 * np.sqrt(0.8 * 0.2 / 50_000), rel=0.2
+    )
 
 
-@pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (1, 0), (3, 9), (9, 3), (12, 12), (400, 481)])
+@pytest.mark.parametrize(
+    ("only_first", "only_second"), [(0, 0), (1, 0), (3, 9), (9, 3), (12, 12), (400, 481)]
+)
 def test_the_paired_test_is_the_exact_binomial(only_first: int, only_second: int) -> None:
     m = only_first + only_second
-    assert mcnemar(only_first, only_second) == pytest.approx(binomtest(only_first, m).pvalue if m else 1.0)
+    assert mcnemar(only_first, only_second) == pytest.approx(
+        binomtest(only_first, m).pvalue if m else 1.0
+    )
 
 
 def evaluation(run: str, correct: dict[str, bool]) -> Evaluation:

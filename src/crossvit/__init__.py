@@ -13,20 +13,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from crossvit.batch_prediction import predict_to_file
-    from crossvit.comparison import compare_runs
     from crossvit.errors import CrossViTError
-    from crossvit.evaluation import evaluate
-    from crossvit.explanation import Explainer, explain, mistake_maps
+    from crossvit.evaluation.comparison import compare_runs
+    from crossvit.evaluation.evaluator import evaluate
+    from crossvit.explanation.explainer import Explainer, explain, mistake_maps
+    from crossvit.explanation.faithfulness import check_maps
     from crossvit.factory import create_model
-    from crossvit.faithfulness import check_maps
+    from crossvit.fast.inference import optimize
     from crossvit.model.attention import record_attention
     from crossvit.model.config import BranchConfig, CrossViTConfig
     from crossvit.model.crossvit import CrossViT
     from crossvit.model.presets import list_models
-    from crossvit.prediction import Predictor
+    from crossvit.prediction.predictor import Predictor
+    from crossvit.prediction.to_file import predict_to_file
     from crossvit.results import Evaluation, Explanation, Faithfulness, Prediction, TrainingResult
-    from crossvit.runtimes.optimized import optimize
     from crossvit.train.loop import fit
     from crossvit.train.recipe import Recipe, load_recipe
     from crossvit.weights.load import load_weights
@@ -39,25 +39,25 @@ _HOMES = {
     "CrossViTConfig": "crossvit.model.config",
     "CrossViTError": "crossvit.errors",
     "Evaluation": "crossvit.results",
-    "Explainer": "crossvit.explanation",
+    "Explainer": "crossvit.explanation.explainer",
     "Explanation": "crossvit.results",
     "Faithfulness": "crossvit.results",
     "Prediction": "crossvit.results",
-    "Predictor": "crossvit.prediction",
+    "Predictor": "crossvit.prediction.predictor",
     "Recipe": "crossvit.train.recipe",
     "TrainingResult": "crossvit.results",
-    "check_maps": "crossvit.faithfulness",
-    "compare_runs": "crossvit.comparison",
+    "check_maps": "crossvit.explanation.faithfulness",
+    "compare_runs": "crossvit.evaluation.comparison",
     "create_model": "crossvit.factory",
-    "evaluate": "crossvit.evaluation",
-    "explain": "crossvit.explanation",
+    "evaluate": "crossvit.evaluation.evaluator",
+    "explain": "crossvit.explanation.explainer",
     "fit": "crossvit.train.loop",
     "list_models": "crossvit.model.presets",
     "load_recipe": "crossvit.train.recipe",
     "load_weights": "crossvit.weights.load",
-    "mistake_maps": "crossvit.explanation",
-    "optimize": "crossvit.runtimes.optimized",
-    "predict_to_file": "crossvit.batch_prediction",
+    "mistake_maps": "crossvit.explanation.explainer",
+    "optimize": "crossvit.fast.inference",
+    "predict_to_file": "crossvit.prediction.to_file",
     "record_attention": "crossvit.model.attention",
 }
 

@@ -21,7 +21,11 @@ SETTLED = 2.0  # seconds after which a second write shows in a file's times, wha
 def cache_folder() -> Path:
     """Where it is: $CROSSVIT_CACHE, or `crossvit` in the user's cache folder. It may not be there yet."""
     named = os.environ.get("CROSSVIT_CACHE")
-    return Path(named).expanduser() if named else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crossvit"
+    return (
+        Path(named).expanduser()
+        if named
+        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "crossvit"
+    )
 
 
 def digest_of(path: Path) -> str:

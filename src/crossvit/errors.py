@@ -81,7 +81,9 @@ def nearest_names(name: str, known: Iterable[str], *, cutoff: float = 0.5) -> li
     return [first, *close] if first else []
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], *, listing: str = "") -> UnknownNameError:
+def unknown_name(
+    kind: str, name: str, known: Iterable[str], *, listing: str = ""
+) -> UnknownNameError:
     """The error for `name` not being one of `known`: it suggests the nearest names, or points to `listing`."""
     known = list(known)
     nearest = nearest_names(name, known)

@@ -31,7 +31,13 @@ def create_model(
     path, an address or a name on the hub, and `head="new"` for classes other than the weights'; what was adapted is logged.
     Raises UnknownNameError for a name or field that is not known, ConfigError for a value that cannot work.
     """
-    config = model_config(name_or_config, num_classes=num_classes, in_channels=in_channels, image_size=image_size, **changes)
+    config = model_config(
+        name_or_config,
+        num_classes=num_classes,
+        in_channels=in_channels,
+        image_size=image_size,
+        **changes,
+    )
     model = CrossViT(config)
     if head not in HEADS:
         raise ConfigError(f"head = {head!r}: should be one of {', '.join(HEADS)}")
@@ -45,9 +51,13 @@ def model_config(name_or_config: str | CrossViTConfig, **changes: Any) -> CrossV
     """The config of `create_model`, without building the model. A change that is None is left out."""
     config = preset(name_or_config).config if isinstance(name_or_config, str) else name_or_config
     if not isinstance(config, CrossViTConfig):
-        raise ConfigError(f"name_or_config = {name_or_config!r}: should be a name from list_models() or a CrossViTConfig")
+        raise ConfigError(
+            f"name_or_config = {name_or_config!r}: should be a name from list_models() or a CrossViTConfig"
+        )
     fields = [field.name for field in dataclasses.fields(config)]
     for field in changes:
         if field not in fields:
             raise unknown_name("model field", field, fields)
-    return dataclasses.replace(config, **{field: value for field, value in changes.items() if value is not None})
+    return dataclasses.replace(
+        config, **{field: value for field, value in changes.items() if value is not None}
+    )

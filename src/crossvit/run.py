@@ -46,7 +46,9 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
         finally:
             os.close(folder)
     except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is kept") from error
+        raise RunError(
+            f"cannot write {path}: {error.strerror or error}; what was there before is kept"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -69,35 +71,51 @@ class Run:
     def record(self) -> dict[str, Any]:
         """run.json. UsageError if this is not a run folder; RunError if the file is damaged or newer than this version."""
         if not self.exists():
-            raise UsageError(f"{self.path} is not a run folder (no run.json): give one made by `crossvit train DATA --out RUN`")
+            raise UsageError(
+                f"{self.path} is not a run folder (no run.json): give one made by `crossvit train DATA --out RUN`"
+            )
         try:
             record: dict[str, Any] = json.loads(self.record_path.read_text(encoding="utf-8"))
             newer = record["schema"] > SCHEMA
             missing = [key for key in KEYS if key not in record]
         except (ValueError, KeyError, TypeError) as error:
-            raise RunError(f"{self.record_path} is damaged ({error}): train again with --overwrite") from error
+            raise RunError(
+                f"{self.record_path} is damaged ({error}): train again with --overwrite"
+            ) from error
         if newer:
-            raise RunError(f"{self.path} was made by a newer crossvit ({record.get('crossvit', 'unknown')}): upgrade crossvit")
+            raise RunError(
+                f"{self.path} was made by a newer crossvit ({record.get('crossvit', 'unknown')}): upgrade crossvit"
+            )
         if missing:
-            raise RunError(f"{self.record_path} is damaged (no {', '.join(missing)}): train again with --overwrite")
+            raise RunError(
+                f"{self.record_path} is damaged (no {', '.join(missing)}): train again with --overwrite"
+            )
         return record
 
     def finished_record(self) -> dict[str, Any]:
         """`record()` of a run whose training has ended, so that it has weights."""
         record = self.record()
         if not record.get("result"):
-            raise UsageError(f"{self.path} has not finished training: go on with `crossvit train ... --out {self.path} --resume`")
+            raise UsageError(
+                f"{self.path} has not finished training: go on with `crossvit train ... --out {self.path} --resume`"
+            )
         return record
 
     def refuse_occupied(self, *, overwrite: bool) -> None:
         """UsageError if something is in the way: anything at all, or with `overwrite` anything that is not a run."""
         if self.path.exists() and not self.path.is_dir():
             raise UsageError(f"{self.path} is a file: choose another --out")
-        occupied = self.path.is_dir() and not all(self._is_blank(entry) for entry in self.path.iterdir())
+        occupied = self.path.is_dir() and not all(
+            self._is_blank(entry) for entry in self.path.iterdir()
+        )
         if occupied and not self.exists():
-            raise UsageError(f"{self.path} has files and is not a run, so it is left alone: choose another --out")
+            raise UsageError(
+                f"{self.path} has files and is not a run, so it is left alone: choose another --out"
+            )
         if occupied and not overwrite:
-            fix = "add --resume to go on with it, --overwrite to replace it, or choose another --out"
+            fix = (
+                "add --resume to go on with it, --overwrite to replace it, or choose another --out"
+            )
             raise UsageError(f"{self.path} exists: {fix}")
 
     def prepare(self, record: dict[str, Any], *, overwrite: bool) -> None:
@@ -126,7 +144,9 @@ class Run:
     def _is_blank(entry: Path) -> bool:
         """What a process that was killed before it wrote a record may have left."""
         return (
-            entry.name == ".lock" or entry.name.endswith(".partial") or (entry.name == "checkpoints" and not any(entry.iterdir()))
+            entry.name == ".lock"
+            or entry.name.endswith(".partial")
+            or (entry.name == "checkpoints" and not any(entry.iterdir()))
         )
 
     def write_record(self, record: dict[str, Any]) -> None:
@@ -154,7 +174,9 @@ class Run:
         return entries
 
     def rewrite_log(self, entries: list[dict[str, Any]]) -> None:
-        write_atomically(self.log_path, "".join(json.dumps(entry) + "\n" for entry in entries).encode())
+        write_atomically(
+            self.log_path, "".join(json.dumps(entry) + "\n" for entry in entries).encode()
+        )
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
@@ -166,7 +188,9 @@ class Run:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise RunError(f"{self.path} is being trained by another process: wait for it or choose another --out") from None
+                raise RunError(
+                    f"{self.path} is being trained by another process: wait for it or choose another --out"
+                ) from None
             yield
 
 

@@ -80,7 +80,11 @@ def open_trained(source: str | Path) -> Trained:
     UsageError where there is nothing, or the run has not finished; WeightsError or RunError for what is damaged.
     """
     run = Run(source)
-    return _of_run(run) if run.exists() or (run.path.is_dir() and not _has_weights(run.path)) else _of_weights(source)
+    return (
+        _of_run(run)
+        if run.exists() or (run.path.is_dir() and not _has_weights(run.path))
+        else _of_weights(source)
+    )
 
 
 def _has_weights(folder: Path) -> bool:
@@ -108,14 +112,18 @@ def _of_weights(source: str | Path) -> Trained:
 
     weights = read_weights(source)
     model, config = identify(weights)
-    classes, aliases = (weights.classes, ()) if weights.classes else _class_names(config.num_classes)
+    classes, aliases = (
+        (weights.classes, ()) if weights.classes else _class_names(config.num_classes)
+    )
     return Trained(
         source=str(source),
         model=model,
         config=config,
         classes=classes,
         aliases=aliases,
-        preprocessing=Preprocessing.from_dict(weights.preprocessing or paper_preprocessing(model, config)),
+        preprocessing=Preprocessing.from_dict(
+            weights.preprocessing or paper_preprocessing(model, config)
+        ),
         weights=weights,
     )
 
@@ -126,7 +134,10 @@ def paper_preprocessing(model: str | None, config: CrossViTConfig) -> dict[str, 
 
     channels = config.in_channels
     crop = PRESETS[model].crop if model in PRESETS else None
-    mean, std = (values if channels == 3 else (round(sum(values) / 3, 3),) * channels for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (
+        values if channels == 3 else (round(sum(values) / 3, 3),) * channels
+        for values in (IMAGENET_MEAN, IMAGENET_STD)
+    )
     return Preprocessing(image_size=config.image_size, crop=crop, mean=mean, std=std).to_dict()
 
 
@@ -143,5 +154,10 @@ def _class_names(count: int) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ..
     ids = [known.index_to_label_name(index) for index in range(count)]
     synonyms = [known.index_to_description(index).split(", ") for index in range(count)]
     first = [words[0] for words in synonyms]
-    names = tuple(word if first.count(word) == 1 else f"{word} ({ids[index]})" for index, word in enumerate(first))
-    return names, tuple((ids[index], str(index), *words, ", ".join(words)) for index, words in enumerate(synonyms))
+    names = tuple(
+        word if first.count(word) == 1 else f"{word} ({ids[index]})"
+        for index, word in enumerate(first)
+    )
+    return names, tuple(
+        (ids[index], str(index), *words, ", ".join(words)) for index, words in enumerate(synonyms)
+    )

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from crossvit.engines.torch import autocast
 from crossvit.errors import EngineError, UsageError
-from crossvit.machine import version_of
+from crossvit.fast.inference import optimize
+from crossvit.hardware import version_of
 from crossvit.model.crossvit import CrossViT
-from crossvit.runtimes.optimized import optimize
-from crossvit.runtimes.torch import autocast
 
 Call = Callable[[Tensor], Tensor]
 
@@ -75,8 +75,12 @@ def make_pair(name: str, *, image_size: int | None, device: torch.device, folder
             else:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     ours = create_model(name, image_size=image_size).eval()
-    if [branch.image_size(ours.config.image_size) for branch in ours.config.branches] != theirs.img_size_scaled:
-        raise UsageError(f"image size {image_size}: timm's model sees it otherwise; take 120, 240, 360 or 480")
+    if [
+        branch.image_size(ours.config.image_size) for branch in ours.config.branches
+    ] != theirs.img_size_scaled:
+        raise UsageError(
+            f"image size {image_size}: timm's model sees it otherwise; take 120, 240, 360 or 480"
+        )
     ours.load_state_dict(to_ours(theirs.state_dict(), ours.state_dict()))
     return Pair(theirs.to(device), ours.to(device), device, folder)
 
@@ -123,7 +127,12 @@ def _compiled(model: nn.Module, precision: str, device: torch.device, *, zentorc
 
     def call(images: Tensor) -> Tensor:
         limits = dynamo.patch(recompile_limit=COMPILED_FORMS, fail_on_recompile_limit_hit=True)
-        with warnings.catch_warnings(), limits, inductor.patch(freezing=device.type == "cpu"), torch.no_grad():
+        with (
+            warnings.catch_warnings(),
+            limits,
+            inductor.patch(freezing=device.type == "cpu"),
+            torch.no_grad(),
+        ):
             warnings.simplefilter("ignore")
             with autocast(device, precision):
                 return compiled(images)  # type: ignore[no-any-return]
@@ -133,9 +142,9 @@ def _compiled(model: nn.Module, precision: str, device: torch.device, *, zentorc
 
 def _exported(model: nn.Module, how: str, precision: str, pair: Pair, *, in_parts: bool) -> Call:
     """in_parts: whether OpenVINO is given a large batch as our engine gives it."""
-    from crossvit.runtimes.graph import GraphForm
-    from crossvit.runtimes.onnx import OnnxRuntimeEngine, export_module
-    from crossvit.runtimes.openvino import OpenVINOEngine, try_compiling
+    from crossvit.engines.onnxruntime import OnnxRuntimeEngine, export_module
+    from crossvit.engines.openvino import OpenVINOEngine, try_compiling
+    from crossvit.fast.export_form import GraphForm
 
     ours = isinstance(model, CrossViT)
     path = pair.folder / f"{'ours' if ours else 'timm'}.onnx"
@@ -143,10 +152,16 @@ def _exported(model: nn.Module, how: str, precision: str, pair: Pair, *, in_part
         config = pair.ours.config
         exported = GraphForm(model) if isinstance(model, CrossViT) else model
         with contextlib.redirect_stdout(sys.stderr):
-            export_module(exported, path, in_channels=config.in_channels, image_size=config.image_size)
+            export_module(
+                exported, path, in_channels=config.in_channels, image_size=config.image_size
+            )
     if how == "openvino":
         try_compiling(path, precision)
-    engine = OpenVINOEngine(path, precision=precision, in_parts=in_parts) if how == "openvino" else OnnxRuntimeEngine(path)
+    engine = (
+        OpenVINOEngine(path, precision=precision, in_parts=in_parts)
+        if how == "openvino"
+        else OnnxRuntimeEngine(path)
+    )
     if ours:  # each branch's logits are given
         return lambda images: torch.from_numpy(engine(images.numpy()).mean(axis=0))
     return lambda images: torch.from_numpy(engine(images.numpy()))

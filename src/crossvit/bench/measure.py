@@ -15,22 +15,26 @@ from torch.nn import functional as F
 
 from crossvit.bench.contestants import CONTESTANTS, REFERENCE, Call, Pair, make_pair, prepare
 from crossvit.bench.memory import memory_before, memory_since
+from crossvit.engines.select import SETTLE_SECONDS
+from crossvit.engines.torch import resolve_device
 from crossvit.errors import UsageError
-from crossvit.machine import physical_cores, processor, version_of
+from crossvit.fast.packed_linear import PackedLinear
+from crossvit.hardware import physical_cores, processor, version_of
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.cost import cost
 from crossvit.model.presets import list_models, preset
 from crossvit.results import Bench, BenchRow, Growth
-from crossvit.runtimes.choose import SETTLE_SECONDS
-from crossvit.runtimes.products import PackedLinear
-from crossvit.runtimes.torch import resolve_device
 
 MODELS = ("crossvit_9_240", "crossvit_15_dagger_240")
 BATCHES = (16, 1)
 PRECISIONS = ("fp32", "bf16")
 SECONDS = 30.0  # of timing for a model and a batch
 FEWEST_ROUNDS = 5
-LIMIT_SHAPE = (4096, 1024, 1024)  # rows, in, out of the product that is the limit: large, and in the last cache
+LIMIT_SHAPE = (
+    4096,
+    1024,
+    1024,
+)  # rows, in, out of the product that is the limit: large, and in the last cache
 GROWTH_BATCHES = (1, 4, 16, 64)
 GROWTH_SIZES = (120, 240, 360, 480)
 GROWTH_BATCH = 4
@@ -84,10 +88,14 @@ def bench(
         with tempfile.TemporaryDirectory(prefix="crossvit-bench-") as folder:
             pair = make_pair(name, image_size=image_size, device=place, folder=Path(folder))
             say(f"{name}: preparing")
-            calls, memory = _prepared(pair, chosen, precisions, batches=batches, skipped=skipped, say=say)
+            calls, memory = _prepared(
+                pair, chosen, precisions, batches=batches, skipped=skipped, say=say
+            )
             for batch in batches:
                 say(f"{name}: batch {batch}, {len(calls)} contestants")
-                rows += _timed(name, pair, calls, memory=memory, batch=batch, limits=limits, seconds=seconds)
+                rows += _timed(
+                    name, pair, calls, memory=memory, batch=batch, limits=limits, seconds=seconds
+                )
             if train:
                 say(f"{name}: training steps")
                 rows += training_rows(name, pair, precisions, max(batches))
@@ -110,7 +118,9 @@ def released(name: str) -> str:
     row = preset(name)
     if not row.released:
         others = ", ".join(other for other in list_models() if preset(other).released)
-        raise UsageError(f"{name} is not among timm's models, against which the bench times: use {others}")
+        raise UsageError(
+            f"{name} is not among timm's models, against which the bench times: use {others}"
+        )
     return row.name
 
 
@@ -118,11 +128,15 @@ def choose(engines: Sequence[str]) -> list[str]:
     """The contestants meant, timm-eager first. UsageError for a name that is none."""
     for name in engines:
         if not any(name in (contestant, *contestant.split("-")) for contestant in CONTESTANTS):
-            raise UsageError(f"no contestant {name!r}: use {', '.join(CONTESTANTS)}, or a word of one")
+            raise UsageError(
+                f"no contestant {name!r}: use {', '.join(CONTESTANTS)}, or a word of one"
+            )
     return [
         contestant
         for contestant in CONTESTANTS
-        if contestant == REFERENCE or not engines or any(name in (contestant, *contestant.split("-")) for name in engines)
+        if contestant == REFERENCE
+        or not engines
+        or any(name in (contestant, *contestant.split("-")) for name in engines)
     ]
 
 
@@ -130,7 +144,9 @@ def matrix_limit(precision: str, device: torch.device) -> float:
     """GFLOP/s (two a multiply-accumulate) of one large linear layer, the better of torch's and oneDNN's own."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     rows, inward, outward = LIMIT_SHAPE
-    x, weight = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inward), (outward, inward)))
+    x, weight = (
+        torch.randn(shape, device=device).to(dtype) for shape in ((rows, inward), (outward, inward))
+    )
     bias = torch.zeros(outward, dtype=dtype, device=device)
     calls: list[Callable[[], object]] = [lambda: F.linear(x, weight, bias)]
     if device.type == "cpu":
@@ -155,7 +171,13 @@ def _seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def _prepared(
-    pair: Pair, chosen: Sequence[str], precisions: Sequence[str], *, batches: Sequence[int], skipped: dict[str, str], say: Say
+    pair: Pair,
+    chosen: Sequence[str],
+    precisions: Sequence[str],
+    *,
+    batches: Sequence[int],
+    skipped: dict[str, str],
+    say: Say,
 ) -> tuple[dict[tuple[str, str], Call], dict[tuple[str, str], float]]:
     """(calls by (contestant, precision), megabytes that each took to come up and compute a batch)."""
     images = [_images(pair, batch) for batch in sorted(batches, reverse=True)]
@@ -173,7 +195,9 @@ def _prepared(
                 for given in images:  # each size may be compiled by itself
                     call(given)
             except Exception as error:  # noqa: BLE001  # a compiler's or an engine's own, of any kind
-                skipped[f"{contestant} {precision}"] = (str(error).splitlines() or [type(error).__name__])[0][:200]
+                skipped[f"{contestant} {precision}"] = (
+                    str(error).splitlines() or [type(error).__name__]
+                )[0][:200]
                 say(f"  {contestant} {precision} left out: {skipped[f'{contestant} {precision}']}")
                 continue
             calls[key], memory[key] = call, memory_since(before, pair.device)
@@ -184,7 +208,9 @@ def _prepared(
 def _images(pair: Pair, batch: int) -> Tensor:
     generator = torch.Generator().manual_seed(batch)
     config = pair.ours.config
-    return torch.randn(batch, config.in_channels, *config.image_size, generator=generator).to(pair.device)
+    return torch.randn(batch, config.in_channels, *config.image_size, generator=generator).to(
+        pair.device
+    )
 
 
 def _timed(
@@ -199,7 +225,9 @@ def _timed(
 ) -> list[BenchRow]:
     images = _images(pair, batch)
     logits = {key: call(images).float().cpu() for key, call in calls.items()}
-    times = _rounds({key: _bound(call, images) for key, call in calls.items()}, pair.device, seconds)
+    times = _rounds(
+        {key: _bound(call, images) for key, call in calls.items()}, pair.device, seconds
+    )
     exact = logits[REFERENCE, "fp32"]
     reference = times[REFERENCE, "fp32"]
     flops = 2 * cost(pair.ours.config)["total"].macs * batch
@@ -226,7 +254,9 @@ def _timed(
                 difference=float((own - exact).abs().max() / exact.abs().max()),
                 same_top1=float((own.argmax(1) == exact.argmax(1)).float().mean()),
                 megabytes=memory[contestant, precision],
-                limit_share=flops / median / 1e9 / limits[precision] if precision in limits else None,
+                limit_share=flops / median / 1e9 / limits[precision]
+                if precision in limits
+                else None,
             )
         )
     return rows
@@ -262,7 +292,10 @@ def _growth(name: str, device: torch.device, image_size: int | None, say: Say) -
         with tempfile.TemporaryDirectory(prefix="crossvit-bench-") as folder:
             pair = make_pair(name, image_size=size, device=device, folder=Path(folder))
             images = _images(pair, batch)
-            calls = {(who, "fp32"): _bound(prepare(who, "fp32", pair), images) for who in (REFERENCE, "ours-torch")}
+            calls = {
+                (who, "fp32"): _bound(prepare(who, "fp32", pair), images)
+                for who in (REFERENCE, "ours-torch")
+            }
             for call in calls.values():
                 call()
             times: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
@@ -287,4 +320,7 @@ def _growth(name: str, device: torch.device, image_size: int | None, say: Say) -
 def tokens_of(config: CrossViTConfig) -> int:
     """Tokens of all branches, class tokens with them."""
     grids = [branch.grid(config.image_size) for branch in config.branches]
-    return sum(rows * columns + branch.class_token for (rows, columns), branch in zip(grids, config.branches, strict=True))
+    return sum(
+        rows * columns + branch.class_token
+        for (rows, columns), branch in zip(grids, config.branches, strict=True)
+    )

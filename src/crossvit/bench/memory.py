@@ -17,14 +17,18 @@ def memory_before(device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 1e6
     with contextlib.suppress(OSError, AttributeError):  # without them the peak is the process's own
-        ctypes.CDLL(None).malloc_trim(0)  # what others have freed goes back, so that it is not used again unseen
+        ctypes.CDLL(None).malloc_trim(
+            0
+        )  # what others have freed goes back, so that it is not used again unseen
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 
 
 def memory_since(before: float, device: torch.device) -> float:
     """Megabytes of the peak above `before`."""
-    peak = torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else _status("VmHWM")
+    peak = (
+        torch.cuda.max_memory_allocated(device) / 1e6 if device.type == "cuda" else _status("VmHWM")
+    )
     return max(0.0, peak - before)
 
 

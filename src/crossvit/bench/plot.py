@@ -33,12 +33,19 @@ def plot(found: Bench, path: Path) -> None:
     columns = min(COLUMNS, count)
     bars = max(sum(row.model == model for row in inference) for model in models)
     shape = (PANEL * columns, max(3.4, 1.4 + 0.13 * bars) * math.ceil(count / columns) + 0.4)
-    figure, panels = pyplot.subplots(math.ceil(count / columns), columns, figsize=shape, squeeze=False, layout="constrained")
+    figure, panels = pyplot.subplots(
+        math.ceil(count / columns), columns, figsize=shape, squeeze=False, layout="constrained"
+    )
     axes = iter(panels.flat)
     for model in models:
         largest = max(row.batch for row in inference if row.model == model)
         rows = [row for row in inference if row.model == model and row.batch == largest]
-        _bars(next(axes), rows, [f"{row.contestant} {row.precision}" for row in rows], f"{model}, batch {largest}")
+        _bars(
+            next(axes),
+            rows,
+            [f"{row.contestant} {row.precision}" for row in rows],
+            f"{model}, batch {largest}",
+        )
     if training:
         names = [f"{row.contestant.removesuffix('-training')} {row.precision}" for row in training]
         if len(models) > 1:
@@ -56,11 +63,18 @@ def plot(found: Bench, path: Path) -> None:
 def _bars(axis: Axes, rows: list[BenchRow], names: list[str], title: str) -> None:
     """Images a second, the fastest on top, each with its figure."""
     order = sorted(range(len(rows)), key=lambda index: rows[index].images_per_second)
-    drawn = axis.barh([names[index] for index in order], [rows[index].images_per_second for index in order])
+    drawn = axis.barh(
+        [names[index] for index in order], [rows[index].images_per_second for index in order]
+    )
     for bar, index in zip(drawn, order, strict=True):
         bar.set_color(COLOURS[rows[index].contestant.split("-")[0]])
         bar.set_alpha(PALE if rows[index].precision == "fp32" else 1.0)
-    axis.bar_label(drawn, fmt="%.0f" if rows[order[-1]].images_per_second >= 100 else "%.1f", padding=2, fontsize=7)
+    axis.bar_label(
+        drawn,
+        fmt="%.0f" if rows[order[-1]].images_per_second >= 100 else "%.1f",
+        padding=2,
+        fontsize=7,
+    )
     axis.margins(x=0.1, y=0.02)
     axis.set_title(title, fontsize=10)
     axis.set_xlabel("images a second", fontsize=8)
@@ -77,13 +91,22 @@ def _growth(axis: Axes, found: Bench, kind: str) -> None:
             where: str(where) if kind == "batch" else f"{where}\n({point.tokens})"
             for where, point in zip(along, points, strict=True)
         }
-        axis.plot(along, [point.milliseconds for point in points], "o-", label=who, color=COLOURS[who.split("-")[0]])
+        axis.plot(
+            along,
+            [point.milliseconds for point in points],
+            "o-",
+            label=who,
+            color=COLOURS[who.split("-")[0]],
+        )
     if kind == "batch":
         axis.set_xscale("log", base=2)
     axis.set_xticks(list(ticks), list(ticks.values()))
     axis.set_ylim(bottom=0)
     axis.set_title(f"{found.rows[0].model}, by {kind}", fontsize=10)
-    axis.set_xlabel("images in a batch" if kind == "batch" else "side of the image in pixels (tokens)", fontsize=8)
+    axis.set_xlabel(
+        "images in a batch" if kind == "batch" else "side of the image in pixels (tokens)",
+        fontsize=8,
+    )
     axis.set_ylabel("milliseconds an image, fp32", fontsize=8)
     axis.legend(frameon=False, fontsize=8)
     _plain(axis)

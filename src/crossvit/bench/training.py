@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from crossvit.bench.contestants import Pair
 from crossvit.bench.memory import memory_before, memory_since
+from crossvit.engines.torch import autocast
 from crossvit.results import BenchRow
-from crossvit.runtimes.torch import autocast
-from crossvit.train.plan import suitable_parts
+from crossvit.train.setup import suitable_parts
 
 ROUNDS = 5
 
@@ -67,7 +67,9 @@ def training_rows(name: str, pair: Pair, precisions: Sequence[str], batch: int) 
     return rows
 
 
-def stepper(model: nn.Module, precision: str, images: Tensor, labels: Tensor, *, parts: int = 1) -> Callable[[], None]:
+def stepper(
+    model: nn.Module, precision: str, images: Tensor, labels: Tensor, *, parts: int = 1
+) -> Callable[[], None]:
     """One step of AdamW as training takes it, the batch in so many parts whose gradients add up."""
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     model.train()

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from crossvit.cli.collector import uncollected
+from crossvit.cli.gc_control import uncollected
 
 if TYPE_CHECKING:
     from cyclopts import CycloptsError
@@ -42,7 +42,12 @@ def run(words: list[str], *, debug: bool = False) -> int:
         from crossvit.errors import CrossViTError, DataError, UsageError
 
     try:
-        status = app(words or ["--help"], exit_on_error=False, print_error=False, result_action="return_value")
+        status = app(
+            words or ["--help"],
+            exit_on_error=False,
+            print_error=False,
+            result_action="return_value",
+        )
         sys.stdout.flush()
         return int(status or 0)
     except CycloptsError as error:
@@ -54,7 +59,10 @@ def run(words: list[str], *, debug: bool = False) -> int:
         return _fail(str(error), error.exit_status, debug=debug)
     except KeyboardInterrupt:
         return _fail("stopped", INTERRUPTED)
-    except (BrokenPipeError, SystemExit):  # standard output was closed early, as by `| head`; SystemExit is rich's word for it
+    except (
+        BrokenPipeError,
+        SystemExit,
+    ):  # standard output was closed early, as by `| head`; SystemExit is rich's word for it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # noqa: BLE001  # what nobody foresaw is still one line for people
@@ -71,8 +79,12 @@ def _wrong_call(error: CycloptsError, words: list[str]) -> str:
         from crossvit.train.recipe import meant_by
 
         given = (error.token.keyword or error.token.value).partition("=")[0].lstrip("-")
-        known = [name.lstrip("-") for argument in error.argument_collection for name in argument.names]
-        if not nearest_names(given, known, cutoff=VERY_LIKE) and (meant := meant_by(given.replace("-", "_"))):
+        known = [
+            name.lstrip("-") for argument in error.argument_collection for name in argument.names
+        ]
+        if not nearest_names(given, known, cutoff=VERY_LIKE) and (
+            meant := meant_by(given.replace("-", "_"))
+        ):
             return f"Unknown option: --{given}. Did you mean {' or '.join('--' + name.replace('_', '-') for name in meant)}?"
     return str(error).strip().rstrip(".")
 
@@ -92,6 +104,8 @@ def _let_the_first_say_it() -> None:
 def _fail(line: str, status: int, *, debug: bool = False) -> int:
     if debug:
         traceback.print_exc()
-    plain = "".join(letter if letter.isprintable() else "?" for letter in " ".join(line.split()))  # names come from files
+    plain = "".join(
+        letter if letter.isprintable() else "?" for letter in " ".join(line.split())
+    )  # names come from files
     print(f"crossvit: {plain}", file=sys.stderr)
     return status

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crossvit.cli.switch import Switch
+from crossvit.cli.flag import Switch
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from crossvit.results import Bench
 
 TABLE_WIDTH = 120  # columns that a row of the table takes
-Many = Parameter(consume_multiple=True, negative=(), show_default=lambda values: " ".join(map(str, values)))
+Many = Parameter(
+    consume_multiple=True, negative=(), show_default=lambda values: " ".join(map(str, values))
+)
 AllByDefault = Parameter(consume_multiple=True, negative=(), show_default=False)
 
 
@@ -123,7 +125,17 @@ def print_bench(found: Bench) -> None:
     console.print(f"a large matrix product: {limits} GFLOP/s", soft_wrap=True)
     for model, batch in dict.fromkeys((row.model, row.batch) for row in found.rows):
         table = Table(title=f"{model}, batch {batch}", title_justify="left", box=None)
-        for heading in ("", "", "ms (spread)", "img/s", "ratio (spread)", "difference", "top-1", "MB", "of limit"):
+        for heading in (
+            "",
+            "",
+            "ms (spread)",
+            "img/s",
+            "ratio (spread)",
+            "difference",
+            "top-1",
+            "MB",
+            "of limit",
+        ):
             table.add_column(heading, justify="left" if not heading else "right", no_wrap=True)
         for row in found.rows:
             if (row.model, row.batch) != (model, batch):
@@ -152,8 +164,15 @@ def _growth_table(found: Bench, by: str) -> Table:
 
     points = [point for point in found.growth if point.by == by]
     names = list(dict.fromkeys(point.contestant for point in points))
-    table = Table(title=f"{found.rows[0].model}, ms an image in fp32 by {by}", title_justify="left", box=None)
-    for heading in ("batch", "pixels", "tokens", *(column for name in names for column in (name, "grown"))):
+    table = Table(
+        title=f"{found.rows[0].model}, ms an image in fp32 by {by}", title_justify="left", box=None
+    )
+    for heading in (
+        "batch",
+        "pixels",
+        "tokens",
+        *(column for name in names for column in (name, "grown")),
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     before: dict[str, float] = {}
     for key in dict.fromkeys((point.batch, point.image_size, point.tokens) for point in points):
@@ -162,7 +181,10 @@ def _growth_table(found: Bench, by: str) -> Table:
         for point in points:
             if (point.batch, point.image_size, point.tokens) == key:
                 last = before.get(point.contestant)
-                cells += [f"{point.milliseconds:.1f}", "" if last is None else f"{point.milliseconds / last:.2f}x"]
+                cells += [
+                    f"{point.milliseconds:.1f}",
+                    "" if last is None else f"{point.milliseconds / last:.2f}x",
+                ]
                 before[point.contestant] = point.milliseconds
         table.add_row(*cells)
     return table

@@ -7,7 +7,7 @@ from typing import Any
 
 from cyclopts import App
 
-from crossvit.cli.switch import Switch
+from crossvit.cli.flag import Switch
 
 app = App(name="data")  # its help is in verbs.py, which loads this when it is called
 
@@ -49,7 +49,9 @@ def check(data: str, /, *, report: str | None = None, json: Switch = False) -> i
 
 
 @app.command
-def shard(data: str, out: str, /, *, shard_mb: int = 256, overwrite: Switch = False, json: Switch = False) -> int:
+def shard(
+    data: str, out: str, /, *, shard_mb: int = 256, overwrite: Switch = False, json: Switch = False
+) -> int:
     """Write the images into tar files with a manifest, to train from in place of the folder: few large files for slow disks
     and network storage. webdataset reads the tar files too.
 
@@ -75,12 +77,20 @@ def shard(data: str, out: str, /, *, shard_mb: int = 256, overwrite: Switch = Fa
     if shard_mb < 1:
         raise UsageError(f"shard_mb = {shard_mb}: should be 1 or more")
     with counting("writing") as progress:
-        summary = write_shards(open_data(data), out, shard_bytes=shard_mb * 10**6, overwrite=overwrite, progress=progress)
+        summary = write_shards(
+            open_data(data),
+            out,
+            shard_bytes=shard_mb * 10**6,
+            overwrite=overwrite,
+            progress=progress,
+        )
     if json:
         _print_json(to_json(summary))
     else:
         files = f"{summary.shards} tar file{'s' * (summary.shards != 1)}"
-        print(f"{summary.images:,} images in {files} of {summary.bytes / 1e6:.1f} MB in all: crossvit train {summary.location}")
+        print(
+            f"{summary.images:,} images in {files} of {summary.bytes / 1e6:.1f} MB in all: crossvit train {summary.location}"
+        )
     return 0
 
 

@@ -9,10 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crossvit.cli.switch import Switch
+from crossvit.cli.flag import Switch
 
 if TYPE_CHECKING:
-    from crossvit.results import Calibration, Evaluation, Interval, MultiLabel, Robustness, Selective
+    from crossvit.results import (
+        Calibration,
+        Evaluation,
+        Interval,
+        MultiLabel,
+        Robustness,
+        Selective,
+    )
 
 TOP5_FROM = 10  # classes from which top-5 says something
 HARDEST = 3  # classes that are named
@@ -89,12 +96,14 @@ def evaluate(
     import crossvit
     from crossvit.cli.terminal import counting
     from crossvit.errors import UsageError
+    from crossvit.evaluation.robustness import CORRUPTIONS
     from crossvit.report.page import evaluation_page
     from crossvit.results import to_json
-    from crossvit.robustness import CORRUPTIONS
     from crossvit.run import Run, write_atomically
 
-    if report is not None and (Path(report).is_dir() or not Path(report).absolute().parent.is_dir()):
+    if report is not None and (
+        Path(report).is_dir() or not Path(report).absolute().parent.is_dir()
+    ):
         raise UsageError(f"--report {report} cannot be a file: name one in a folder that is there")
     with counting("evaluating") as progress:
         result = crossvit.evaluate(
@@ -117,8 +126,17 @@ def evaluate(
         )
     if report is not None:
         given = {"--split": split, "--target-risk": target_risk}
-        words = [word for option, value in given.items() if value is not None for word in (option, str(value))]
-        words += ["--corruptions"] * corruptions + (["--sizes", *map(str, sizes)] if sizes else []) + ["--skip-bad"] * skip_bad
+        words = [
+            word
+            for option, value in given.items()
+            if value is not None
+            for word in (option, str(value))
+        ]
+        words += (
+            ["--corruptions"] * corruptions
+            + (["--sizes", *map(str, sizes)] if sizes else [])
+            + ["--skip-bad"] * skip_bad
+        )
         command = shlex.join(["crossvit", "evaluate", run, data, *words, "--report", report])
         record = Run(run).record() if Run(run).exists() else {}
         page = evaluation_page(result, command=command, record=record)
@@ -139,13 +157,22 @@ def print_evaluation(result: Evaluation) -> None:
     print(f"top-1  {_percent(result.top1)}{_between(result.intervals.get('top1'))}  {of}")
     if len(result.classes) >= TOP5_FROM:
         print(f"top-5  {_percent(result.top5)}{_between(result.intervals.get('top5'))}")
-    print(f"F1     {_percent(result.macro_f1)}{_between(result.intervals.get('macro_f1'))}  (mean over the classes)")
+    print(
+        f"F1     {_percent(result.macro_f1)}{_between(result.intervals.get('macro_f1'))}  (mean over the classes)"
+    )
     if result.multi_label is not None:
         _print_multi_label(result.multi_label, result.intervals.get("map"))
     for branch in result.branches:
-        print(f"branch {branch.name} alone  {_percent(branch.top1)}  ({branch.patch}-pixel patches)")
-    hardest = sorted((score for score in result.classes if score.n), key=lambda score: score.f1)[:HARDEST]
-    print("hardest classes  " + ", ".join(f"{score.label} (F1 {_percent(score.f1)})" for score in hardest))
+        print(
+            f"branch {branch.name} alone  {_percent(branch.top1)}  ({branch.patch}-pixel patches)"
+        )
+    hardest = sorted((score for score in result.classes if score.n), key=lambda score: score.f1)[
+        :HARDEST
+    ]
+    print(
+        "hardest classes  "
+        + ", ".join(f"{score.label} (F1 {_percent(score.f1)})" for score in hardest)
+    )
     if result.calibration is not None:
         _print_calibration(result.calibration, result.run)
     if result.selective is not None:
@@ -155,7 +182,9 @@ def print_evaluation(result: Evaluation) -> None:
 
 
 def _print_multi_label(scores: MultiLabel, interval: Interval | None) -> None:
-    print(f"mAP    {_percent(scores.map)}{_between(interval)}  (mean average precision of the classes)")
+    print(
+        f"mAP    {_percent(scores.map)}{_between(interval)}  (mean average precision of the classes)"
+    )
     print(
         f"exact  {_percent(scores.exact)}  of images have just their classes; F1 over all decisions {_percent(scores.micro_f1)}"
     )
@@ -170,14 +199,20 @@ def _print_calibration(found: Calibration, run: str) -> None:
         surplus = sum(one.n * (one.confidence - one.accuracy) for one in was.bins)
         fitting = f"{_percent(was.suggested_ece)} at {was.suggested_temperature:.2f}"
         by_hand = "" if found.stored else " (--calibrate stores it)"
-        print(f"{off}, mostly {'too sure' if surplus > 0 else 'not sure enough'}; {fitting}{by_hand}")
+        print(
+            f"{off}, mostly {'too sure' if surplus > 0 else 'not sure enough'}; {fitting}{by_hand}"
+        )
     if found.stored:
-        print(f"stored       temperature {found.temperature:.4g} in {run}/run.json, in place of {was.temperature:.4g}")
+        print(
+            f"stored       temperature {found.temperature:.4g} in {run}/run.json, in place of {was.temperature:.4g}"
+        )
 
 
 def _print_selective(found: Selective) -> None:
     if found.suggested is None:
-        print(f"abstain      at any confidence more than {_percent(found.target_risk)} of the answers are wrong")
+        print(
+            f"abstain      at any confidence more than {_percent(found.target_risk)} of the answers are wrong"
+        )
         return
     point = found.suggested
     print(
@@ -191,17 +226,23 @@ def _print_robustness(found: Robustness) -> None:
     from rich.table import Column, Table
 
     console = Console(highlight=False)
-    print(f"robustness   top-1 {_percent(found.unspoilt)} of {found.n:,} images as they are", end="")
+    print(
+        f"robustness   top-1 {_percent(found.unspoilt)} of {found.n:,} images as they are", end=""
+    )
     print("" if found.mean is None else f", {_percent(found.mean)} on average over corruptions")
     if found.corruptions:
-        table = Table(Column("corruption", no_wrap=True), box=None, pad_edge=False, header_style="bold")
+        table = Table(
+            Column("corruption", no_wrap=True), box=None, pad_edge=False, header_style="bold"
+        )
         for severity in range(1, len(found.corruptions[0].top1) + 1):
             table.add_column(f"{severity}", justify="right", no_wrap=True)
         for score in found.corruptions:
             table.add_row(score.name.replace("_", " "), *map(_percent, score.top1))
         console.print(table)
     if found.sizes:
-        table = Table(Column("shorter side", no_wrap=True), box=None, pad_edge=False, header_style="bold")
+        table = Table(
+            Column("shorter side", no_wrap=True), box=None, pad_edge=False, header_style="bold"
+        )
         table.add_column("top-1", justify="right")
         for size in found.sizes:
             table.add_row(f"{size.pixels} pixels", _percent(size.top1))

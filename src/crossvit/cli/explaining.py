@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crossvit.cli.switch import Switch
+from crossvit.cli.flag import Switch
 
 if TYPE_CHECKING:
     from crossvit.results import Explanation, Faithfulness, MapScore
@@ -71,9 +71,13 @@ def explain(
 
     if check:
         if len(images) != 1:
-            raise UsageError(f"--check takes one DATA and got {len(images)}: `crossvit explain RUN DATA --check`")
+            raise UsageError(
+                f"--check takes one DATA and got {len(images)}: `crossvit explain RUN DATA --check`"
+            )
         if class_name is not None or features:
-            raise UsageError("--check measures the model's own answers: leave out --class and --features")
+            raise UsageError(
+                "--check measures the model's own answers: leave out --class and --features"
+            )
         return _check(
             run,
             images[0],
@@ -88,18 +92,24 @@ def explain(
             json=json,
         )
     if not images:
-        raise UsageError("no image given: `crossvit explain RUN photo.jpg --out DIR`, a folder, or a glob")
+        raise UsageError(
+            "no image given: `crossvit explain RUN photo.jpg --out DIR`, a folder, or a glob"
+        )
     if out is None:
-        raise UsageError("no --out given: name the folder that the pictures and arrays are written to")
-    return _explain(run, images, Path(out), class_name=class_name, features=features, device=device, json=json)
+        raise UsageError(
+            "no --out given: name the folder that the pictures and arrays are written to"
+        )
+    return _explain(
+        run, images, Path(out), class_name=class_name, features=features, device=device, json=json
+    )
 
 
 def _explain(
     run: str, images: tuple[str, ...], out: Path, *, class_name: str | None, features: bool, device: str, json: bool
 ) -> int:  # fmt: skip
     from crossvit.cli.terminal import counting
-    from crossvit.explanation import Explainer
-    from crossvit.prediction import find_images
+    from crossvit.explanation.explainer import Explainer
+    from crossvit.prediction.predictor import find_images
     from crossvit.results import to_json
 
     paths = find_images(images)
@@ -120,7 +130,13 @@ def _explain(
                 _print_explanation(explanation)
             progress(done + 1, len(paths))
     if json:
-        print(dumps({"run": run, "n": len(paths), "failed": failed, "explanations": found}, ensure_ascii=False, allow_nan=False))
+        print(
+            dumps(
+                {"run": run, "n": len(paths), "failed": failed, "explanations": found},
+                ensure_ascii=False,
+                allow_nan=False,
+            )
+        )
     return 1 if failed else 0
 
 
@@ -139,7 +155,7 @@ def _check(
     json: bool,
 ) -> int:
     from crossvit.cli.terminal import counting
-    from crossvit.faithfulness import check_maps
+    from crossvit.explanation.faithfulness import check_maps
     from crossvit.report.deletion import faithfulness_png
     from crossvit.results import to_json
     from crossvit.run import write_atomically
@@ -176,7 +192,9 @@ def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise WorkError(f"cannot write to {folder}: {error.strerror or error}; choose another --out") from error
+        raise WorkError(
+            f"cannot write to {folder}: {error.strerror or error}; choose another --out"
+        ) from error
 
 
 def _name(path: str, taken: Counter[str]) -> str:
@@ -190,7 +208,7 @@ def _write(explanation: Explanation, out: Path, name: str, *, features: bool) ->
     """The same explanation, with the files that were written. Their endings keep them from replacing the photos."""
     import dataclasses
 
-    from crossvit.explanation import npz_bytes
+    from crossvit.explanation.explainer import npz_bytes
     from crossvit.report.maps import explanation_png, features_png
     from crossvit.run import write_atomically
 
@@ -207,13 +225,21 @@ def _write(explanation: Explanation, out: Path, name: str, *, features: bool) ->
 
 def _print_explanation(explanation: Explanation) -> None:
     if explanation.error is not None:
-        print(f"{explanation.image}  error: {explanation.error.removeprefix(explanation.image + ': ')}")
+        print(
+            f"{explanation.image}  error: {explanation.error.removeprefix(explanation.image + ': ')}"
+        )
         return
     assert explanation.top is not None
     assert explanation.explained is not None
-    parts = [f"{branch.name} alone {branch.top.label} {_percent(branch.top.probability)}" for branch in explanation.branches]
+    parts = [
+        f"{branch.name} alone {branch.top.label} {_percent(branch.top.probability)}"
+        for branch in explanation.branches
+    ]
     if explanation.explained.label != explanation.top.label:
-        parts.insert(0, f"explained {explanation.explained.label} {_percent(explanation.explained.probability)}")
+        parts.insert(
+            0,
+            f"explained {explanation.explained.label} {_percent(explanation.explained.probability)}",
+        )
     if explanation.disagreement is not None:
         parts.append(f"{_percent(explanation.disagreement)} on different patches")
     said = f"{explanation.top.label} {_percent(explanation.top.probability)}"
@@ -224,19 +250,27 @@ def _print_faithfulness(result: Faithfulness, out: str | None) -> None:
     from crossvit.report.deletion import CONTROLS
 
     rows, columns = result.grid
-    print(f"maps of {result.run} on {result.n:,} {result.split} images of {result.data}, class: the model's own answer")
+    print(
+        f"maps of {result.run} on {result.n:,} {result.split} images of {result.data}, class: the model's own answer"
+    )
     ends = f"{result.intact:.3f} with all cells, {result.emptied:.3f} with none"
     print(f"{rows}x{columns} cells, fill {result.fill}; probability {ends}")
-    print(f"{'':26}{'deletion':>8}  {'better than random by':27}{'insertion':>9}  better than random by")
+    print(
+        f"{'':26}{'deletion':>8}  {'better than random by':27}{'insertion':>9}  better than random by"
+    )
     for score in result.scores:
         print(f"{score.kind:26}{score.deletion.area:8.3f}  {_gain(score, 'deletion'):27}{score.insertion.area:9.3f}  "
               f"{_gain(score, 'insertion')}")  # fmt: skip
     for score in result.scores[: -len(CONTROLS)]:
-        missing = [way for way in ("deletion", "insertion") if getattr(score, f"{way}_verdict") != "better"]
+        missing = [
+            way for way in ("deletion", "insertion") if getattr(score, f"{way}_verdict") != "better"
+        ]
         if missing:
             said = ", ".join(f"{way}: {getattr(score, f'{way}_verdict')}" for way in missing)
             print(f"note  {score.kind} does not beat random maps ({said})")
-    print("areas under the mean probability; deletion is better low, insertion high; 95 % intervals over the images")
+    print(
+        "areas under the mean probability; deletion is better low, insertion high; 95 % intervals over the images"
+    )
     if out is not None:
         print(f"look  {out}/faithfulness.png")
 

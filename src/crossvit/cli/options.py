@@ -37,15 +37,27 @@ def _kinds() -> dict[str, Any]:
 
 
 _TABLES: dict[str, Any] = {"": Recipe} | {
-    field.name: type(field.default) for field in dataclasses.fields(Recipe) if dataclasses.is_dataclass(field.default)
+    field.name: type(field.default)
+    for field in dataclasses.fields(Recipe)
+    if dataclasses.is_dataclass(field.default)
 }
 
 _KINDS = _kinds()
-_GROUPS = {table: Group(_TITLES.get(table, table.capitalize()), sort_key=index) for index, table in enumerate(_TABLES)}
+_GROUPS = {
+    table: Group(_TITLES.get(table, table.capitalize()), sort_key=index)
+    for index, table in enumerate(_TABLES)
+}
 
 TrainingOptions: Any = dataclasses.make_dataclass(
     "TrainingOptions",
-    [_option(table, field, _KINDS[name]) for table, name, field in fields() if name not in _GIVEN_OTHERWISE],
+    [
+        _option(table, field, _KINDS[name])
+        for table, name, field in fields()
+        if name not in _GIVEN_OTHERWISE
+    ],
     kw_only=True,
-    namespace={"__module__": __name__, "__doc__": "Every field of a recipe, None where it is not given."},
+    namespace={
+        "__module__": __name__,
+        "__doc__": "Every field of a recipe, None where it is not given.",
+    },
 )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crossvit.cli.switch import Switch
-from crossvit.train.scaling import IMAGENET
+from crossvit.cli.flag import Switch
+from crossvit.train.gpu_budget import IMAGENET
 
 if TYPE_CHECKING:
     from crossvit.results import ScaledRun
@@ -54,22 +54,39 @@ def plan(
     from crossvit.errors import UsageError
     from crossvit.model.presets import preset
     from crossvit.results import to_json
+    from crossvit.train.gpu_budget import measured_rate, scaled
     from crossvit.train.recipe import load_recipe
-    from crossvit.train.scaling import measured_rate, scaled
 
     preset(model)
     if min(*gpus, images, batch_size or 1, at_once or 1) < 1 or held_out < 0:
-        raise UsageError("--gpus, --images, --batch-size and --at-once should be 1 or more, --held-out 0 or more")
+        raise UsageError(
+            "--gpus, --images, --batch-size and --at-once should be 1 or more, --held-out 0 or more"
+        )
     chosen = load_recipe(recipe)
     speed = measured_rate(rate, model)
     runs = [
-        scaled(chosen, gpus=count, rate=speed, images=images, held_out=held_out, batch_size=batch_size, at_once=at_once)
+        scaled(
+            chosen,
+            gpus=count,
+            rate=speed,
+            images=images,
+            held_out=held_out,
+            batch_size=batch_size,
+            at_once=at_once,
+        )
         for count in gpus
     ]
     if json:
-        print(dumps({"model": model, "recipe": recipe, "epochs": chosen.epochs, "plans": to_json(runs)}, allow_nan=False))
+        print(
+            dumps(
+                {"model": model, "recipe": recipe, "epochs": chosen.epochs, "plans": to_json(runs)},
+                allow_nan=False,
+            )
+        )
     else:
-        print(f"{model} by the recipe {recipe}: {chosen.epochs} epochs of {images:,} images, {held_out:,} held out,")
+        print(
+            f"{model} by the recipe {recipe}: {chosen.epochs} epochs of {images:,} images, {held_out:,} held out,"
+        )
         print(f"{speed:,.0f} images a second on each GPU, none of it lost in going together")
         _print_table(runs)
     return 0
@@ -79,13 +96,22 @@ def _print_table(runs: Sequence[ScaledRun]) -> None:
     rows = [
         ("GPUs", [f"{run.gpus}" for run in runs]),
         ("batch, over all", [f"{run.batch_size:,}" for run in runs]),
-        ("batch on each", [f"{run.batch_on_each:,}" + f" in {run.accumulate} parts" * (run.accumulate > 1) for run in runs]),
+        (
+            "batch on each",
+            [
+                f"{run.batch_on_each:,}" + f" in {run.accumulate} parts" * (run.accumulate > 1)
+                for run in runs
+            ],
+        ),
         ("learning rate", [f"{run.lr:g}" for run in runs]),
         ("steps an epoch", [f"{run.steps_an_epoch:,}" for run in runs]),
         ("steps in all", [f"{run.steps:,}" for run in runs]),
         ("of them warm-up", [f"{run.warmup_steps:,}" for run in runs]),
         ("images/s to load, in all", [f"{run.images_per_second:,.0f}" for run in runs]),
-        ("images/s to load, each process", [f"{run.images_per_second_on_each:,.0f}" for run in runs]),
+        (
+            "images/s to load, each process",
+            [f"{run.images_per_second_on_each:,.0f}" for run in runs],
+        ),
         ("hours", [f"{run.hours:,.1f}" for run in runs]),
     ]
     width = max(14, *(len(cell) + 2 for _, cells in rows for cell in cells))

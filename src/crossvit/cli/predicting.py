@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crossvit.cli.collector import leave_out_what_is_there, uncollected
-from crossvit.cli.switch import Switch
+from crossvit.cli.flag import Switch
+from crossvit.cli.gc_control import leave_out_what_is_there, uncollected
 
 if TYPE_CHECKING:
-    from crossvit.prediction import Predictor
+    from crossvit.prediction.predictor import Predictor
     from crossvit.results import Label, Prediction
 
 WORTH_SAYING = 0.0005  # what would not be printed as 0.0 %
@@ -82,13 +82,17 @@ def predict(
     from crossvit.errors import UsageError
 
     with uncollected():
-        from crossvit.prediction import Predictor, listed_images, scan_images
+        from crossvit.prediction.predictor import Predictor, listed_images, scan_images
     if paths and from_ is not None:
         raise UsageError("images are given as paths and with --from: give one of them")
     if not paths and from_ is None:
-        raise UsageError("no image given: `crossvit predict RUN photo.jpg`, a folder, a glob, or --from list.txt")
+        raise UsageError(
+            "no image given: `crossvit predict RUN photo.jpg`, a folder, a glob, or --from list.txt"
+        )
     if out is None and (resume or overwrite):
-        raise UsageError("--resume and --overwrite are for results in a file: add --out results.jsonl")
+        raise UsageError(
+            "--resume and --overwrite are for results in a file: add --out results.jsonl"
+        )
 
     def images() -> Iterator[str]:
         return scan_images(paths) if from_ is None else listed_images(from_)
@@ -131,14 +135,21 @@ def _print(predictor: Predictor, images: Iterator[str], *, json: bool) -> int:
         else:
             print(_line(shown, multi_label=predictor.multi_label))
     if json:
-        record = {"run": predictor.trained.source, "n": len(found), "failed": failed, "predictions": found}
+        record = {
+            "run": predictor.trained.source,
+            "n": len(found),
+            "failed": failed,
+            "predictions": found,
+        }
         print(dumps(record, ensure_ascii=False, allow_nan=False))
     return 1 if failed else 0
 
 
 def _line(prediction: Prediction, *, multi_label: bool) -> str:
     """The answer, and in brackets what else it might be."""
-    name = "".join(letter if letter.isprintable() else "?" for letter in prediction.image)  # names come from files
+    name = "".join(
+        letter if letter.isprintable() else "?" for letter in prediction.image
+    )  # names come from files
     if prediction.error is not None:
         return f"{name}  error: {prediction.error.removeprefix(prediction.image + ': ')}"
     others = prediction.top
@@ -168,20 +179,29 @@ def _write(
     overwrite: bool,
     json: bool,
 ) -> int:
-    from crossvit.batch_prediction import predict_to_file
+    from crossvit.prediction.to_file import predict_to_file
     from crossvit.results import to_json
 
     try:
         with _counting(count) as progress:
-            result = predict_to_file(predictor, images, out, resume=resume, overwrite=overwrite, progress=progress)
+            result = predict_to_file(
+                predictor, images, out, resume=resume, overwrite=overwrite, progress=progress
+            )
     except KeyboardInterrupt:
-        print(f"crossvit: stopped; go on with the same command and --resume ({shlex.quote(out)} is kept)", file=sys.stderr)
+        print(
+            f"crossvit: stopped; go on with the same command and --resume ({shlex.quote(out)} is kept)",
+            file=sys.stderr,
+        )
         return 130
     if json:
         print(dumps(to_json(result), ensure_ascii=False, allow_nan=False))
         return 1 if result.failed else 0
     earlier = f", {result.skipped:,} of them earlier" if result.skipped else ""
-    speed = f" ({result.seconds:.0f} s, {result.images_per_second:,.1f} images/s)" if result.n > result.skipped else ""
+    speed = (
+        f" ({result.seconds:.0f} s, {result.images_per_second:,.1f} images/s)"
+        if result.n > result.skipped
+        else ""
+    )
     print(f"images  {result.n:,}{earlier}{speed}")
     if result.failed:
         print(f"failed  {result.failed:,} could not be read: the results say why under `error`")
@@ -198,7 +218,14 @@ def _counting(images: Callable[[], Iterator[str]] | None) -> Iterator[Callable[[
     How many there are, which the time left needs, is counted beside the work; it stays unknown for standard input (None).
     """
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from crossvit.train.durations import spoken
 
@@ -208,7 +235,9 @@ def _counting(images: Callable[[], Iterator[str]] | None) -> Iterator[Callable[[
 
     def count() -> None:
         nonlocal total
-        with contextlib.suppress(Exception):  # of a folder that vanishes meanwhile, the work itself tells
+        with contextlib.suppress(
+            Exception
+        ):  # of a folder that vanishes meanwhile, the work itself tells
             total = sum(1 for _ in images()) if images is not None else None
 
     def show(done: int) -> None:
@@ -217,16 +246,32 @@ def _counting(images: Callable[[], Iterator[str]] | None) -> Iterator[Callable[[
         if before is None:
             before, started, said = done, now, now
         rate = (done - before) / max(now - started, 1e-9)
-        progress.update(task, completed=done, total=total, figures=f"{rate:,.1f} images/s" if done > before else "")
+        progress.update(
+            task,
+            completed=done,
+            total=total,
+            figures=f"{rate:,.1f} images/s" if done > before else "",
+        )
         if not console.is_terminal and now - said >= SECONDS_A_LINE:
             said = now
-            left = f" of {total:,}, {spoken((total - done) / rate)} left" if total is not None and rate else ""
+            left = (
+                f" of {total:,}, {spoken((total - done) / rate)} left"
+                if total is not None and rate
+                else ""
+            )
             print(f"{done:,}{left} ({rate:,.1f} images/s)", file=sys.stderr)
 
     console = Console(stderr=True, highlight=False)
-    columns = (TextColumn("predicting"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"))
+    columns = (
+        TextColumn("predicting"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[figures]}"),
+    )
     times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
     threading.Thread(target=count, daemon=True).start()
-    with Progress(*columns, *times, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, *times, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task("predicting", total=None, figures="")
         yield show

@@ -6,7 +6,7 @@ import shlex
 from json import dumps
 from typing import TYPE_CHECKING, TypedDict
 
-from crossvit.cli.switch import Switch
+from crossvit.cli.flag import Switch
 
 if TYPE_CHECKING:
     from crossvit.results import RunsCompared
@@ -67,34 +67,44 @@ def report(
 
     from crossvit.cli.evaluating import print_evaluation
     from crossvit.cli.terminal import counting
-    from crossvit.comparison import compare_runs
     from crossvit.errors import UsageError
-    from crossvit.evaluation import evaluate
+    from crossvit.evaluation.comparison import compare_runs
+    from crossvit.evaluation.evaluator import evaluate
     from crossvit.report.comparison import comparison_page
     from crossvit.report.page import run_page
     from crossvit.results import to_json
     from crossvit.run import Run, write_atomically
+    from crossvit.train.callbacks import Watch
     from crossvit.train.loop import finished_result
-    from crossvit.train.watch import Watch
 
     page = Path(out) if out else Path(PAGE) if others else Run(run).report_path
     if page.is_dir() or (out and not page.absolute().parent.is_dir()):
         raise UsageError(f"--out {page} cannot be a file: name one in a folder that is there")
-    how = Measuring(split=split, batch_size=batch_size, device=device, precision=precision, skip_bad=skip_bad)
+    how = Measuring(
+        split=split, batch_size=batch_size, device=device, precision=precision, skip_bad=skip_bad
+    )
     if others:
         with counting("evaluating") as progress:
             compared = compare_runs([run, *others], data=data, progress=progress, **how)
         given = {"--data": data, "--split": split, "--out": out}
-        options = [word for option, value in given.items() if value is not None for word in (option, value)]
-        text = comparison_page(compared, command=shlex.join(["crossvit", "report", run, *others, *options]))
+        options = [
+            word for option, value in given.items() if value is not None for word in (option, value)
+        ]
+        text = comparison_page(
+            compared, command=shlex.join(["crossvit", "report", run, *others, *options])
+        )
     else:
         record = Run(run).finished_record()
         with counting("evaluating") as progress:
-            evaluation = evaluate(run, data or record["recipe"]["data"], maps=True, progress=progress, **how)
+            evaluation = evaluate(
+                run, data or record["recipe"]["data"], maps=True, progress=progress, **how
+            )
         text = run_page(finished_result(Run(run), record, Watch()), evaluation)
     write_atomically(page, text.encode("utf-8", "surrogateescape"))
     if json:
-        print(dumps(to_json(compared if others else evaluation), ensure_ascii=False, allow_nan=False))
+        print(
+            dumps(to_json(compared if others else evaluation), ensure_ascii=False, allow_nan=False)
+        )
         return 0
     if others:
         print_comparison(compared)
@@ -112,7 +122,9 @@ def print_comparison(found: RunsCompared) -> None:
         figures = run.evaluation
         interval = figures.intervals.get("top1")
         between = f" [{100 * interval.low:.1f} to {100 * interval.high:.1f}]" if interval else ""
-        alone = ", ".join(f"{branch.name} alone {100 * branch.top1:.1f} %" for branch in figures.branches)
+        alone = ", ".join(
+            f"{branch.name} alone {100 * branch.top1:.1f} %" for branch in figures.branches
+        )
         cost = f"{run.parameters / 1e6:.2f} M parameters, {run.macs / 1e9:.3f} GMACs, {run.seconds:.0f} s of training"
         print(f"{run.name:{width}}  top-1 {100 * figures.top1:.1f} %{between}  {alone}  {cost}")
     first = found.runs[0].name

@@ -8,14 +8,22 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 
+from crossvit.train.callbacks import Watch
 from crossvit.train.durations import spoken
-from crossvit.train.watch import Watch
 
 if TYPE_CHECKING:
-    from crossvit.model.paper import Row
+    from crossvit.model.paper_tables import Row
     from crossvit.results import DataCheck, Epoch, ImagePair, Rehearsal, TrainingResult
 
 
@@ -48,7 +56,12 @@ class TerminalWatch(Watch):
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.stop()
 
     def stop(self) -> None:
@@ -74,11 +87,17 @@ class TerminalWatch(Watch):
     def stepped(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
         assert self.task is not None
         figures = f"loss {loss:.3f}  top-1 {100 * top1:5.1f} %  {images_per_second:,.0f} img/s"
-        self.progress.update(self.task, advance=1, description=f"epoch {epoch + 1}/{self.epochs}", figures=figures)
+        self.progress.update(
+            self.task, advance=1, description=f"epoch {epoch + 1}/{self.epochs}", figures=figures
+        )
 
     def epoch_done(self, entry: Epoch) -> None:
         epoch = f"epoch {entry.epoch:>{len(str(self.epochs))}}/{self.epochs}"
-        held_out = f"{100 * entry.val_top1:5.1f} %" if entry.val_map is None else f"mAP {100 * entry.val_map:5.1f} %"
+        held_out = (
+            f"{100 * entry.val_top1:5.1f} %"
+            if entry.val_map is None
+            else f"mAP {100 * entry.val_map:5.1f} %"
+        )
         train = "-" if entry.train_top1 is None else f"{100 * entry.train_top1:5.1f} %"
         loss = "-" if entry.loss is None else f"{entry.loss:.3f}"
         skipped = f"  {entry.skipped} steps skipped (not finite)" if entry.skipped else ""
@@ -88,7 +107,9 @@ class TerminalWatch(Watch):
     def _show(self, description: str, total: int, *, completed: int = 0) -> None:
         if self.task is not None:
             self.progress.remove_task(self.task)
-        self.task = self.progress.add_task(description, total=total, completed=completed, figures="")
+        self.task = self.progress.add_task(
+            description, total=total, completed=completed, figures=""
+        )
 
 
 @contextlib.contextmanager
@@ -96,18 +117,29 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr for work that calls back with (done, total)."""
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def print_training(result: TrainingResult) -> None:
-    part, epoch = result.record["data"]["held_out_part"], result.record["result"].get("selected_epoch")
+    part, epoch = (
+        result.record["data"]["held_out_part"],
+        result.record["result"].get("selected_epoch"),
+    )
     precision = result.record["result"].get("map")  # of several labels an image
-    score = f"top-1  {_percent(result.top1)} of" if precision is None else f"mAP    {_percent(precision)} on"
+    score = (
+        f"top-1  {_percent(result.top1)} of"
+        if precision is None
+        else f"mAP    {_percent(precision)} on"
+    )
     print(f"{score} {result.n:,} {part} images ({result.seconds:.0f} s of training)")
     if epoch is not None:
-        print(f"note   of epoch {epoch}, the best on these very images: expect a little less on new ones")
+        print(
+            f"note   of epoch {epoch}, the best on these very images: expect a little less on new ones"
+        )
     print(f"run    {result.run}")
     print(f"look   {result.run}/report.html")
 
@@ -116,14 +148,18 @@ def print_rehearsal(result: Rehearsal) -> None:
     steps = f"{result.steps:,} steps of {1000 * result.seconds_a_step:,.0f} ms"
     evaluation = f"{result.evaluation_seconds:.1f} s of evaluation"
     print(f"time    about {spoken(result.total_seconds)}: {steps}, after each epoch {evaluation},")
-    print(f"        and {result.checkpoints:,} checkpoints of {1000 * result.checkpoint_seconds:,.0f} ms")
+    print(
+        f"        and {result.checkpoints:,} checkpoints of {1000 * result.checkpoint_seconds:,.0f} ms"
+    )
     processes = f", {result.processes} processes" if result.processes > 1 else ""
     print(f"memory  {result.peak_bytes / 1e6:,.0f} MB at the most{processes}")
     print(f"disk    {result.checkpoint_bytes / 1e6:,.1f} MB a checkpoint")
 
 
 def print_models(rows: Sequence[dict[str, Any]]) -> None:
-    table = Table(Column("model", no_wrap=True), "input", box=None, pad_edge=False, header_style="bold")
+    table = Table(
+        Column("model", no_wrap=True), "input", box=None, pad_edge=False, header_style="bold"
+    )
     for heading in ("parameters", "MACs", "paper top-1"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("weights", no_wrap=True)
@@ -131,18 +167,29 @@ def print_models(rows: Sequence[dict[str, Any]]) -> None:
         height, width = row["image_size"]
         top1 = "" if row["paper_top1"] is None else f"{row['paper_top1']:.1f} %"
         parameters, macs = f"{row['parameters'] / 1e6:.2f} M", f"{row['macs'] / 1e9:.3f} G"
-        table.add_row(row["name"], f"{height}x{width}", parameters, macs, top1, "released" if row["weights"] else "")
+        table.add_row(
+            row["name"],
+            f"{height}x{width}",
+            parameters,
+            macs,
+            top1,
+            "released" if row["weights"] else "",
+        )
     _wide_console().print(table)
 
 
 def print_data_check(found: DataCheck) -> None:
     """What was found: parts, classes, and what is wrong, the worst first."""
     for part in found.parts:
-        low, middle, high = (f"{height}x{width}" for height, width in (part.smallest, part.median, part.largest))
+        low, middle, high = (
+            f"{height}x{width}" for height, width in (part.smallest, part.median, part.largest)
+        )
         sizes = low if low == high else f"{low} to {high}, typically {middle}"
         print(f"{part.part:8} {part.n:,} images of {len(part.classes)} classes, {sizes} pixels")
     modes = ", ".join(f"{count:,} {mode}" for mode, count in found.modes.items())
-    print(f"modes    {modes}; the largest class has {found.imbalance:.1f} times the images of the smallest")
+    print(
+        f"modes    {modes}; the largest class has {found.imbalance:.1f} times the images of the smallest"
+    )
     table = Table(Column("class", no_wrap=True), box=None, pad_edge=False, header_style="bold")
     for part in found.parts:
         table.add_column(part.part, justify="right")
@@ -155,7 +202,10 @@ def print_data_check(found: DataCheck) -> None:
         print(f"broken   {broken.reason}")
     if len(found.broken) > PAIRS_PRINTED:
         print(f"broken   and {len(found.broken) - PAIRS_PRINTED} more (--json lists them)")
-    for what, count, pairs in (("same", found.identical_count, found.identical), ("near", found.near_count, found.near)):
+    for what, count, pairs in (
+        ("same", found.identical_count, found.identical),
+        ("near", found.near_count, found.near),
+    ):
         for pair in pairs[:PAIRS_PRINTED]:
             print(f"{what:8} {' and '.join(pair.images)}{_wrong_with(pair)}")
         if count > PAIRS_PRINTED:
@@ -167,7 +217,9 @@ def print_data_check(found: DataCheck) -> None:
 
 
 def _wrong_with(pair: ImagePair) -> str:
-    wrong = [f"in {' and '.join(pair.parts)}"] * pair.leak + [f"labelled {' and '.join(pair.labels)}"] * pair.conflict
+    wrong = [f"in {' and '.join(pair.parts)}"] * pair.leak + [
+        f"labelled {' and '.join(pair.labels)}"
+    ] * pair.conflict
     return f" ({'; '.join(wrong)})" if wrong else ""
 
 
@@ -193,9 +245,14 @@ def print_paper(rows: Sequence[Row], tables: Mapping[str, str]) -> None:
             ours, printed, differing = row.ours(), row.printed(), row.differing()
             cells = [f"{row.top1:.1f}"]
             for heading, value in printed.items():
-                cells += [f"{value:.1f}", f"{ours[heading]:.1f}{'*' if heading in differing else ' '}"]
+                cells += [
+                    f"{value:.1f}",
+                    f"{ours[heading]:.1f}{'*' if heading in differing else ' '}",
+                ]
             table.add_row(row.label, row.model, *cells)
-            reasons += [f"* {row.label}, {heading}: {reason}" for heading, reason in differing.items()]
+            reasons += [
+                f"* {row.label}, {heading}: {reason}" for heading, reason in differing.items()
+            ]
         console.print(table)
         for line in reasons:
             console.print(line, soft_wrap=True, markup=False)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
+from crossvit.cli.flag import Switch
 from crossvit.cli.options import TrainingOptions
-from crossvit.cli.switch import Switch
 from crossvit.errors import UsageError
 from crossvit.run import Run
 
@@ -55,7 +55,9 @@ def train(
     from crossvit.train.recipe import load_recipe
 
     if dry_run and (resume or overwrite):
-        raise UsageError("--dry-run starts no run and writes nothing to --out: leave out --resume and --overwrite")
+        raise UsageError(
+            "--dry-run starts no run and writes nothing to --out: leave out --resume and --overwrite"
+        )
     given = {} if options is None else vars(options)
     going_on = resume and Run(out).exists()
     plan = load_recipe(recipe or (out if going_on else "small"), data=data, out=out, **given)
@@ -65,8 +67,8 @@ def train(
     from crossvit.report.page import run_page
     from crossvit.results import to_json
     from crossvit.run import write_atomically
+    from crossvit.train.distributed import leading
     from crossvit.train.loop import fit, rehearse
-    from crossvit.train.parallel import leading
 
     with TerminalWatch() as watch:
         try:
@@ -77,7 +79,12 @@ def train(
         except KeyboardInterrupt:
             watch.stop()
             again = shlex.join(["crossvit", "train", data, "--out", out, "--resume"])
-            print(f"crossvit: stopped; go on with `{again}`" if watch.training else "crossvit: stopped", file=sys.stderr)
+            print(
+                f"crossvit: stopped; go on with `{again}`"
+                if watch.training
+                else "crossvit: stopped",
+                file=sys.stderr,
+            )
             return 130
     if not leading():
         return 0
@@ -89,7 +96,9 @@ def train(
         return 0
     evaluation = result.evaluation or _evaluated_anew(result)
     if evaluation is not None:
-        write_atomically(Run(out).report_path, run_page(result, evaluation).encode("utf-8", "surrogateescape"))
+        write_atomically(
+            Run(out).report_path, run_page(result, evaluation).encode("utf-8", "surrogateescape")
+        )
     if json:
         print(dumps(to_json(result), ensure_ascii=False, allow_nan=False))
     else:
@@ -103,12 +112,15 @@ def _refuse_early(plan: Recipe, *, dry_run: bool, resume: bool, overwrite: bool)
 
     from crossvit.data.sources import is_elsewhere, open_data
     from crossvit.model.presets import preset
-    from crossvit.train.resuming import recorded_run, refuse_contradiction
+    from crossvit.train.resume import recorded_run, refuse_contradiction
     from crossvit.weights.hub import locate
 
     refuse_contradiction(resume=resume, overwrite=overwrite)
     several = "RANK" in os.environ  # the first of them looks, in `fit`, before any makes the folder
-    if not (dry_run or several) and recorded_run(plan, Run(plan.out), resume=resume, overwrite=overwrite) is not None:
+    if (
+        not (dry_run or several)
+        and recorded_run(plan, Run(plan.out), resume=resume, overwrite=overwrite) is not None
+    ):
         return
     if plan.model:
         preset(plan.model)
@@ -122,13 +134,19 @@ def _evaluated_anew(result: TrainingResult) -> Evaluation | None:
     """The evaluation of a run that had ended before, where it was killed before it had a report; None where it has one, or the
     images are not there any more, which is said."""
     from crossvit.errors import CrossViTError
-    from crossvit.evaluation import evaluate
+    from crossvit.evaluation.evaluator import evaluate
 
     if Run(result.run).report_path.is_file():
         return None
     recipe = result.record["recipe"]
     try:
-        return evaluate(result.run, recipe["data"], device=recipe["device"], skip_bad=recipe["skip_bad"], maps=True)
+        return evaluate(
+            result.run,
+            recipe["data"],
+            device=recipe["device"],
+            skip_bad=recipe["skip_bad"],
+            maps=True,
+        )
     except CrossViTError as error:
         print(f"crossvit: no report.html: {error}", file=sys.stderr)
         return None

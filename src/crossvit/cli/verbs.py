@@ -8,7 +8,7 @@ from typing import Any
 from cyclopts import App
 
 from crossvit import __version__
-from crossvit.cli.switch import Switch
+from crossvit.cli.flag import Switch
 
 app = App(
     name="crossvit",
@@ -20,14 +20,36 @@ app = App(
 )
 TRAIN_HELP = "Train a classifier on a folder of images and evaluate it."
 DATA_HELP = "Look at images before training on them; put them into tar shards."
-WEIGHTS_HELP = "Show, convert and hand on weights: a run, a file, an https:// address, or a name on the hub."
-app.command("crossvit.cli.training:train", name="train", help=TRAIN_HELP)  # loaded when it is called: it has many options
-app.command("crossvit.cli.evaluating:evaluate", name="evaluate", help="Measure a run on labelled images.")
-app.command("crossvit.cli.reporting:report", name="report", help="Write the page of a run anew, or compare runs.")
+WEIGHTS_HELP = (
+    "Show, convert and hand on weights: a run, a file, an https:// address, or a name on the hub."
+)
+app.command(
+    "crossvit.cli.training:train", name="train", help=TRAIN_HELP
+)  # loaded when it is called: it has many options
+app.command(
+    "crossvit.cli.evaluating:evaluate", name="evaluate", help="Measure a run on labelled images."
+)
+app.command(
+    "crossvit.cli.reporting:report",
+    name="report",
+    help="Write the page of a run anew, or compare runs.",
+)
 app.command("crossvit.cli.predicting:predict", name="predict", help="Classify images.")
-app.command("crossvit.cli.planning:plan", name="plan", help="What a long run comes to on so many GPUs. Starts nothing.")
-app.command("crossvit.cli.explaining:explain", name="explain", help="Show what a model read its answers from.")
-app.command("crossvit.cli.benching:bench", name="bench", help="Time our models against timm's through every engine installed.")
+app.command(
+    "crossvit.cli.planning:plan",
+    name="plan",
+    help="What a long run comes to on so many GPUs. Starts nothing.",
+)
+app.command(
+    "crossvit.cli.explaining:explain",
+    name="explain",
+    help="Show what a model read its answers from.",
+)
+app.command(
+    "crossvit.cli.benching:bench",
+    name="bench",
+    help="Time our models against timm's through every engine installed.",
+)
 app.command("crossvit.cli.data:app", name="data", help=DATA_HELP)
 app.command("crossvit.cli.weights:app", name="weights", help=WEIGHTS_HELP)
 
@@ -72,7 +94,7 @@ def models(*, paper: Switch = False, json: Switch = False) -> int:
     """
     from crossvit.cli.terminal import print_models, print_paper
     from crossvit.model.cost import cost
-    from crossvit.model.paper import ROWS, TABLES
+    from crossvit.model.paper_tables import ROWS, TABLES
     from crossvit.model.presets import PRESETS
 
     if paper and json:

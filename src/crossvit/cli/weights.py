@@ -9,7 +9,7 @@ from typing import Any
 
 from cyclopts import App
 
-from crossvit.cli.switch import Switch
+from crossvit.cli.flag import Switch
 
 app = App(name="weights")  # its help is in verbs.py, which loads this when it is called
 
@@ -52,8 +52,12 @@ def show(source: str, /, *, json: Switch = False) -> int:
         print(json_module.dumps({**record, "config": config.to_dict()}, ensure_ascii=False))
         return 0
     height, width = config.image_size
-    print(f"model   {model or 'a config of its own'}, {height}x{width} pixels, {config.in_channels} channels")
-    print(f"classes {config.num_classes}{': ' + ', '.join(weights.classes) if weights.classes else ', without names'}")
+    print(
+        f"model   {model or 'a config of its own'}, {height}x{width} pixels, {config.in_channels} channels"
+    )
+    print(
+        f"classes {config.num_classes}{': ' + ', '.join(weights.classes) if weights.classes else ', without names'}"
+    )
     print(f"keys    {record['layout']}, {len(weights.tensors)} tensors, {parameters:,} parameters")
     print(f"file    {weights.path}")
     print(f"sha256  {digest}")
@@ -93,7 +97,9 @@ def convert(
         print(json_module.dumps(to_json(done), ensure_ascii=False))
     else:
         model = done.model or "a config of its own"
-        print(f"{done.destination}: {model}, {done.tensors} tensors, {done.parameters:,} parameters, {done.layout} -> {done.to}")
+        print(
+            f"{done.destination}: {model}, {done.tensors} tensors, {done.parameters:,} parameters, {done.layout} -> {done.to}"
+        )
     return 0
 
 
@@ -127,7 +133,9 @@ def save_timm(
 
     there = [name for name in FILES if (Path(folder).expanduser() / name).exists()]
     if there and not overwrite:
-        raise UsageError(f"{folder} has {', '.join(there)}: add --overwrite to replace them, or choose another folder")
+        raise UsageError(
+            f"{folder} has {', '.join(there)}: add --overwrite to replace them, or choose another folder"
+        )
     weights = read_weights(source)
     model, config = identify(weights)
     path = save_timm(
@@ -140,9 +148,15 @@ def save_timm(
         facts=_facts(source),
     )
     if json:
-        print(json_module.dumps({"folder": str(path), "model": model, "num_classes": config.num_classes}))
+        print(
+            json_module.dumps(
+                {"folder": str(path), "model": model, "num_classes": config.num_classes}
+            )
+        )
     else:
-        print(f"{path}: timm.create_model('local-dir:{path}', pretrained=True) loads it; the model card is {path / 'README.md'}")
+        print(
+            f"{path}: timm.create_model('local-dir:{path}', pretrained=True) loads it; the model card is {path / 'README.md'}"
+        )
     return 0
 
 
@@ -155,7 +169,9 @@ def _facts(source: str) -> dict[str, str]:
         return {}
     record: dict[str, Any] = run.finished_record()
     data, result, recipe = record["data"], record["result"], record["recipe"]
-    where = {"held-out": "held-out images", "val": "images of val/", "test": "images of test/"}[data["held_out_part"]]
+    where = {"held-out": "held-out images", "val": "images of val/", "test": "images of test/"}[
+        data["held_out_part"]
+    ]
     return {
         "Trained on": f"{Path(data['location']).name} ({data['train']:,} images), {recipe['epochs']} epochs, from "
         + (f"the weights of {recipe['weights']}" if recipe["weights"] else "scratch"),

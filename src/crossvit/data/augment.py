@@ -52,13 +52,23 @@ class Augment:
         fill = [128] * 3 if channels == 0 else list(preprocessing.mean)
         steps: list[Callable[[Any], Any]] = []
         if min_crop < 1.0:
-            steps.append(v2.RandomResizedCrop((height, width), scale=(min_crop, 1.0), interpolation=v2.InterpolationMode.BICUBIC))
+            steps.append(
+                v2.RandomResizedCrop(
+                    (height, width),
+                    scale=(min_crop, 1.0),
+                    interpolation=v2.InterpolationMode.BICUBIC,
+                )
+            )
         if flip > 0:
             steps.append(v2.RandomHorizontalFlip(flip))
         if rotate or shift or zoom:
             steps.append(
                 v2.RandomAffine(
-                    rotate, (shift, shift), (1 - zoom, 1 + zoom), interpolation=v2.InterpolationMode.BILINEAR, fill=fill
+                    rotate,
+                    (shift, shift),
+                    (1 - zoom, 1 + zoom),
+                    interpolation=v2.InterpolationMode.BILINEAR,
+                    fill=fill,
                 )
             )
         if randaugment and channels == 0:
@@ -68,13 +78,19 @@ class Augment:
         self.left_out = tuple(
             f"{name} is for {which} and left out with {channels} channels"
             for name, given, which in (
-                ("colour", colour > 0 and channels and channels not in COLOURED, "one or three channels"),
+                (
+                    "colour",
+                    colour > 0 and channels and channels not in COLOURED,
+                    "one or three channels",
+                ),
                 ("randaugment", randaugment and channels, "8-bit RGB (--channels 0)"),
             )
             if given
         )
         self.whole = min_crop >= 1.0
-        self.at_least = VIEW_SCALE * max(height, width)  # pixels of a picture's sides that a view is made from
+        self.at_least = VIEW_SCALE * max(
+            height, width
+        )  # pixels of a picture's sides that a view is made from
         self.erase = _erasing(erasing) if erasing > 0 else None
         self.transform = v2.Compose(steps or [v2.Identity()])
 
@@ -92,24 +108,34 @@ class Augment:
         size = (max(1, round(wide * scale)), max(1, round(high * scale)))
         if isinstance(picture, Image.Image):
             return picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
-        return dataclasses.replace(self.preprocessing, image_size=size[::-1], crop=None).fit(picture)
+        return dataclasses.replace(self.preprocessing, image_size=size[::-1], crop=None).fit(
+            picture
+        )
 
-    def __call__(self, view: Picture, *, seed: int, epoch: int, index: int, again: int = 0) -> NDArray[Any]:
+    def __call__(
+        self, view: Picture, *, seed: int, epoch: int, index: int, again: int = 0
+    ) -> NDArray[Any]:
         """`again` counts how often the image was taken before in the same epoch. Draws from the global generators, which it
         seeds: call it inside `generators_kept`."""
         seed_generators(seed, epoch, index, *[again] * (again > 0))
         if isinstance(view, Image.Image):
             pixels = np.asarray(self.transform(view))
         else:
-            planes = torch.from_numpy(np.ascontiguousarray(np.moveaxis(view, -1, 0)))  # (C, H, W), as torchvision has it
+            planes = torch.from_numpy(
+                np.ascontiguousarray(np.moveaxis(view, -1, 0))
+            )  # (C, H, W), as torchvision has it
             pixels = np.moveaxis(self.transform(planes).numpy(), 0, -1)
         if self.erase is None:
             return pixels
-        erased: NDArray[np.float32] = self.erase(torch.from_numpy(self.preprocessing.normalise(pixels))).numpy()
+        erased: NDArray[np.float32] = self.erase(
+            torch.from_numpy(self.preprocessing.normalise(pixels))
+        ).numpy()
         return erased
 
 
-def _randaugment(setting: str, preprocessing: Preprocessing) -> Callable[[Image.Image], Image.Image]:
+def _randaugment(
+    setting: str, preprocessing: Preprocessing
+) -> Callable[[Image.Image], Image.Image]:
     """timm's RandAugment as its `create_transform` sets it up. ConfigError for a setting that it does not know."""
     from timm.data.auto_augment import rand_augment_transform
 
@@ -121,7 +147,9 @@ def _randaugment(setting: str, preprocessing: Preprocessing) -> Callable[[Image.
     try:
         transform = rand_augment_transform(setting, hints)
     except Exception as error:  # an assertion or a conversion in timm
-        raise ConfigError(f"randaugment = {setting!r}: should be like 'rand-m9-mstd0.5-inc1'") from error
+        raise ConfigError(
+            f"randaugment = {setting!r}: should be like 'rand-m9-mstd0.5-inc1'"
+        ) from error
     for operation in transform.ops:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
@@ -139,7 +167,9 @@ def _erasing(chance: float) -> Callable[[torch.Tensor], torch.Tensor]:
     """timm's random erasing in pixel mode: every pixel of the rectangle a draw from N(0, 1), after normalisation."""
     from timm.data.random_erasing import RandomErasing
 
-    erase: Callable[[torch.Tensor], torch.Tensor] = RandomErasing(chance, mode="pixel", device="cpu")  # type: ignore[no-untyped-call]
+    erase: Callable[[torch.Tensor], torch.Tensor] = RandomErasing(
+        chance, mode="pixel", device="cpu"
+    )  # type: ignore[no-untyped-call]
     return erase
 
 

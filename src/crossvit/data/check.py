@@ -24,14 +24,16 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from crossvit.data.images import Data, ImageSet
-from crossvit.data.planes import kept_whole
+from crossvit.data.multichannel import kept_whole
 from crossvit.data.preprocess import ImageSource, Preprocessing, decode
 from crossvit.data.shards import torn_shards
 from crossvit.errors import DataError
 from crossvit.results import BrokenImage, DataCheck, ImagePair, PartCheck
 
 NEAR = 4  # of the 64 bits of a perceptual hash in which near-identical images differ at most; see dev/LOG.md
-BANDS = NEAR + 1  # a hash is cut into so many bands: two that differ in NEAR bits have one band in common
+BANDS = (
+    NEAR + 1
+)  # a hash is cut into so many bands: two that differ in NEAR bits have one band in common
 PAIRS_KEPT = 200  # of each kind, those across a split and with other labels first
 PICTURE_SIDE = 160  # pixels, in the report
 NO_LABEL = "no label"  # of a multi-label image that shows none of the classes
@@ -90,9 +92,13 @@ def _look(images: ImageSet, index: int, *, near: bool, preprocessing: Preprocess
     picture = images.read(index) if preprocessing is None else images.picture(index, preprocessing)
     content, mode = _content_and_mode(images.source(index))
     digest = hashlib.sha256(content).digest()[:16]
-    size = (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
+    size = (
+        (picture.height, picture.width) if isinstance(picture, Image.Image) else picture.shape[:2]
+    )
     bits = (
-        imagehash.phash(picture if isinstance(picture, Image.Image) else images.read(index)).hash.flatten()
+        imagehash.phash(
+            picture if isinstance(picture, Image.Image) else images.read(index)
+        ).hash.flatten()
         if near
         else np.zeros(64, dtype=bool)
     )
@@ -105,7 +111,10 @@ def _content_and_mode(source: ImageSource) -> tuple[bytes, str]:
         return source.tobytes(), Image.fromarray(source).mode
     assert isinstance(source, str | bytes)
     content = Path(source).read_bytes() if isinstance(source, str) else source
-    with contextlib.suppress(UnidentifiedImageError), Image.open(io.BytesIO(content)) as image:  # reads the header alone
+    with (
+        contextlib.suppress(UnidentifiedImageError),
+        Image.open(io.BytesIO(content)) as image,
+    ):  # reads the header alone
         return content, image.mode if kept_whole(image) else f"{image.mode} of a TIFF that has more"
     found = decode(content)
     assert isinstance(found, np.ndarray)
@@ -142,7 +151,9 @@ def near_identical(data: Data, looks: Mapping[str, Findings]) -> list[tuple[Wher
     found = []
     for one, other in sorted(pairs):
         if seen[one][1].digest != seen[other][1].digest:
-            found.append((seen[one][0], seen[other][0], int(np.bitwise_count(hashes[one] ^ hashes[other]))))
+            found.append(
+                (seen[one][0], seen[other][0], int(np.bitwise_count(hashes[one] ^ hashes[other])))
+            )
     return found
 
 
@@ -174,12 +185,18 @@ def _close(hashes: NDArray[np.uint64], bucket: NDArray[np.intp]) -> Iterator[tup
 # ---- the whole
 
 
-def check(data: Data, *, progress: Callable[[int, int], object] = lambda done, total: None, pictures: bool = False) -> DataCheck:
+def check(
+    data: Data,
+    *,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+    pictures: bool = False,
+) -> DataCheck:
     """Everything that `crossvit data check` says of `data`. `pictures` puts small copies into the pairs, for the page."""
     total = sum(len(images) for images in data.parts.values())
     seen = itertools.count(1)  # a whole step in CPython: the images are looked at in threads
     looks = {
-        part: look_at(images, near=True, progress=lambda: progress(next(seen), total)) for part, images in data.parts.items()
+        part: look_at(images, near=True, progress=lambda: progress(next(seen), total))
+        for part, images in data.parts.items()
     }
     same = [(one, other, 0) for one, other in identical(data, looks)]
     near = near_identical(data, looks)
@@ -192,10 +209,22 @@ def check(data: Data, *, progress: Callable[[int, int], object] = lambda done, t
         n=total,
         parts=tuple(_part(part, images, looks[part]) for part, images in data.parts.items()),
         imbalance=max(present) / min(present) if present else 1.0,
-        modes=dict(Counter(look.mode for found in looks.values() for look in found.looks.values()).most_common()),
+        modes=dict(
+            Counter(
+                look.mode for found in looks.values() for look in found.looks.values()
+            ).most_common()
+        ),
         broken=(
-            *(BrokenImage(part, name, reason) for part, found in looks.items() for name, reason in found.broken.items()),
-            *(BrokenImage(part, *torn) for part, images in data.parts.items() for torn in torn_shards(images.store)),
+            *(
+                BrokenImage(part, name, reason)
+                for part, found in looks.items()
+                for name, reason in found.broken.items()
+            ),
+            *(
+                BrokenImage(part, *torn)
+                for part, images in data.parts.items()
+                for torn in torn_shards(images.store)
+            ),
         ),
         identical_count=len(same),
         near_count=len(near),
@@ -208,19 +237,28 @@ def check(data: Data, *, progress: Callable[[int, int], object] = lambda done, t
     )
 
 
-def warnings_of(data: Data, looks: Mapping[str, Findings], parts: Mapping[str, ImageSet]) -> list[str]:
+def warnings_of(
+    data: Data, looks: Mapping[str, Findings], parts: Mapping[str, ImageSet]
+) -> list[str]:
     """What `train` says of the bytes it has seen anyway: images in both `parts` (of a split), conflicting labels."""
-    side = {images.path(index): part for part, images in parts.items() for index in range(len(images))}
+    side = {
+        images.path(index): part for part, images in parts.items() for index in range(len(images))
+    }
     leaks, conflicts = [], []
     for one, other in identical(data, looks):
         sides = [side.get(_path(data, where)) for where in (one, other)]
         leaks += [(one, other)] * (sides[0] != sides[1])
         conflicts += [(one, other)] * (_label(data, one) != _label(data, other))
     lines = []
-    for pairs, what in ((leaks, "stand on both sides of the split"), (conflicts, "have two different labels")):
+    for pairs, what in (
+        (leaks, "stand on both sides of the split"),
+        (conflicts, "have two different labels"),
+    ):
         if pairs:
             named = " and ".join(_path(data, where) for where in pairs[0])
-            lines.append(f"{len(pairs)} identical images {what}, such as {named}: see `crossvit data check {data.location}`")
+            lines.append(
+                f"{len(pairs)} identical images {what}, such as {named}: see `crossvit data check {data.location}`"
+            )
     return lines
 
 
@@ -236,10 +274,17 @@ def _part(part: str, images: ImageSet, found: Findings) -> PartCheck:
     )
 
 
-def _shown(data: Data, pairs: list[tuple[Where, Where, int]], *, pictures: bool) -> tuple[ImagePair, ...]:
+def _shown(
+    data: Data, pairs: list[tuple[Where, Where, int]], *, pictures: bool
+) -> tuple[ImagePair, ...]:
     """The first PAIRS_KEPT: those across parts and with other labels first, then the nearest."""
     ranked = sorted(
-        pairs, key=lambda pair: (pair[0].part == pair[1].part, _label(data, pair[0]) == _label(data, pair[1]), pair[2])
+        pairs,
+        key=lambda pair: (
+            pair[0].part == pair[1].part,
+            _label(data, pair[0]) == _label(data, pair[1]),
+            pair[2],
+        ),
     )
     return tuple(
         ImagePair(

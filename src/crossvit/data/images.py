@@ -24,7 +24,9 @@ from crossvit.results import MULTI_LABEL, SINGLE_LABEL
 HELD_OUT_PARTS = ("val", "test")
 NAMED_AT_MOST = 5  # of anything, in a message; the rest are counted
 
-Label = int | tuple[int, ...]  # the class of an image, or of multi-label data its classes, ascending; it may have none
+Label = (
+    int | tuple[int, ...]
+)  # the class of an image, or of multi-label data its classes, ascending; it may have none
 T = TypeVar("T")
 
 
@@ -144,7 +146,9 @@ class ImageSet:
         where an image has a class."""
         if self.task == SINGLE_LABEL:
             return np.asarray(self.labels, dtype=np.int64)
-        return np.array([multi_hot(label, len(self.classes)) for label in self.labels]).reshape(len(self), len(self.classes))
+        return np.array([multi_hot(label, len(self.classes)) for label in self.labels]).reshape(
+            len(self), len(self.classes)
+        )
 
     def counts(self) -> dict[str, int]:
         """Images per class, in the order of `classes`."""
@@ -158,12 +162,17 @@ class ImageSet:
     def said(self, index: int) -> str:
         """The label of image `index` for people: the names of its classes."""
         label = self.labels[index]
-        return BETWEEN_LABELS.join(self.classes[one] for one in ((label,) if isinstance(label, int) else label))
+        return BETWEEN_LABELS.join(
+            self.classes[one] for one in ((label,) if isinstance(label, int) else label)
+        )
 
     def under(self, classes: tuple[str, ...], numbers: Sequence[int]) -> ImageSet:
         """These images under other classes: what was class number i here is `numbers[i]` there."""
         labels = tuple(
-            numbers[label] if isinstance(label, int) else tuple(sorted({numbers[one] for one in label})) for label in self.labels
+            numbers[label]
+            if isinstance(label, int)
+            else tuple(sorted({numbers[one] for one in label}))
+            for label in self.labels
         )
         return dataclasses.replace(self, classes=classes, labels=labels)
 
@@ -198,7 +207,11 @@ class Data:
         digest = hashlib.sha256()
         for part, images in sorted(self.parts.items()):
             for index, (name, size) in enumerate(zip(images.names, images.file_sizes, strict=True)):
-                digest.update(f"{part} {name} {size} {images.said(index)}\n".encode("utf-8", "surrogateescape"))
+                digest.update(
+                    f"{part} {name} {size} {images.said(index)}\n".encode(
+                        "utf-8", "surrogateescape"
+                    )
+                )
         return digest.hexdigest()
 
     def without(self, broken: Mapping[str, Collection[str]]) -> Data:
@@ -210,7 +223,9 @@ class Data:
         """(train, held-out) images: the parts DATA has, or a split of all of them, stratified and with groups kept whole."""
         train = self.parts.get("train") or self.parts.get("all")
         if train is None:
-            raise UsageError(f"{self.location} has no train part: put the images to learn from in train/<class>/")
+            raise UsageError(
+                f"{self.location} has no train part: put the images to learn from in train/<class>/"
+            )
         _require_trainable(train, self.location)
         for part in HELD_OUT_PARTS:
             if part in self.parts:
@@ -241,9 +256,17 @@ def stratified_split(images: ImageSet, *, held_out: float, seed: int) -> tuple[I
     """(train, held-out): the share `held_out` of every class, drawn by `seed`, with at least one image of each class on
     both sides. UsageError where the label sets of multi-label images do not allow that."""
     if images.task == MULTI_LABEL:
-        return _split_at(images, splits.of_label_sets(images.targets(), (), held_out=held_out, seed=seed), "images")
+        return _split_at(
+            images,
+            splits.of_label_sets(images.targets(), (), held_out=held_out, seed=seed),
+            "images",
+        )
     return _split_at(
-        images, splits.of_labels(images.targets(), classes=len(images.classes), held_out=held_out, seed=seed), "images"
+        images,
+        splits.of_labels(
+            images.targets(), classes=len(images.classes), held_out=held_out, seed=seed
+        ),
+        "images",
     )
 
 
@@ -259,7 +282,9 @@ def grouped_split(images: ImageSet, *, held_out: float, seed: int) -> tuple[Imag
     if images.task == MULTI_LABEL:
         found = splits.of_label_sets(targets, images.groups, held_out=held_out, seed=seed)
     else:
-        found = splits.of_groups(targets, images.groups, classes=len(images.classes), held_out=held_out, seed=seed)
+        found = splits.of_groups(
+            targets, images.groups, classes=len(images.classes), held_out=held_out, seed=seed
+        )
     return _split_at(images, found, f"{count} groups")
 
 
@@ -277,14 +302,20 @@ def _require_groups_apart(train: ImageSet, other: ImageSet, part: str) -> None:
     if both:
         more = f" and {len(both) - NAMED_AT_MOST} more" if len(both) > NAMED_AT_MOST else ""
         named = ", ".join(both[:NAMED_AT_MOST]) + more
-        raise UsageError(f"{train.location}: {len(both)} groups are in train and in {part} ({named}): move each to one side")
+        raise UsageError(
+            f"{train.location}: {len(both)} groups are in train and in {part} ({named}): move each to one side"
+        )
 
 
 def _require_trainable(images: ImageSet, location: str) -> None:
     counts = images.counts()
     if len(counts) < 2 and images.task == SINGLE_LABEL:
-        raise UsageError(f"{location} has one class only ({images.classes[0]}): a classifier needs two or more")
+        raise UsageError(
+            f"{location} has one class only ({images.classes[0]}): a classifier needs two or more"
+        )
     for name, count in counts.items():
         if count < 2:
             found = "no image" if count == 0 else "one image"
-            raise UsageError(f"class {name!r} has {found} in {images.location}: add images (two or more) or remove the class")
+            raise UsageError(
+                f"class {name!r} has {found} in {images.location}: add images (two or more) or remove the class"
+            )

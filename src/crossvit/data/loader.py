@@ -27,10 +27,14 @@ from crossvit.results import MULTI_LABEL
 
 View = NDArray[Any]  # as Augment gives it
 DECODING_THREADS = min(8, os.cpu_count() or 1)  # where there are no worker processes
-CACHE_BYTES = 2 * 2**30  # decoded pictures kept in memory, over all workers; beyond it every epoch decodes again
+CACHE_BYTES = (
+    2 * 2**30
+)  # decoded pictures kept in memory, over all workers; beyond it every epoch decodes again
 
 
-Bounds = Callable[[int], tuple[int, int]]  # of a batch of so many, the part that is loaded here: from, to
+Bounds = Callable[
+    [int], tuple[int, int]
+]  # of a batch of so many, the part that is loaded here: from, to
 
 
 def whole(count: int) -> tuple[int, int]:
@@ -80,7 +84,9 @@ class TrainingSet(Dataset[tuple[View, Any]]):
     """(augmented view, target) of training images: a class number, or (classes,) uint8 of multi-label images. An item is
     asked for by its Key, so it never depends on who loads it when. threads: that decode, 0 for none."""
 
-    def __init__(self, images: ImageSet, augment: Augment, *, seed: int, cache_bytes: int, threads: int = 0) -> None:
+    def __init__(
+        self, images: ImageSet, augment: Augment, *, seed: int, cache_bytes: int, threads: int = 0
+    ) -> None:
         self.images = images
         self.augment = augment
         self.seed = seed
@@ -99,7 +105,10 @@ class TrainingSet(Dataset[tuple[View, Any]]):
         for key, view in zip(keys, views, strict=True):
             self._keep(key.image, view)
         with generators_kept():
-            return [(self._varied(key, view), self._target(key.image)) for key, view in zip(keys, views, strict=True)]
+            return [
+                (self._varied(key, view), self._target(key.image))
+                for key, view in zip(keys, views, strict=True)
+            ]
 
     def __getitem__(self, key: Key) -> tuple[View, Any]:
         return self.__getitems__([key])[0]
@@ -116,13 +125,17 @@ class TrainingSet(Dataset[tuple[View, Any]]):
 
     def _target(self, index: int) -> Any:
         label = self.images.labels[index]
-        return multi_hot(label, len(self.images.classes)) if self.images.task == MULTI_LABEL else label
+        return (
+            multi_hot(label, len(self.images.classes)) if self.images.task == MULTI_LABEL else label
+        )
 
     def _view(self, index: int) -> Picture:
         if index in self._kept:
             kept = self._kept[index]
             return Image.fromarray(kept) if kept.dtype == np.uint8 else kept
-        picture = self.images.picture(index, self.augment.preprocessing, at_least=self.augment.at_least)
+        picture = self.images.picture(
+            index, self.augment.preprocessing, at_least=self.augment.at_least
+        )
         return self.augment.view(picture)
 
     def _keep(self, index: int, view: Picture) -> None:
@@ -224,7 +237,9 @@ def _interrupts_left_to_this_process() -> Iterator[None]:
     ends them; none is lost."""
     heard: list[int] = []
     resource_tracker.ensure_running()  # starting it later would unblock the signal
-    here = threading.current_thread() is threading.main_thread()  # elsewhere handlers cannot be set, and none is run
+    here = (
+        threading.current_thread() is threading.main_thread()
+    )  # elsewhere handlers cannot be set, and none is run
     before = signal.getsignal(signal.SIGINT) if here else None  # None: not Python's to put back
     if before is not None:
         signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
@@ -241,4 +256,6 @@ def _interrupts_left_to_this_process() -> Iterator[None]:
 
 def _stack(items: list[tuple[View, Any]]) -> tuple[View, NDArray[Any]]:
     targets = np.array([target for _, target in items])
-    return np.stack([view for view, _ in items]), targets.astype(np.int64 if targets.ndim == 1 else np.float32)
+    return np.stack([view for view, _ in items]), targets.astype(
+        np.int64 if targets.ndim == 1 else np.float32
+    )

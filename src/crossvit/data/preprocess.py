@@ -1,6 +1,6 @@
 """THE inference preprocessing, shared by training's evaluation, evaluation and prediction. Pillow and NumPy only.
 
-Files are untrusted: only the formats below are opened, only up to planes.MAX_PIXELS, and nothing in a file is run.
+Files are untrusted: only the formats below are opened, only up to multichannel.MAX_PIXELS, and nothing in a file is run.
 """
 
 from __future__ import annotations
@@ -17,14 +17,31 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from crossvit.data import planes
+from crossvit.data import multichannel
 from crossvit.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".npy")
+SUFFIXES = (
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".pbm",
+    ".npy",
+)
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's, by the number of channels
 MAX_ASPECT = 64  # longer side over shorter; beyond it a central crop is taken of the middle alone
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # the released weights' normalisation (timm's IMAGENET_DEFAULT)
+IMAGENET_MEAN = (
+    0.485,
+    0.456,
+    0.406,
+)  # the released weights' normalisation (timm's IMAGENET_DEFAULT)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 # What Pillow finds odd in a file but can decode is no news for people, nor is a size that `opened` refuses.
@@ -44,7 +61,9 @@ UPRIGHT = {
 }
 
 ImageSource = str | Path | bytes | Image.Image | NDArray[Any]
-Picture = Image.Image | NDArray[np.float32]  # RGB; or (H, W, C) in 0..1, where a number of channels is asked for
+Picture = (
+    Image.Image | NDArray[np.float32]
+)  # RGB; or (H, W, C) in 0..1, where a number of channels is asked for
 
 
 def read_image(source: ImageSource) -> Image.Image:
@@ -69,17 +88,23 @@ def read_channels(source: ImageSource, channels: int, *, at_least: int = 0) -> N
             found = deep if found.mode == "F" else np.clip(deep, 0, 65535).astype(np.uint16)
         if not isinstance(found, Image.Image):
             if found.shape[2] == channels:
-                return planes.scaled(found)
+                return multichannel.scaled(found)
             if found.shape[2] not in (1, 3, 4):
                 raise ValueError(f"it has {found.shape[2]} channels and {channels} are wanted")
-            found = planes.looked_at(found)
+            found = multichannel.looked_at(found)
         if channels not in MODES:
             raise ValueError(f"it has {len(found.getbands())} channels and {channels} are wanted")
-        plain = to_rgb(found) if channels in (1, 3) else found  # what is transparent is laid on white
-        return planes.scaled(planes.with_channels(np.asarray(plain.convert(MODES[channels]))))
+        plain = (
+            to_rgb(found) if channels in (1, 3) else found
+        )  # what is transparent is laid on white
+        return multichannel.scaled(
+            multichannel.with_channels(np.asarray(plain.convert(MODES[channels])))
+        )
 
 
-def decode(source: ImageSource, channels: int = 0, *, at_least: int = 0) -> Image.Image | NDArray[Any]:
+def decode(
+    source: ImageSource, channels: int = 0, *, at_least: int = 0
+) -> Image.Image | NDArray[Any]:
     """What is in `source`: a picture, upright, in Pillow's own mode; or (H, W, C) as stored, where Pillow has no mode for it.
 
     channels: where a number of them is asked for, a TIFF of which Pillow would drop channels or bits is an array too.
@@ -87,33 +112,33 @@ def decode(source: ImageSource, channels: int = 0, *, at_least: int = 0) -> Imag
     """
     if isinstance(source, np.ndarray):
         plain = source.dtype == np.uint8 and (source.ndim == 2 or source.shape[2:] == (3,))
-        return Image.fromarray(source) if plain else planes.with_channels(source)
+        return Image.fromarray(source) if plain else multichannel.with_channels(source)
     if isinstance(source, Image.Image):
         return upright(source)
     _refuse_special(source)
     with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
-        start = file.read(len(planes.NUMPY_MAGIC))
+        start = file.read(len(multichannel.NUMPY_MAGIC))
         file.seek(0)
-        if start == planes.NUMPY_MAGIC:
-            return planes.read_npy(file)
+        if start == multichannel.NUMPY_MAGIC:
+            return multichannel.read_npy(file)
         try:
             with opened(file) as image:
                 if at_least:
                     image.draft(None, (at_least, at_least))  # does nothing but to a JPEG
-                if not channels or planes.kept_whole(image, channels):
+                if not channels or multichannel.kept_whole(image, channels):
                     return upright(image)
         except UnidentifiedImageError:
-            if not start.startswith(planes.TIFF_MAGICS):
+            if not start.startswith(multichannel.TIFF_MAGICS):
                 raise
         file.seek(0)
-        return planes.read_tiff(file.read(), channels)
+        return multichannel.read_tiff(file.read(), channels)
 
 
 def opened(file: IO[bytes]) -> Image.Image:
     """The picture in `file` with its header alone read, in one of FORMATS. Pillow's errors where it is in none of them or has
-    more than planes.MAX_PIXELS."""
+    more than multichannel.MAX_PIXELS."""
     image = Image.open(file, formats=FORMATS)
-    planes.refuse_pixels(*image.size)
+    multichannel.refuse_pixels(*image.size)
     return image
 
 
@@ -133,11 +158,15 @@ def _named(source: ImageSource) -> Iterator[None]:
     except UnidentifiedImageError:
         raise DataError(f"{name}: {_why_unidentified(source)}") from None
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise DataError(f"{name}: more than {planes.MAX_PIXELS:,} pixels; make it smaller first") from None
+        raise DataError(
+            f"{name}: more than {multichannel.MAX_PIXELS:,} pixels; make it smaller first"
+        ) from None
     except FileNotFoundError:
         raise DataError(f"{name}: no such file") from None
     except Exception as error:  # an untrusted file can make a decoder fail in any way
-        raise DataError(f"{name}: cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})") from error
+        raise DataError(
+            f"{name}: cannot be decoded ({' '.join(str(error).split()) or type(error).__name__})"
+        ) from error
 
 
 def _refuse_special(source: str | Path | bytes) -> None:
@@ -161,9 +190,11 @@ def upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image | NDArray[Any]) -> Image.Image:
     """8-bit RGB of what `decode` gives."""
     if isinstance(image, np.ndarray):
-        image = planes.looked_at(image)
+        image = multichannel.looked_at(image)
     if image.mode.startswith("I;16") or image.mode == "I":
-        grey = np.asarray(image).astype(np.int64) >> 8  # 16-bit grey; Pillow's own conversion would clip it to white
+        grey = (
+            np.asarray(image).astype(np.int64) >> 8
+        )  # 16-bit grey; Pillow's own conversion would clip it to white
         image = Image.fromarray(np.clip(grey, 0, 255).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
@@ -195,15 +226,22 @@ class Preprocessing:
         with _named(source):
             found = decode(source, at_least=at_least)
             if isinstance(found, np.ndarray) and found.shape[2] not in (1, 3, 4):
-                raise ValueError(f"it has {found.shape[2]} channels and RGB is wanted: train with --channels {found.shape[2]}")
+                raise ValueError(
+                    f"it has {found.shape[2]} channels and RGB is wanted: train with --channels {found.shape[2]}"
+                )
             return to_rgb(found)
 
     def fit(self, picture: Picture) -> NDArray[Any]:
         """At `image_size`, bicubic: an RGB picture -> (H, W, 3) uint8, (H, W, C) -> (H, W, C) float32 in 0..1."""
         if isinstance(picture, Image.Image):
             return np.asarray(self._fitted(picture))
-        fitted = [self._fitted(Image.fromarray(np.ascontiguousarray(plane))) for plane in np.moveaxis(picture, -1, 0)]
-        return np.stack([np.asarray(plane) for plane in fitted], axis=-1).clip(0.0, 1.0)  # bicubic swings over, as uint8 cannot
+        fitted = [
+            self._fitted(Image.fromarray(np.ascontiguousarray(plane)))
+            for plane in np.moveaxis(picture, -1, 0)
+        ]
+        return np.stack([np.asarray(plane) for plane in fitted], axis=-1).clip(
+            0.0, 1.0
+        )  # bicubic swings over, as uint8 cannot
 
     def _fitted(self, image: Image.Image) -> Image.Image:
         height, width = self.image_size
@@ -214,7 +252,9 @@ class Preprocessing:
             image = image.crop(middle)
         size = self._cover(image.size, self.crop)
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-        return image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + width, top + height))
+        return image.resize(size, Image.Resampling.BICUBIC).crop(
+            (left, top, left + width, top + height)
+        )
 
     def seen(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) of what `fit` keeps of a picture of `size` (width, height), in the picture's own pixels."""
@@ -245,7 +285,9 @@ class Preprocessing:
         unit = 255.0 if pixels.dtype == np.uint8 else 1.0
         scale = (1.0 / (unit * np.asarray(self.std))).astype(np.float32)[:, None, None]
         offset = (np.asarray(self.mean) / np.asarray(self.std)).astype(np.float32)[:, None, None]
-        values = np.ascontiguousarray(np.moveaxis(pixels, -1, -3)).astype(np.float32)  # turned while it is small
+        values = np.ascontiguousarray(np.moveaxis(pixels, -1, -3)).astype(
+            np.float32
+        )  # turned while it is small
         values *= scale
         values -= offset
         return values
@@ -255,7 +297,12 @@ class Preprocessing:
         return self.normalise(self.fit(self.read(source)))
 
     def to_dict(self) -> dict[str, Any]:
-        record = {"image_size": list(self.image_size), "crop": self.crop, "mean": list(self.mean), "std": list(self.std)}
+        record = {
+            "image_size": list(self.image_size),
+            "crop": self.crop,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
         return {**record, "channels": self.channels}
 
     @classmethod
@@ -266,7 +313,9 @@ class Preprocessing:
             crop=record["crop"],
             mean=tuple(record["mean"]),
             std=tuple(record["std"]),
-            channels=record.get("channels", 0),  # as RGB, in records of before there was another way
+            channels=record.get(
+                "channels", 0
+            ),  # as RGB, in records of before there was another way
         )
 
 

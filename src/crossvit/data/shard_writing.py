@@ -17,12 +17,14 @@ import numpy as np
 from PIL import Image
 
 from crossvit.data.images import Data, ImageSet, Label
-from crossvit.data.planes import NUMPY_MAGIC, TIFF_MAGICS
+from crossvit.data.multichannel import NUMPY_MAGIC, TIFF_MAGICS
 from crossvit.data.shards import FORMAT, MANIFEST, filesystem
 from crossvit.errors import DataError, UsageError
 from crossvit.results import MULTI_LABEL, ShardSummary
 
-SHARD_BYTES = 256 * 2**20  # webdataset's usual size is 0.1 to 1 GB; a shard is the unit of copying, not of reading
+SHARD_BYTES = (
+    256 * 2**20
+)  # webdataset's usual size is 0.1 to 1 GB; a shard is the unit of copying, not of reading
 SHUFFLE_SEED = 0  # images are written in a shuffled order, so that readers that only stream see every class early
 
 
@@ -42,12 +44,16 @@ def write_shards(
     location = str(out).rstrip("/")
     files, root = filesystem(location)
     if _within(location, data):
-        raise UsageError(f"{location} lies inside the images that are to be written: choose another place")
+        raise UsageError(
+            f"{location} lies inside the images that are to be written: choose another place"
+        )
     with _writing(location):
         there = files.ls(root, detail=False) if files.exists(root) else []
         ours = [name for name in there if name.endswith((".tar", ".partial", f"/{MANIFEST}"))]
         if there and not overwrite:
-            raise UsageError(f"{location} is not empty: choose another place, or add --overwrite to replace the shards in it")
+            raise UsageError(
+                f"{location} is not empty: choose another place, or add --overwrite to replace the shards in it"
+            )
         if len(ours) < len(there):
             raise UsageError(f"{location} holds other files than shards: choose another place")
         for name in ours:
@@ -56,7 +62,14 @@ def write_shards(
         total = sum(len(images) for images in data.parts.values())
         count = itertools.count(1)
         parts = {
-            part: _write_part(part, images, files, root, shard_bytes=shard_bytes, written=lambda: progress(next(count), total))
+            part: _write_part(
+                part,
+                images,
+                files,
+                root,
+                shard_bytes=shard_bytes,
+                written=lambda: progress(next(count), total),
+            )
             for part, images in data.parts.items()
         }
         manifest = {"format": FORMAT, "classes": list(data.classes), "parts": parts}
@@ -75,7 +88,13 @@ def _within(location: str, data: Data) -> bool:
 
 
 def _write_part(
-    part: str, images: ImageSet, files: Any, root: str, *, shard_bytes: int, written: Callable[[], object]
+    part: str,
+    images: ImageSet,
+    files: Any,
+    root: str,
+    *,
+    shard_bytes: int,
+    written: Callable[[], object],
 ) -> dict[str, Any]:
     """The tar files of one part, and its columns in the manifest, in the order of `images`."""
     count = len(images)
@@ -86,7 +105,10 @@ def _write_part(
     while order:
         name = f"{part}-{len(shards):05d}.tar"
         taken = 0
-        with _whole(files, f"{root}/{name}") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        with (
+            _whole(files, f"{root}/{name}") as file,
+            tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar,
+        ):
             while order and file.written < shard_bytes:
                 index = order.pop()
                 content, suffix = _file_of(images, index)
@@ -95,7 +117,14 @@ def _write_part(
                 _add(tar, f"{index:09d}{sidecar}", _written(images.labels[index]))
                 taken += 1
                 written()
-        shards.append({"file": name, "bytes": file.written, "sha256": file.digest.hexdigest(), "images": taken})
+        shards.append(
+            {
+                "file": name,
+                "bytes": file.written,
+                "sha256": file.digest.hexdigest(),
+                "images": taken,
+            }
+        )
     groups = {"groups": list(images.groups)} if images.groups else {}
     return {
         "task": images.task,
@@ -131,7 +160,9 @@ def _file_of(images: ImageSet, index: int) -> tuple[bytes, str]:
         except OSError as error:
             raise DataError(f"{source}: cannot be read ({error.strerror or error})") from error
     if isinstance(source, bytes):
-        return source, PurePosixPath(images.names[index]).suffix.lower() or _suffix_of(images, index, source)
+        return source, PurePosixPath(images.names[index]).suffix.lower() or _suffix_of(
+            images, index, source
+        )
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(source)).save(buffer, format="PNG")
     return buffer.getvalue(), ".png"

@@ -56,7 +56,9 @@ class Shards:
         try:
             content = _read_range(url, place.offset, place.size)
         except Exception as error:  # a disk, a network, a store that answers in its own words
-            raise DataError(f"{self.path(name)}: cannot be fetched ({' '.join(str(error).split())})") from error
+            raise DataError(
+                f"{self.path(name)}: cannot be fetched ({' '.join(str(error).split())})"
+            ) from error
         if len(content) != place.size:
             raise DataError(f"{self.path(name)}: the shard ends too early; copy it again")
         return content
@@ -121,15 +123,27 @@ def _from_manifest(location: str, files: Any, root: str) -> Data:
         manifest = json.loads(files.cat_file(f"{root}/{MANIFEST}"))
         classes = tuple(map(str, manifest["classes"]))
         known = manifest["format"] == FORMAT
-        parts = {part: _Columns.read(manifest["parts"][part]) for part in (*PARTS, "all") if part in manifest["parts"]}
+        parts = {
+            part: _Columns.read(manifest["parts"][part])
+            for part in (*PARTS, "all")
+            if part in manifest["parts"]
+        }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{place} is not a manifest of `crossvit data shard` ({error}): write the shards again") from error
+        raise UsageError(
+            f"{place} is not a manifest of `crossvit data shard` ({error}): write the shards again"
+        ) from error
     if not known:
-        raise UsageError(f"{place} is of another version of crossvit: write the shards again, or update")
+        raise UsageError(
+            f"{place} is of another version of crossvit: write the shards again, or update"
+        )
     for part, columns in parts.items():
         columns.refuse_nonsense(f"{place}, {part}", len(classes))
         _refuse_other_sizes(columns.shards, location, files, root)
-    return Data(location, classes, {part: columns.images(location, classes) for part, columns in parts.items()})
+    return Data(
+        location,
+        classes,
+        {part: columns.images(location, classes) for part, columns in parts.items()},
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,11 +161,18 @@ class _Columns:
 
     @classmethod
     def read(cls, record: dict[str, Any]) -> _Columns:
-        shards = [(str(shard["file"]), int(shard["bytes"]), str(shard["sha256"])) for shard in record["shards"]]
-        numbers = {name: [int(value) for value in record[name]] for name in ("shard", "offset", "size")}
+        shards = [
+            (str(shard["file"]), int(shard["bytes"]), str(shard["sha256"]))
+            for shard in record["shards"]
+        ]
+        numbers = {
+            name: [int(value) for value in record[name]] for name in ("shard", "offset", "size")
+        }
         groups = [str(group) for group in record.get("groups", ())]
         names = [str(name) for name in record["names"]]
-        task = str(record.get("task", SINGLE_LABEL))  # of one label an image before there was another way
+        task = str(
+            record.get("task", SINGLE_LABEL)
+        )  # of one label an image before there was another way
         labels: list[Label] = (
             [tuple(sorted({int(one) for one in label})) for label in record["labels"]]
             if task == MULTI_LABEL
@@ -161,25 +182,42 @@ class _Columns:
 
     def refuse_nonsense(self, place: str, classes: int) -> None:
         """UsageError for what cannot be: a manifest may come from anywhere."""
-        lengths = {len(column) for column in (self.names, self.labels, self.shard, self.offset, self.size)}
+        lengths = {
+            len(column) for column in (self.names, self.labels, self.shard, self.offset, self.size)
+        }
         if len(lengths) != 1 or (self.groups and len(self.groups) != len(self.names)):
             raise UsageError(f"{place}: its columns differ in length: write the shards again")
         if len(set(self.names)) < len(self.names):
             raise UsageError(f"{place}: a name is there twice: write the shards again")
-        found = (one for label in self.labels for one in ((label,) if isinstance(label, int) else label))
+        found = (
+            one for label in self.labels for one in ((label,) if isinstance(label, int) else label)
+        )
         wrong = next((one for one in found if not 0 <= one < classes), None)
         if wrong is not None:
-            raise UsageError(f"{place}: label {wrong} of {classes} classes: labels are from 0 to {classes - 1}")
+            raise UsageError(
+                f"{place}: label {wrong} of {classes} classes: labels are from 0 to {classes - 1}"
+            )
         for name, _, _ in self.shards:
             if PurePosixPath(name).name != name or "\\" in name:
-                raise UsageError(f"{place}: a shard is called {name!r}; it should lie beside the manifest")
+                raise UsageError(
+                    f"{place}: a shard is called {name!r}; it should lie beside the manifest"
+                )
         for shard, offset, size in zip(self.shard, self.offset, self.size, strict=True):
-            if not 0 <= shard < len(self.shards) or offset < 0 or size < 0 or offset + size > self.shards[shard][1]:
-                raise UsageError(f"{place}: an image lies outside its shard: write the shards again")
+            if (
+                not 0 <= shard < len(self.shards)
+                or offset < 0
+                or size < 0
+                or offset + size > self.shards[shard][1]
+            ):
+                raise UsageError(
+                    f"{place}: an image lies outside its shard: write the shards again"
+                )
 
     def images(self, location: str, classes: tuple[str, ...]) -> ImageSet:
         positions = zip(self.shard, self.offset, self.size, strict=True)
-        places = {name: Place(*position) for name, position in zip(self.names, positions, strict=True)}
+        places = {
+            name: Place(*position) for name, position in zip(self.names, positions, strict=True)
+        }
         files, _, digests = zip(*self.shards, strict=True) if self.shards else ((), (), ())
         store = Shards(location, tuple(files), places, tuple(digests))
         return ImageSet(
@@ -193,7 +231,9 @@ class _Columns:
         )
 
 
-def _refuse_other_sizes(shards: Sequence[tuple[str, int, str]], location: str, files: Any, root: str) -> None:
+def _refuse_other_sizes(
+    shards: Sequence[tuple[str, int, str]], location: str, files: Any, root: str
+) -> None:
     """UsageError that names the first shard that is missing or torn."""
 
     def size(name: str) -> int | None:
@@ -206,15 +246,23 @@ def _refuse_other_sizes(shards: Sequence[tuple[str, int, str]], location: str, f
         found = list(pool.map(size, (name for name, _, _ in shards)))
     for (name, expected, _), there in zip(shards, found, strict=True):
         if there is None:
-            raise UsageError(f"{location}/{name} is missing: copy it there, or write the shards again")
+            raise UsageError(
+                f"{location}/{name} is missing: copy it there, or write the shards again"
+            )
         if there != expected:
-            raise UsageError(f"{location}/{name} has {there:,} bytes and the manifest says {expected:,}: copy it again")
+            raise UsageError(
+                f"{location}/{name} has {there:,} bytes and the manifest says {expected:,}: copy it again"
+            )
 
 
 def _by_reading_through(location: str, files: Any, root: str) -> Data:
     """Tar files of another's making, as webdataset has them: <key>.jpg (or another image) beside <key>.cls with a number or a
     name. Where each image lies is found once, by their headers, so they too are read by position."""
-    tars = sorted(name for name in files.ls(root, detail=False) if name.endswith(".tar")) if files.exists(root) else []
+    tars = (
+        sorted(name for name in files.ls(root, detail=False) if name.endswith(".tar"))
+        if files.exists(root)
+        else []
+    )
     if not tars:
         raise UsageError(f"{location} has no tar files and no {MANIFEST}")
     found: dict[str, list[tuple[str, str, Place]]] = {}
@@ -222,9 +270,13 @@ def _by_reading_through(location: str, files: Any, root: str) -> Data:
     for number, name in enumerate(tars):
         part = next((part for part in PARTS if PurePosixPath(name).name.startswith(part)), "all")
         with files.open(name, "rb") as file:
-            found.setdefault(part, []).extend(_labelled(file, number, f"{location}/{shards[number]}"))
+            found.setdefault(part, []).extend(
+                _labelled(file, number, f"{location}/{shards[number]}")
+            )
     if "all" in found and len(found) > 1:
-        raise UsageError(f"{location}: some tar files are called train, val or test and others are not: rename them")
+        raise UsageError(
+            f"{location}: some tar files are called train, val or test and others are not: rename them"
+        )
     texts = {label for entries in found.values() for _, label, _ in entries}
     numbered = all(text.isdecimal() for text in texts)
     classes = tuple(sorted(texts, key=int if numbered else None))
@@ -258,12 +310,19 @@ def _labelled(file: IO[bytes], number: int, place: str) -> list[tuple[str, str, 
                     images[key] = member.name, Place(number, member.offset_data, member.size)
                 elif suffix == "cls":
                     content = tar.extractfile(member)
-                    labels[key] = content.read(1000).decode("utf-8", "replace").strip() if content else ""
+                    labels[key] = (
+                        content.read(1000).decode("utf-8", "replace").strip() if content else ""
+                    )
     except tarfile.TarError as error:
         raise UsageError(f"{place} is torn or not a tar file ({error}): copy it again") from error
     without = next((name for key, (name, _) in images.items() if not labels.get(key)), None)
     if without is not None:
-        raise UsageError(f"{place}: {without} has no label beside it: add <key>.cls with a number or a name")
+        raise UsageError(
+            f"{place}: {without} has no label beside it: add <key>.cls with a number or a name"
+        )
     if not images:
         raise UsageError(f"{place} has no images (read here: {' '.join(SUFFIXES)})")
-    return [(f"{PurePosixPath(place).name}/{name}", labels[key], where) for key, (name, where) in images.items()]
+    return [
+        (f"{PurePosixPath(place).name}/{name}", labels[key], where)
+        for key, (name, where) in images.items()
+    ]

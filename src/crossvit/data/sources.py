@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from crossvit.data.csv_lists import TABLES, open_csv
+from crossvit.data.hf_datasets import HUB, PARQUET, is_saved, open_rows
 from crossvit.data.images import HELD_OUT_PARTS, Arrays, Data, Folder, ImageSet
 from crossvit.data.preprocess import SUFFIXES
-from crossvit.data.rows import HUB, PARQUET, is_saved, open_rows
 from crossvit.data.shards import MANIFEST, is_sharded, open_shards
-from crossvit.data.tables import TABLES, open_csv
 from crossvit.errors import UsageError
 
 BUILT_IN = "digits"
@@ -53,7 +53,9 @@ def is_elsewhere(location: str) -> bool:
 def open_folder(root: Path) -> Data:
     """A folder of class folders, or train/ with val/ or test/ that hold them."""
     if not root.is_dir():
-        raise UsageError(f"no folder {root}: give a folder of class folders, a CSV, a folder of shards, or `{BUILT_IN}`")
+        raise UsageError(
+            f"no folder {root}: give a folder of class folders, a CSV, a folder of shards, or `{BUILT_IN}`"
+        )
     layout, notes = _layout(root)
     classes = _folders(layout.get("train") or next(iter(layout.values())))
     if not classes:
@@ -65,9 +67,13 @@ def open_folder(root: Path) -> Data:
     for part, folder in layout.items():
         sets[part] = _read_folder(folder, classes, ignored)
     if not any(len(images) for images in sets.values()):
-        raise UsageError(f"{root} has no images: put them in {root}/<class>/ (read here: {' '.join(SUFFIXES)})")
+        raise UsageError(
+            f"{root} has no images: put them in {root}/<class>/ (read here: {' '.join(SUFFIXES)})"
+        )
     if ignored:
-        kinds = ", ".join(f"{count} {suffix or 'without an ending'}" for suffix, count in ignored.most_common())
+        kinds = ", ".join(
+            f"{count} {suffix or 'without an ending'}" for suffix, count in ignored.most_common()
+        )
         notes.append(f"files of a kind that is not read here are ignored: {kinds}")
     return Data(str(root), classes, sets, tuple(notes))
 
@@ -80,14 +86,20 @@ def _layout(root: Path) -> tuple[dict[str, Path], list[str]]:
     folders = _folders(root)
     parts = [part for part in ("train", *HELD_OUT_PARTS) if part in folders]
     others = [name for name in folders if name not in parts]
-    if not parts or (others and not _folders(root / "train" if "train" in parts else root / parts[0])):
+    if not parts or (
+        others and not _folders(root / "train" if "train" in parts else root / parts[0])
+    ):
         return {"all": root}, []
     for part in parts:
         if not _folders(root / part) and any((root / part).iterdir()):
             raise UsageError(
                 f"{root / part} has no class folders: put its images in {root / part}/<class>/, as in the other parts"
             )
-    notes = [f"{root} has train/, val/ or test/, so its other folders are ignored: {', '.join(others)}"] if others else []
+    notes = (
+        [f"{root} has train/, val/ or test/, so its other folders are ignored: {', '.join(others)}"]
+        if others
+        else []
+    )
     return {part: root / part for part in parts}, notes
 
 
@@ -97,14 +109,22 @@ def is_image_file(path: Path) -> bool:
 
 
 def _folders(root: Path) -> tuple[str, ...]:
-    return tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+    return tuple(
+        sorted(
+            entry.name
+            for entry in root.iterdir()
+            if entry.is_dir() and not entry.name.startswith(".")
+        )
+    )
 
 
 def _read_folder(root: Path, classes: tuple[str, ...], ignored: Counter[str]) -> ImageSet:
     """The images below `root`; files of other kinds are counted in `ignored` by their name's ending."""
     extra = sorted(set(_folders(root)) - set(classes))
     if extra:
-        raise UsageError(f"{root} has classes that train/ does not have: {', '.join(extra)}; rename or remove them")
+        raise UsageError(
+            f"{root} has classes that train/ does not have: {', '.join(extra)}; rename or remove them"
+        )
     names: list[str] = []
     labels: list[int] = []
     sizes: list[int] = []
@@ -127,4 +147,6 @@ def _digits() -> ImageSet:
     classes = tuple(str(name) for name in digits.target_names)
     names = tuple(f"{index:04d}" for index in range(len(pixels)))
     labels = tuple(int(label) for label in digits.target)
-    return ImageSet(Arrays(BUILT_IN, pixels), classes, names, labels, (pixels[0].nbytes,) * len(pixels))
+    return ImageSet(
+        Arrays(BUILT_IN, pixels), classes, names, labels, (pixels[0].nbytes,) * len(pixels)
+    )

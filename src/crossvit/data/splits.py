@@ -34,7 +34,9 @@ def of_labels(labels: Labels, *, classes: int, held_out: float, seed: int) -> li
     return sorted(chosen)
 
 
-def of_groups(labels: Labels, groups: Sequence[str], *, classes: int, held_out: float, seed: int) -> list[int] | None:
+def of_groups(
+    labels: Labels, groups: Sequence[str], *, classes: int, held_out: float, seed: int
+) -> list[int] | None:
     """One label an image and no group on both sides: one of 1 / `held_out` folds of scikit-learn's StratifiedGroupKFold, the
     one whose classes are nearest to the share `held_out`. None where every fold leaves a class out of one side."""
     from sklearn.model_selection import StratifiedGroupKFold
@@ -56,7 +58,9 @@ def fold_count(held_out: float) -> int:
     return max(2, round(1 / held_out))
 
 
-def of_label_sets(targets: NDArray[np.uint8], groups: Sequence[str], *, held_out: float, seed: int) -> list[int] | None:
+def of_label_sets(
+    targets: NDArray[np.uint8], groups: Sequence[str], *, held_out: float, seed: int
+) -> list[int] | None:
     """Several labels an image, or none: iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011) of images, or of
     groups where there are some, which stay whole. None where a class cannot stand on both sides.
 
@@ -64,9 +68,13 @@ def of_label_sets(targets: NDArray[np.uint8], groups: Sequence[str], *, held_out
     to the side that lacks most of it: the held-out side wants the share `held_out` of each class, rounded, but at least one
     image and all but one at most.
     """
-    numbers = np.unique(np.asarray(groups), return_inverse=True)[1] if groups else np.arange(len(targets))
+    numbers = (
+        np.unique(np.asarray(groups), return_inverse=True)[1] if groups else np.arange(len(targets))
+    )
     units = np.zeros((int(numbers.max()) + 1, targets.shape[1] + 1), dtype=np.int64)
-    np.add.at(units, numbers, np.column_stack((targets, np.ones(len(targets), dtype=np.int64))))  # the last column: images
+    np.add.at(
+        units, numbers, np.column_stack((targets, np.ones(len(targets), dtype=np.int64)))
+    )  # the last column: images
     counts = units.sum(axis=0)
     wanted = np.clip(np.round(counts * held_out), 1, counts - 1)
     wants = np.stack((counts - wanted, wanted))  # (2, C + 1): what each side still lacks
@@ -75,9 +83,15 @@ def of_label_sets(targets: NDArray[np.uint8], groups: Sequence[str], *, held_out
     while (side < 0).any():
         left = order[side[order] < 0]
         present = units[left].sum(axis=0)
-        rarest = int(np.where(present > 0, present, np.iinfo(np.int64).max)[:-1].argmin()) if present[:-1].any() else -1
+        rarest = (
+            int(np.where(present > 0, present, np.iinfo(np.int64).max)[:-1].argmin())
+            if present[:-1].any()
+            else -1
+        )
         own = left[units[left, rarest] > 0]
-        for unit in own[np.argsort(-units[own, rarest], kind="stable")]:  # large groups first: small ones even it out
+        for unit in own[
+            np.argsort(-units[own, rarest], kind="stable")
+        ]:  # large groups first: small ones even it out
             lacks, room = wants[:, rarest], wants[:, -1] / counts[-1]
             side[unit] = int(np.lexsort((room, lacks))[-1])
             wants[side[unit]] -= units[unit]
@@ -96,6 +110,8 @@ def _mend(units: NDArray[np.int64], side: NDArray[np.integer]) -> None:
             if units[side == number, label].any():
                 continue
             own = np.flatnonzero((side == 1 - number) & (units[:, label] > 0))
-            spared = next((unit for unit in own if (there - units[unit])[units[unit] > 0].min() > 0), None)
+            spared = next(
+                (unit for unit in own if (there - units[unit])[units[unit] > 0].min() > 0), None
+            )
             if spared is not None:
                 side[spared] = number

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 from torch.nn.modules.module import _has_any_global_hook
 
 from crossvit.errors import ConfigError
-from crossvit.kernels import functions
-from crossvit.kernels.calls import Fold
-from crossvit.kernels.cross import read, read_normalised, takes_read
-from crossvit.model.cache_sized import cache_sized_attention
+from crossvit.fast import self_attention as functions
+from crossvit.fast.chunked_attention import cache_sized_attention
+from crossvit.fast.cross_attention import read, read_normalised, takes_read
+from crossvit.fast.native.bindings import Fold
 
 KERNELS = ("auto", "fused", "plain")
 Listener = Callable[[Tensor], object]
@@ -73,7 +73,9 @@ def _beats_fused(tokens: Tensor) -> bool:
 def _as_given(tokens: Tensor) -> contextlib.AbstractContextManager[object]:
     """The context in which tokens in reduced precision stay so: autocast would widen the softmax and lose the gain."""
     reduced = tokens.dtype in (torch.bfloat16, torch.float16)
-    return torch.autocast(tokens.device.type, enabled=False) if reduced else contextlib.nullcontext()
+    return (
+        torch.autocast(tokens.device.type, enabled=False) if reduced else contextlib.nullcontext()
+    )
 
 
 def attention_weights(query: Tensor, key: Tensor) -> Tensor:
@@ -88,14 +90,18 @@ class SelfAttention(nn.Module):
     (B, N, D) -> (B, N, D). `drop` is dropout after the output projection, `attention_drop` on the attention weights.
     """
 
-    def __init__(self, dim: int, num_heads: int, *, drop: float = 0.0, attention_drop: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, drop: float = 0.0, attention_drop: float = 0.0
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.attention_drop = attention_drop
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
         self.drop = nn.Dropout(drop)
-        self.listener: Listener | None = None  # is given the weights (B, H, N, N); see `record_attention`
+        self.listener: Listener | None = (
+            None  # is given the weights (B, H, N, N); see `record_attention`
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)  # (B, N, 3 D)
@@ -107,7 +113,9 @@ class SelfAttention(nn.Module):
                 with _as_given(qkv):
                     mixed = cache_sized_attention(qkv, self.num_heads)
                 return self.drop(self.out(mixed))  # type: ignore[no-any-return]
-        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, N, K) each
+        query, key, value = (
+            qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        )  # (B, H, N, K) each
         if self.listener is None:
             mixed = attention(query, key, value, dropout=dropout)
         else:
@@ -131,7 +139,13 @@ class CrossAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, *, drop: float = 0.0, attention_drop: float = 0.0, keys_values: str = "lazy"
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        drop: float = 0.0,
+        attention_drop: float = 0.0,
+        keys_values: str = "lazy",
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
@@ -142,7 +156,9 @@ class CrossAttention(nn.Module):
         self.out = nn.Linear(dim, dim)
         self.attention_drop = nn.Dropout(attention_drop)
         self.drop = nn.Dropout(drop)
-        self.listener: Listener | None = None  # is given the weights (B, H, 1, N); see `record_attention`
+        self.listener: Listener | None = (
+            None  # is given the weights (B, H, 1, N); see `record_attention`
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         mixed = self._lazy(x) if self.keys_values == "lazy" else self._materialised(x)  # (B, D)
@@ -159,7 +175,10 @@ class CrossAttention(nn.Module):
         """Whether `of_normalised` computes it: our kernel takes x, and no hook, other `forward` or other shape is passed over."""
         if not self._by_kernel(x) or _has_any_global_hook():
             return False
-        if not (functions.is_as_written(norm, nn.LayerNorm) and functions.is_as_written(self, CrossAttention)):
+        if not (
+            functions.is_as_written(norm, nn.LayerNorm)
+            and functions.is_as_written(self, CrossAttention)
+        ):
             return False
         affine = isinstance(norm.weight, Tensor) and isinstance(norm.bias, Tensor)
         batch, _, width = x.shape
@@ -168,14 +187,23 @@ class CrossAttention(nn.Module):
     def _lazy(self, x: Tensor) -> Tensor:
         if self._by_kernel(x):
             return self._value(read(x, self._scaled_probe(x[:, 0])))
-        if x.dtype != torch.float64 and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
+        if (
+            x.dtype != torch.float64
+            and x.device.type != "meta"
+            and torch.is_autocast_enabled(x.device.type)
+        ):
             # which would cast it at each of its uses, but never doubles
             x = x.to(torch.get_autocast_dtype(x.device.type))
         fused = _kernel == "fused" or (_kernel == "auto" and not _beats_fused(x))
         if fused and self.listener is None and not self._dropping:
-            probe, x = self._scaled_probe(x[:, 0]).unsqueeze(1), x.unsqueeze(1)  # one head of H queries
+            probe, x = (
+                self._scaled_probe(x[:, 0]).unsqueeze(1),
+                x.unsqueeze(1),
+            )  # one head of H queries
             return self._value(F.scaled_dot_product_attention(probe, x, x, scale=1.0).squeeze(1))
-        weights = self._weights((self._scaled_probe(x[:, 0]) @ x.transpose(1, 2)).softmax(dim=-1))  # (B, H, N)
+        weights = self._weights(
+            (self._scaled_probe(x[:, 0]) @ x.transpose(1, 2)).softmax(dim=-1)
+        )  # (B, H, N)
         # Σ p_j is one, but its gradient is not zero: what listens is given that of the paper's form
         told = self._dropping or self.listener is not None
         return self._value(weights @ x, weights.sum(dim=-1, keepdim=True) if told else None)
@@ -184,18 +212,23 @@ class CrossAttention(nn.Module):
         """q W_kᵀ / √K of each head: (B, D) -> (B, H, D)."""
         heads = (self.num_heads, -1)
         query = self.query(first).unflatten(-1, heads).transpose(0, 1)  # (H, B, K)
-        return (query @ self.key.weight.unflatten(0, heads)).transpose(0, 1) / math.sqrt(query.shape[-1])  # type: ignore[no-any-return]
+        probe = (query @ self.key.weight.unflatten(0, heads)).transpose(0, 1)
+        return probe / math.sqrt(query.shape[-1])  # type: ignore[no-any-return]
 
     def _value(self, mixed: Tensor, total: Tensor | None = None) -> Tensor:
         """Each head's mixture of tokens times its W_v, and b_v: (B, H, D) -> (B, D). total: Σ p_j (B, H, 1), 1 if not given."""
         heads = (self.num_heads, -1)
         bias: Tensor = self.value.bias
         if torch.is_grad_enabled():
-            bias = bias + 0 * self.key.bias  # so that b_k has its gradient, which distributed training insists on
+            bias = (
+                bias + 0 * self.key.bias
+            )  # so that b_k has its gradient, which distributed training insists on
         if total is not None:
             bias = (total * bias.unflatten(0, heads)).flatten(1)
         mixed = mixed.to(self.value.weight.dtype)  # our kernel gives fp32
-        value = mixed.transpose(0, 1) @ self.value.weight.unflatten(0, heads).transpose(1, 2)  # (H, B, K)
+        value = mixed.transpose(0, 1) @ self.value.weight.unflatten(0, heads).transpose(
+            1, 2
+        )  # (H, B, K)
         return value.transpose(0, 1).flatten(1) + bias  # type: ignore[no-any-return]
 
     def _by_kernel(self, x: Tensor) -> bool:
@@ -220,7 +253,9 @@ class CrossAttention(nn.Module):
         if self.listener is not None:
             shown = weights.unsqueeze(2)
             self.listener(shown)
-            weights = shown.squeeze(2)  # of what was shown, so that it is on the way to the logits and can be differentiated
+            weights = shown.squeeze(
+                2
+            )  # of what was shown, so that it is on the way to the logits and can be differentiated
         return self.attention_drop(weights)  # type: ignore[no-any-return]
 
 
@@ -241,8 +276,12 @@ class AttentionMap:
 
 
 _PATHS = {
-    "self": re.compile(r"(^|\.)encoders\.(?P<stage>\d+)\.blocks\.(?P<branch>\d+)\.(?P<block>\d+)\.attention$"),
-    "cross": re.compile(r"(^|\.)encoders\.(?P<stage>\d+)\.fusion\.reads\.(?P<branch>\d+)\.blocks\.(?P<block>\d+)\.attention$"),
+    "self": re.compile(
+        r"(^|\.)encoders\.(?P<stage>\d+)\.blocks\.(?P<branch>\d+)\.(?P<block>\d+)\.attention$"
+    ),
+    "cross": re.compile(
+        r"(^|\.)encoders\.(?P<stage>\d+)\.fusion\.reads\.(?P<branch>\d+)\.blocks\.(?P<block>\d+)\.attention$"
+    ),
     "all": re.compile(r"(^|\.)encoders\.(?P<stage>\d+)\.fusion\.attentions\.(?P<block>\d+)$"),
 }
 
@@ -273,7 +312,9 @@ def record_attention(model: nn.Module) -> Iterator[list[AttentionMap]]:
 
 
 def _listener(path: str, maps: list[AttentionMap], before: Listener | None) -> Listener:
-    kind, match = next((kind, match) for kind, pattern in _PATHS.items() if (match := pattern.search(path)))
+    kind, match = next(
+        (kind, match) for kind, pattern in _PATHS.items() if (match := pattern.search(path))
+    )
     found = match.groupdict()
     branch = None if "branch" not in found else int(found["branch"])
 

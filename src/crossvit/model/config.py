@@ -18,7 +18,10 @@ TOKENISERS = ("linear", "dagger", "t2t", "halving")
 FUSIONS = ("none", "all-attention", "class-token", "pairwise", "cross-attention")
 KEYS_VALUES = ("lazy", "materialised")
 INITIALISATIONS = ("paper", "xavier")
-PAPERS_PATCHES = (12, 16)  # the paper gives its convolution stem and its T2T tokeniser for these two only (PAPER, section 1)
+PAPERS_PATCHES = (
+    12,
+    16,
+)  # the paper gives its convolution stem and its T2T tokeniser for these two only (PAPER, section 1)
 MOST_BRANCHES = 4
 T2T_DIM = 64  # width of the T2T tokens between two soft splits (PAPER, section 1)
 
@@ -61,20 +64,45 @@ class BranchConfig:
 
     def __post_init__(self) -> None:
         for field in ("patch", "dim", "heads"):
-            _require(_is_int(getattr(self, field)) and getattr(self, field) >= 1, self, field, "an integer of 1 or more")
+            _require(
+                _is_int(getattr(self, field)) and getattr(self, field) >= 1,
+                self,
+                field,
+                "an integer of 1 or more",
+            )
         _require(_is_int(self.depth) and self.depth >= 0, self, "depth", "an integer of 0 or more")
         _require(self.dim % self.heads == 0, self, "heads", f"a divisor of dim={self.dim}")
         ratio, scale = self.mlp_ratio, self.image_scale
-        _require(_is_number(ratio) and 0 < ratio <= 1000 and int(self.dim * ratio) >= 1, self, "mlp_ratio", "a positive number")
-        _require(_is_number(scale) and 0 < scale <= 8, self, "image_scale", "a number above 0 and at most 8")
+        _require(
+            _is_number(ratio) and 0 < ratio <= 1000 and int(self.dim * ratio) >= 1,
+            self,
+            "mlp_ratio",
+            "a positive number",
+        )
+        _require(
+            _is_number(scale) and 0 < scale <= 8,
+            self,
+            "image_scale",
+            "a number above 0 and at most 8",
+        )
         _require(isinstance(self.class_token, bool), self, "class_token", "True or False")
         _require(self.tokeniser in TOKENISERS, self, "tokeniser", f"one of {', '.join(TOKENISERS)}")
         if self.tokeniser in ("dagger", "t2t"):
-            _require(self.patch in PAPERS_PATCHES, self, "patch", f"12 or 16 with tokeniser={self.tokeniser!r}")
+            _require(
+                self.patch in PAPERS_PATCHES,
+                self,
+                "patch",
+                f"12 or 16 with tokeniser={self.tokeniser!r}",
+            )
         if self.tokeniser == "dagger":
             _require(self.dim % 4 == 0, self, "dim", "a multiple of 4 with tokeniser='dagger'")
         if self.tokeniser == "halving":
-            _require(self.patch >= 2 and self.patch.bit_count() == 1, self, "patch", "a power of two with tokeniser='halving'")
+            _require(
+                self.patch >= 2 and self.patch.bit_count() == 1,
+                self,
+                "patch",
+                "a power of two with tokeniser='halving'",
+            )
 
     @property
     def mlp_dim(self) -> int:
@@ -95,10 +123,21 @@ class BranchConfig:
             quarter, half = self.dim // 4, self.dim // 2
             first = Convolution(in_channels, quarter, 7, 4, 3)
             if self.patch == 12:
-                return [first, Convolution(quarter, half, 3, 3, 0), Convolution(half, self.dim, 3, 1, 1)]
-            return [first, Convolution(quarter, half, 3, 2, 1), Convolution(half, self.dim, 3, 2, 1)]
+                return [
+                    first,
+                    Convolution(quarter, half, 3, 3, 0),
+                    Convolution(half, self.dim, 3, 1, 1),
+                ]
+            return [
+                first,
+                Convolution(quarter, half, 3, 2, 1),
+                Convolution(half, self.dim, 3, 2, 1),
+            ]
         halvings = self.patch.bit_length() - 1
-        widths = [in_channels, *(max(self.dim >> remaining, 16) for remaining in reversed(range(halvings)))]
+        widths = [
+            in_channels,
+            *(max(self.dim >> remaining, 16) for remaining in reversed(range(halvings))),
+        ]
         down = [Convolution(width, wider, 3, 2, 1) for width, wider in itertools.pairwise(widths)]
         return [*down, Convolution(widths[-1], self.dim, 3, 1, 1)]
 
@@ -106,12 +145,19 @@ class BranchConfig:
         """(kernel, stride, padding) of the T2T tokeniser's three soft splits (PAPER, section 1); none for the others."""
         if self.tokeniser != "t2t":
             return []
-        return [(7, 4, 2), (3, 3, 1), (3, 1, 1)] if self.patch == 12 else [(7, 4, 2), (3, 2, 1), (3, 2, 1)]
+        return (
+            [(7, 4, 2), (3, 3, 1), (3, 1, 1)]
+            if self.patch == 12
+            else [(7, 4, 2), (3, 2, 1), (3, 2, 1)]
+        )
 
     def image_size(self, model_size: tuple[int, int]) -> tuple[int, int]:
         """(H, W) at which this branch sees an input of `model_size`: the nearest non-zero multiple of the patch to
         `image_scale` times each side."""
-        height, width = (max(1, math.floor(self.image_scale * side / self.patch + 0.5)) * self.patch for side in model_size)
+        height, width = (
+            max(1, math.floor(self.image_scale * side / self.patch + 0.5)) * self.patch
+            for side in model_size
+        )
         return height, width
 
     def grid(self, model_size: tuple[int, int]) -> tuple[int, int]:
@@ -165,30 +211,53 @@ class CrossViTConfig:
         if _is_int(self.image_size):
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
         for field in ("image_size", "branches"):
-            right = "a positive integer or a pair (height, width) of them" if field == "image_size" else "a tuple of BranchConfig"
+            right = (
+                "a positive integer or a pair (height, width) of them"
+                if field == "image_size"
+                else "a tuple of BranchConfig"
+            )
             _require(isinstance(getattr(self, field), tuple | list), self, field, right)
             object.__setattr__(self, field, tuple(getattr(self, field)))
         _require(
-            len(self.image_size) == 2 and all(_is_int(side) and side >= 1 for side in self.image_size),
+            len(self.image_size) == 2
+            and all(_is_int(side) and side >= 1 for side in self.image_size),
             self,
             "image_size",
             "a positive integer or a pair (height, width) of them",
         )
         for field in ("num_classes", "in_channels", "stages", "fusion_depth"):
-            _require(_is_int(getattr(self, field)) and getattr(self, field) >= 1, self, field, "an integer of 1 or more")
+            _require(
+                _is_int(getattr(self, field)) and getattr(self, field) >= 1,
+                self,
+                field,
+                "an integer of 1 or more",
+            )
         for field in ("drop", "attention_drop", "drop_path"):
             value = getattr(self, field)
-            _require(_is_number(value) and 0.0 <= value < 1.0, self, field, "a number from 0 up to (not including) 1")
+            _require(
+                _is_number(value) and 0.0 <= value < 1.0,
+                self,
+                field,
+                "a number from 0 up to (not including) 1",
+            )
         for switch in dataclasses.fields(self):
             if isinstance(switch.default, bool):
-                _require(isinstance(getattr(self, switch.name), bool), self, switch.name, "True or False")
-        for field, known in (("init", INITIALISATIONS), ("fusion", FUSIONS), ("keys_values", KEYS_VALUES)):
+                _require(
+                    isinstance(getattr(self, switch.name), bool), self, switch.name, "True or False"
+                )
+        for field, known in (
+            ("init", INITIALISATIONS),
+            ("fusion", FUSIONS),
+            ("keys_values", KEYS_VALUES),
+        ):
             _require(getattr(self, field) in known, self, field, f"one of {', '.join(known)}")
         self._check_branches()
 
     def _check_branches(self) -> None:
         if not 1 <= len(self.branches) <= MOST_BRANCHES:
-            raise ConfigError(f"branches has {len(self.branches)} entries: a CrossViT has one to {MOST_BRANCHES}")
+            raise ConfigError(
+                f"branches has {len(self.branches)} entries: a CrossViT has one to {MOST_BRANCHES}"
+            )
         for index, branch in enumerate(self.branches):
             if not isinstance(branch, BranchConfig):
                 raise ConfigError(f"branches[{index}] = {branch!r}: should be a BranchConfig")
@@ -199,14 +268,26 @@ class CrossViTConfig:
                 )
         if len({branch.class_token for branch in self.branches}) > 1:
             given = ", ".join(str(branch.class_token) for branch in self.branches)
-            raise ConfigError(f"class_token = {given} over the branches: should be the same in every branch")
+            raise ConfigError(
+                f"class_token = {given} over the branches: should be the same in every branch"
+            )
         if len(self.branches) == 1:
             _require(self.fusion == "none", self, "fusion", "'none' with a single branch")
         if self.fusion_depth > 1:
             deep = ("all-attention", "cross-attention")
-            _require(self.fusion in deep, self, "fusion", f"{' or '.join(deep)} with fusion_depth={self.fusion_depth}")
+            _require(
+                self.fusion in deep,
+                self,
+                "fusion",
+                f"{' or '.join(deep)} with fusion_depth={self.fusion_depth}",
+            )
         if self.as_released:
-            _require(self.fusion == "cross-attention", self, "fusion", "'cross-attention' with as_released=True")
+            _require(
+                self.fusion == "cross-attention",
+                self,
+                "fusion",
+                "'cross-attention' with as_released=True",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """A plain dict (numbers, strings, lists) from which `from_dict` makes an equal config."""
@@ -218,10 +299,16 @@ class CrossViTConfig:
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> CrossViTConfig:
         """The config of `to_dict`'s record. An unknown or missing field is a ConfigError that names it."""
-        if not isinstance(record, Mapping) or not isinstance(record.get("branches", ()), tuple | list):
-            raise ConfigError("config: should be a dict as to_dict() gives, with a list of branches")
+        if not isinstance(record, Mapping) or not isinstance(
+            record.get("branches", ()), tuple | list
+        ):
+            raise ConfigError(
+                "config: should be a dict as to_dict() gives, with a list of branches"
+            )
         fields = dict(record)
-        fields["branches"] = tuple(_build(BranchConfig, branch) for branch in fields.get("branches", ()))
+        fields["branches"] = tuple(
+            _build(BranchConfig, branch) for branch in fields.get("branches", ())
+        )
         return _build(cls, fields)
 
 

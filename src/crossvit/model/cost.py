@@ -44,7 +44,9 @@ def cost(config: CrossViTConfig, *, keys_values: str | None = None) -> dict[str,
         parts["encoders"] += _block(branch, tokens) * (config.stages * branch.depth)
         parts["heads"] += _norm(branch.dim) + _linear(branch.dim, config.num_classes, rows=1)
     if keys_values not in (None, *KEYS_VALUES):
-        raise ConfigError(f"keys_values = {keys_values!r}: should be one of {', '.join(KEYS_VALUES)}")
+        raise ConfigError(
+            f"keys_values = {keys_values!r}: should be one of {', '.join(KEYS_VALUES)}"
+        )
     parts["fusion"] = _fusion(config, keys_values or config.keys_values) * config.stages
     parts["total"] = sum(parts.values(), NOTHING)
     return parts
@@ -70,7 +72,9 @@ def _self_attention(dim: int, tokens: int) -> Cost:
 
 
 def _block(branch: BranchConfig, tokens: int) -> Cost:
-    mlp = _linear(branch.dim, branch.mlp_dim, rows=tokens) + _linear(branch.mlp_dim, branch.dim, rows=tokens)
+    mlp = _linear(branch.dim, branch.mlp_dim, rows=tokens) + _linear(
+        branch.mlp_dim, branch.dim, rows=tokens
+    )
     return _norm(branch.dim) * 2 + _self_attention(branch.dim, tokens) + mlp
 
 
@@ -79,7 +83,11 @@ def _stem(branch: BranchConfig, config: CrossViTConfig) -> Cost:
     total = NOTHING
     for convolution in branch.stem(config.in_channels):
         height, width = convolution.output_side(height), convolution.output_side(width)
-        total += _linear(convolution.in_channels * convolution.kernel**2, convolution.out_channels, rows=height * width)
+        total += _linear(
+            convolution.in_channels * convolution.kernel**2,
+            convolution.out_channels,
+            rows=height * width,
+        )
     channels = config.in_channels
     splits = branch.soft_splits()
     for index, (kernel, stride, padding) in enumerate(splits):
@@ -88,7 +96,9 @@ def _stem(branch: BranchConfig, config: CrossViTConfig) -> Cost:
         if index == len(splits) - 1:
             return total + _linear(window, branch.dim, rows=rows)
         attention = _linear(window, 3 * T2T_DIM, rows=rows) + Cost(0, 2 * rows * rows * T2T_DIM)
-        total += _norm(window) + attention + _linear(T2T_DIM, T2T_DIM, rows=rows) * 3 + _norm(T2T_DIM)  # output, two of the MLP
+        total += (
+            _norm(window) + attention + _linear(T2T_DIM, T2T_DIM, rows=rows) * 3 + _norm(T2T_DIM)
+        )  # output, two of the MLP
         channels = T2T_DIM
     return total
 
@@ -102,9 +112,13 @@ def _projection(dim: int, out: int, config: CrossViTConfig, *, rows: int) -> Cos
     return _norm(dim) * config.projection_norm + _linear(dim, out, rows=rows)
 
 
-def _token_projection(dim: int, out: int, config: CrossViTConfig, *, class_rows: int, patches: int) -> Cost:
+def _token_projection(
+    dim: int, out: int, config: CrossViTConfig, *, class_rows: int, patches: int
+) -> Cost:
     if class_rows and not config.projection_shared:
-        return _projection(dim, out, config, rows=class_rows) + _projection(dim, out, config, rows=patches)
+        return _projection(dim, out, config, rows=class_rows) + _projection(
+            dim, out, config, rows=patches
+        )
     return _projection(dim, out, config, rows=class_rows + patches)
 
 
@@ -123,19 +137,27 @@ def _fusion(config: CrossViTConfig, keys_values: str) -> Cost:
                 total += _projection(dim, out, config, rows=1)
             else:
                 patches = _tokens(branch, config) - branch.class_token
-                total += _token_projection(dim, out, config, class_rows=int(branch.class_token), patches=patches)
+                total += _token_projection(
+                    dim, out, config, class_rows=int(branch.class_token), patches=patches
+                )
     if config.fusion == "all-attention":
         tokens = sum(_tokens(branch, config) for branch in config.branches)
         total += (_norm(widest.dim) + _self_attention(widest.dim, tokens)) * config.fusion_depth
     return total
 
 
-def _cross_read(own: BranchConfig, other: BranchConfig, config: CrossViTConfig, keys_values: str) -> Cost:
+def _cross_read(
+    own: BranchConfig, other: BranchConfig, config: CrossViTConfig, keys_values: str
+) -> Cost:
     patches = _tokens(other, config) - other.class_token
-    total = _projection(own.dim, other.dim, config, rows=1) + _projection(other.dim, own.dim, config, rows=1)
+    total = _projection(own.dim, other.dim, config, rows=1) + _projection(
+        other.dim, own.dim, config, rows=1
+    )
     for index in range(config.fusion_depth):
         tokens = 1 + (0 if config.as_released and index else patches)
-        total += _norm(other.dim) + _cross_attention(other.dim, other.heads, tokens, lazy=keys_values == "lazy")
+        total += _norm(other.dim) + _cross_attention(
+            other.dim, other.heads, tokens, lazy=keys_values == "lazy"
+        )
     return total
 
 

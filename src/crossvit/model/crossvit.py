@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from crossvit.kernels.block import Half, attention_half, mlp_half, takes
-from crossvit.kernels.functions import is_as_written, is_eager
+from crossvit.fast.self_attention import is_as_written, is_eager
+from crossvit.fast.sublayers import Half, attention_half, mlp_half, takes
 from crossvit.model.attention import SelfAttention, kernel_is_free
 from crossvit.model.config import BranchConfig, CrossViTConfig
 from crossvit.model.drop_path import DropPath, drop_path_rates
@@ -27,16 +27,26 @@ class MLP(nn.Sequential):
     """Linear → GELU → Linear, dropout after each. (..., D) -> (..., D)."""
 
     def __init__(self, dim: int, hidden: int, *, drop: float) -> None:
-        super().__init__(nn.Linear(dim, hidden), nn.GELU(), nn.Dropout(drop), nn.Linear(hidden, dim), nn.Dropout(drop))
+        super().__init__(
+            nn.Linear(dim, hidden),
+            nn.GELU(),
+            nn.Dropout(drop),
+            nn.Linear(hidden, dim),
+            nn.Dropout(drop),
+        )
 
 
 class EncoderBlock(nn.Module):
     """Equation 1, pre-norm: y = x + MSA(LN(x)); z = y + MLP(LN(y)). (B, 1 + n, D) -> (B, 1 + n, D)."""
 
-    def __init__(self, branch: BranchConfig, *, drop: float, attention_drop: float, drop_path: float) -> None:
+    def __init__(
+        self, branch: BranchConfig, *, drop: float, attention_drop: float, drop_path: float
+    ) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(branch.dim, eps=NORM_EPS)
-        self.attention = SelfAttention(branch.dim, branch.heads, drop=drop, attention_drop=attention_drop)
+        self.attention = SelfAttention(
+            branch.dim, branch.heads, drop=drop, attention_drop=attention_drop
+        )
         self.mlp_norm = nn.LayerNorm(branch.dim, eps=NORM_EPS)
         self.mlp = MLP(branch.dim, branch.mlp_dim, drop=drop)
         self.drop_path = DropPath(drop_path)
@@ -51,11 +61,19 @@ class EncoderBlock(nn.Module):
     def _halves_for_kernels(self, x: Tensor) -> tuple[Half, Half] | None:
         """The parameters of both lines of the equation where our kernels compute them, else None."""
         attention, up, down = self.attention, self.mlp[0], self.mlp[3]
-        if not is_eager(x) or attention.listener is not None or not kernel_is_free() or not self._is_as_built():
+        if (
+            not is_eager(x)
+            or attention.listener is not None
+            or not kernel_is_free()
+            or not self._is_as_built()
+        ):
             return None
         assert isinstance(up, nn.Linear)
         assert isinstance(down, nn.Linear)
-        halves = (Half.of(self.attention_norm, attention.qkv, attention.out), Half.of(self.mlp_norm, up, down))
+        halves = (
+            Half.of(self.attention_norm, attention.qkv, attention.out),
+            Half.of(self.mlp_norm, up, down),
+        )
         head_width = x.shape[-1] // attention.num_heads
         return halves if all(takes(x, half, head_width=head_width) for half in halves) else None
 
@@ -72,11 +90,15 @@ class EncoderBlock(nn.Module):
             MLP: (self.mlp,),
             DropPath: (self.drop_path,),
         }
-        if _has_any_global_hook() or not all(is_as_written(module, kind) for kind, own in kinds.items() for module in own):
+        if _has_any_global_hook() or not all(
+            is_as_written(module, kind) for kind, own in kinds.items() for module in own
+        ):
             return False
         if (attention.training and attention.attention_drop > 0) or gelu.approximate != "none":
             return False
-        return not any(isinstance(drop, nn.Dropout) and drop.training and drop.p > 0 for drop in drops)
+        return not any(
+            isinstance(drop, nn.Dropout) and drop.training and drop.p > 0 for drop in drops
+        )
 
 
 class MultiScaleEncoder(nn.Module):
@@ -90,7 +112,10 @@ class MultiScaleEncoder(nn.Module):
         super().__init__()
         drops = {"drop": config.drop, "attention_drop": config.attention_drop}
         self.blocks = nn.ModuleList(
-            nn.ModuleList(EncoderBlock(branch, drop_path=drop_path[index], **drops) for index in range(branch.depth))
+            nn.ModuleList(
+                EncoderBlock(branch, drop_path=drop_path[index], **drops)
+                for index in range(branch.depth)
+            )
             for branch in config.branches
         )
         self.fusion = FUSIONS[config.fusion](config, drop_path=drop_path[-1])
@@ -106,7 +131,9 @@ class MultiScaleEncoder(nn.Module):
         return self.fusion(encoded, grids)  # type: ignore[no-any-return]
 
     def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        recorded = isinstance(block, EncoderBlock) and block.attention.listener is not None  # once is enough
+        recorded = (
+            isinstance(block, EncoderBlock) and block.attention.listener is not None
+        )  # once is enough
         if self.checkpointing and torch.is_grad_enabled() and not recorded:
             return checkpoint(block, tokens, use_reentrant=False)  # type: ignore[no-any-return]
         return block(tokens)  # type: ignore[no-any-return]
@@ -123,16 +150,28 @@ class CrossViT(nn.Module):
         super().__init__()
         self.config = config
         self.tokens = nn.ModuleList(
-            Tokens(branch, in_channels=config.in_channels, image_size=config.image_size, drop=config.drop)
+            Tokens(
+                branch,
+                in_channels=config.in_channels,
+                image_size=config.image_size,
+                drop=config.drop,
+            )
             for branch in config.branches
         )
-        steps = max(1, *(branch.depth for branch in config.branches))  # blocks of the deepest branch in one encoder
+        steps = max(
+            1, *(branch.depth for branch in config.branches)
+        )  # blocks of the deepest branch in one encoder
         rates = drop_path_rates(config.drop_path, config.stages * steps)
         self.encoders = nn.ModuleList(
-            MultiScaleEncoder(config, drop_path=rates[stage * steps : (stage + 1) * steps]) for stage in range(config.stages)
+            MultiScaleEncoder(config, drop_path=rates[stage * steps : (stage + 1) * steps])
+            for stage in range(config.stages)
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(branch.dim, eps=NORM_EPS) for branch in config.branches)
-        self.heads = nn.ModuleList(nn.Linear(branch.dim, config.num_classes) for branch in config.branches)
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(branch.dim, eps=NORM_EPS) for branch in config.branches
+        )
+        self.heads = nn.ModuleList(
+            nn.Linear(branch.dim, config.num_classes) for branch in config.branches
+        )
         initialise(self, config.init)
 
     def set_gradient_checkpointing(self, enabled: bool = True) -> None:
@@ -144,7 +183,9 @@ class CrossViT(nn.Module):
     def intermediate_tokens(self, images: Tensor) -> list[list[Tensor]]:
         """The tokens after each encoder, before any final LayerNorm: [stage][branch] of (B, 1 + n, D)."""
         check_images(images, self.config)
-        grids = [branch.grid((images.shape[-2], images.shape[-1])) for branch in self.config.branches]
+        grids = [
+            branch.grid((images.shape[-2], images.shape[-1])) for branch in self.config.branches
+        ]
         tokens = [embed(images) for embed in self.tokens]
         stages = []
         for encoder in self.encoders:
@@ -154,7 +195,10 @@ class CrossViT(nn.Module):
 
     def forward_features(self, images: Tensor) -> list[Tensor]:
         """The last encoder's tokens after each branch's LayerNorm: one (B, 1 + n, D) a branch, class token first."""
-        return [norm(own) for norm, own in zip(self.norms, self.intermediate_tokens(images)[-1], strict=True)]
+        return [
+            norm(own)
+            for norm, own in zip(self.norms, self.intermediate_tokens(images)[-1], strict=True)
+        ]
 
     def branch_logits(self, images: Tensor) -> Tensor:
         """Each branch's own logits, (branches, B, num_classes): the paper's "L only" and "S only" (Table 6).
@@ -163,14 +207,21 @@ class CrossViT(nn.Module):
         tokens = self.intermediate_tokens(images)[-1]
         if self.config.branches[0].class_token:
             tokens = [own[:, :1] for own in tokens]
-        return self.branch_logits_of([norm(own) for norm, own in zip(self.norms, tokens, strict=True)])
+        return self.branch_logits_of(
+            [norm(own) for norm, own in zip(self.norms, tokens, strict=True)]
+        )
 
     def branch_logits_of(self, tokens: Sequence[Tensor]) -> Tensor:
         """The heads alone: `forward_features`'s tokens -> (branches, B, num_classes).
 
         A head reads the class token, or the mean of the patches where there is none."""
         has_class_token = self.config.branches[0].class_token
-        return torch.stack([head(summary(own, has_class_token)[:, 0]) for head, own in zip(self.heads, tokens, strict=True)])
+        return torch.stack(
+            [
+                head(summary(own, has_class_token)[:, 0])
+                for head, own in zip(self.heads, tokens, strict=True)
+            ]
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, num_classes): the mean of the branches' logits, as released."""
@@ -185,7 +236,9 @@ def check_images(images: Tensor, config: CrossViTConfig) -> None:
     if config.dynamic_size:
         patch = max(branch.patch for branch in config.branches)
         if len(shape) != 4 or shape[1] != channels or min(shape[2:]) < patch:
-            raise ValueError(f"images are {shape}: this model takes (B, {channels}, H, W) with sides of {patch} or more")
+            raise ValueError(
+                f"images are {shape}: this model takes (B, {channels}, H, W) with sides of {patch} or more"
+            )
     elif len(shape) != 4 or shape[1:] != (channels, height, width):
         raise ValueError(
             f"images are {shape}: this model takes (B, {channels}, {height}, {width}); "

@@ -22,7 +22,9 @@ class DropPath(nn.Module):
         if not self.training or self.rate == 0.0:
             return None
         shape = (x.shape[0], *[1] * (x.ndim - 1))
-        return torch.empty(shape, device=x.device, dtype=torch.float32).bernoulli_(1.0 - self.rate) / (1.0 - self.rate)
+        return torch.empty(shape, device=x.device, dtype=torch.float32).bernoulli_(
+            1.0 - self.rate
+        ) / (1.0 - self.rate)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:.3f}"

@@ -46,14 +46,18 @@ def projection(dim: int, out_dim: int, config: CrossViTConfig) -> nn.Module:
     """f or g: LayerNorm → GELU → Linear as released; `projection_*` of the config leave parts out."""
     if dim == out_dim and config.projection_identity:
         return nn.Identity()
-    before = [nn.LayerNorm(dim, eps=NORM_EPS)] * config.projection_norm + [nn.GELU()] * config.projection_gelu
+    before = [nn.LayerNorm(dim, eps=NORM_EPS)] * config.projection_norm + [
+        nn.GELU()
+    ] * config.projection_gelu
     return nn.Sequential(*before, nn.Linear(dim, out_dim))
 
 
 class TokenProjection(nn.Module):
     """f or g over a branch's class token and its patches: the same for both, or one for each."""
 
-    def __init__(self, dim: int, out_dim: int, config: CrossViTConfig, *, has_class_token: bool) -> None:
+    def __init__(
+        self, dim: int, out_dim: int, config: CrossViTConfig, *, has_class_token: bool
+    ) -> None:
         super().__init__()
         self.patches = projection(dim, out_dim, config)
         separate = has_class_token and not config.projection_shared
@@ -86,16 +90,22 @@ class AllAttentionFusion(nn.Module):
         super().__init__()
         widest = _widest(config)
         self.project = nn.ModuleList(
-            TokenProjection(branch.dim, widest.dim, config, has_class_token=branch.class_token) for branch in config.branches
+            TokenProjection(branch.dim, widest.dim, config, has_class_token=branch.class_token)
+            for branch in config.branches
         )
-        self.norms = nn.ModuleList(nn.LayerNorm(widest.dim, eps=NORM_EPS) for _ in range(config.fusion_depth))
+        self.norms = nn.ModuleList(
+            nn.LayerNorm(widest.dim, eps=NORM_EPS) for _ in range(config.fusion_depth)
+        )
         self.attentions = nn.ModuleList(
-            SelfAttention(widest.dim, widest.heads, drop=config.drop, attention_drop=config.attention_drop)
+            SelfAttention(
+                widest.dim, widest.heads, drop=config.drop, attention_drop=config.attention_drop
+            )
             for _ in range(config.fusion_depth)
         )
         self.drop_path = DropPath(drop_path)
         self.restore = nn.ModuleList(
-            TokenProjection(widest.dim, branch.dim, config, has_class_token=branch.class_token) for branch in config.branches
+            TokenProjection(widest.dim, branch.dim, config, has_class_token=branch.class_token)
+            for branch in config.branches
         )
 
     def forward(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
@@ -114,14 +124,22 @@ class ClassTokenFusion(nn.Module):
         super().__init__()
         widest = _widest(config)
         self.has_class_token = widest.class_token
-        self.project = nn.ModuleList(projection(branch.dim, widest.dim, config) for branch in config.branches)
-        self.restore = nn.ModuleList(projection(widest.dim, branch.dim, config) for branch in config.branches)
+        self.project = nn.ModuleList(
+            projection(branch.dim, widest.dim, config) for branch in config.branches
+        )
+        self.restore = nn.ModuleList(
+            projection(widest.dim, branch.dim, config) for branch in config.branches
+        )
 
     def forward(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
         pairs = zip(self.project, tokens, strict=True)
-        shared = sum((project(summary(own, self.has_class_token)) for project, own in pairs), tokens[0].new_zeros(()))
+        shared = sum(
+            (project(summary(own, self.has_class_token)) for project, own in pairs),
+            tokens[0].new_zeros(()),
+        )
         return [
-            with_summary(own, restore(shared), self.has_class_token) for restore, own in zip(self.restore, tokens, strict=True)
+            with_summary(own, restore(shared), self.has_class_token)
+            for restore, own in zip(self.restore, tokens, strict=True)
         ]
 
 
@@ -138,15 +156,19 @@ class PairwiseFusion(nn.Module):
         self.common = config.branches.index(widest)
         self.has_class_token = widest.class_token
         self.project = nn.ModuleList(
-            TokenProjection(branch.dim, widest.dim, config, has_class_token=branch.class_token) for branch in config.branches
+            TokenProjection(branch.dim, widest.dim, config, has_class_token=branch.class_token)
+            for branch in config.branches
         )
         self.restore = nn.ModuleList(
-            TokenProjection(widest.dim, branch.dim, config, has_class_token=branch.class_token) for branch in config.branches
+            TokenProjection(widest.dim, branch.dim, config, has_class_token=branch.class_token)
+            for branch in config.branches
         )
 
     def forward(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
         common = grids[self.common]
-        projected = [project(own) for project, own in zip(self.project, tokens, strict=True)]  # (B, N_b, D*)
+        projected = [
+            project(own) for project, own in zip(self.project, tokens, strict=True)
+        ]  # (B, N_b, D*)
         zero = tokens[0].new_zeros(())
         patches = sum(
             (
@@ -155,7 +177,9 @@ class PairwiseFusion(nn.Module):
             ),
             zero,
         )
-        class_tokens = [sum((own[:, :1] for own in projected), zero)] * self.has_class_token  # (B, 1, D*), if there are any
+        class_tokens = [
+            sum((own[:, :1] for own in projected), zero)
+        ] * self.has_class_token  # (B, 1, D*), if there are any
         return [
             restore(torch.cat((*class_tokens, interpolate_grid(patches, common, grid)), dim=1))
             for restore, grid in zip(self.restore, grids, strict=True)
@@ -172,7 +196,11 @@ class CrossReadBlock(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(branch.dim, eps=NORM_EPS)
         self.attention = CrossAttention(
-            branch.dim, branch.heads, drop=config.drop, attention_drop=config.attention_drop, keys_values=config.keys_values
+            branch.dim,
+            branch.heads,
+            drop=config.drop,
+            attention_drop=config.attention_drop,
+            keys_values=config.keys_values,
         )
         self.drop_path = DropPath(drop_path)
 
@@ -196,18 +224,24 @@ class CrossRead(nn.Module):
     block sees the other branch's patches; with `as_released` only the first does, and the later ones see t alone.
     """
 
-    def __init__(self, own: BranchConfig, other: BranchConfig, config: CrossViTConfig, *, drop_path: float) -> None:
+    def __init__(
+        self, own: BranchConfig, other: BranchConfig, config: CrossViTConfig, *, drop_path: float
+    ) -> None:
         super().__init__()
         self.has_class_token = own.class_token
         self.as_released = config.as_released
         self.project = projection(own.dim, other.dim, config)
-        self.blocks = nn.ModuleList(CrossReadBlock(other, config, drop_path=drop_path) for _ in range(config.fusion_depth))
+        self.blocks = nn.ModuleList(
+            CrossReadBlock(other, config, drop_path=drop_path) for _ in range(config.fusion_depth)
+        )
         self.restore = projection(other.dim, own.dim, config)
 
     def forward(self, own: Tensor, other: Tensor) -> Tensor:
         if not self.has_class_token:
             return own + self.read(summary(own, has_class_token=False), other)
-        first, patches = own.split([1, own.shape[1] - 1], dim=1)  # whose gradient is made in one pass; that of two slices in five
+        first, patches = own.split(
+            [1, own.shape[1] - 1], dim=1
+        )  # whose gradient is made in one pass; that of two slices in five
         return torch.cat((self.read(first, other), patches), dim=1)
 
     def read(self, query: Tensor, other: Tensor) -> Tensor:
@@ -228,10 +262,15 @@ class CrossAttentionFusion(nn.Module):
     def __init__(self, config: CrossViTConfig, *, drop_path: float) -> None:
         super().__init__()
         pairs = zip(config.branches, _next_around(config.branches), strict=True)
-        self.reads = nn.ModuleList(CrossRead(own, other, config, drop_path=drop_path) for own, other in pairs)
+        self.reads = nn.ModuleList(
+            CrossRead(own, other, config, drop_path=drop_path) for own, other in pairs
+        )
 
     def forward(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
-        return [read(own, other) for read, own, other in zip(self.reads, tokens, _next_around(tokens), strict=True)]
+        return [
+            read(own, other)
+            for read, own, other in zip(self.reads, tokens, _next_around(tokens), strict=True)
+        ]
 
 
 FUSIONS: dict[str, type[nn.Module]] = {
@@ -248,7 +287,11 @@ def interpolate_grid(patches: Tensor, grid: Grid, size: Grid) -> Tensor:
     if grid == size:
         return patches
     image = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
-    return F.interpolate(image, size=size, mode="bilinear", align_corners=False).flatten(2).transpose(1, 2)
+    return (
+        F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+        .flatten(2)
+        .transpose(1, 2)
+    )
 
 
 def _widest(config: CrossViTConfig) -> BranchConfig:

@@ -49,9 +49,16 @@ def _two_branches(
     *, dims: tuple[int, int], heads: int, depth: int, mlp_ratio: float, small_depth: int = 1, small_patch: int = 12,
     size: int = 240, large_size: int = 224, tokeniser: str = "linear", class_token: bool = True, **model: Any,
 ) -> CrossViTConfig:  # fmt: skip
-    shared: dict[str, Any] = {"heads": heads, "mlp_ratio": mlp_ratio, "tokeniser": tokeniser, "class_token": class_token}
+    shared: dict[str, Any] = {
+        "heads": heads,
+        "mlp_ratio": mlp_ratio,
+        "tokeniser": tokeniser,
+        "class_token": class_token,
+    }
     small = BranchConfig(patch=small_patch, dim=dims[0], depth=small_depth, **shared)
-    large = BranchConfig(patch=16, dim=dims[1], depth=depth, image_scale=large_size / size, **shared)
+    large = BranchConfig(
+        patch=16, dim=dims[1], depth=depth, image_scale=large_size / size, **shared
+    )
     return CrossViTConfig(branches=(small, large), image_size=(size, size), **model)
 
 
@@ -75,7 +82,9 @@ def _small(change: str, *, paper: float, **config: Any) -> Preset:
 def _single_branch(name: str, *, dim: int, heads: int, depth: int, paper: float) -> Preset:
     """A twin of Table 8: the L branch alone, at 224, all 3·M blocks in a row."""
     tokeniser = "dagger" if "dagger" in name else "linear"
-    branch = BranchConfig(patch=16, dim=dim, heads=heads, depth=depth, mlp_ratio=3, tokeniser=tokeniser)
+    branch = BranchConfig(
+        patch=16, dim=dim, heads=heads, depth=depth, mlp_ratio=3, tokeniser=tokeniser
+    )
     config = CrossViTConfig(branches=(branch,), image_size=(224, 224), fusion="none")
     return Preset(name=name, config=config, crop=0.875, paper_top1=paper)
 
@@ -85,10 +94,17 @@ def _small_image(
     stages: int,
 ) -> Preset:  # fmt: skip
     branches = tuple(
-        BranchConfig(patch=patch, dim=dim, heads=head, depth=depth, mlp_ratio=2.0, tokeniser="halving")
+        BranchConfig(
+            patch=patch, dim=dim, heads=head, depth=depth, mlp_ratio=2.0, tokeniser="halving"
+        )
         for patch, dim, head, depth in zip(patches, dims, heads, depths, strict=True)
     )
-    return Preset(name=name, config=CrossViTConfig(branches=branches, image_size=(size, size), stages=stages, init="xavier"))
+    return Preset(
+        name=name,
+        config=CrossViTConfig(
+            branches=branches, image_size=(size, size), stages=stages, init="xavier"
+        ),
+    )
 
 
 # sha256 of timm/NAME.in1k/model.safetensors, as huggingface.co/timm/NAME.in1k/blob/main/model.safetensors prints it
@@ -97,7 +113,10 @@ _SHA256 = {
     "crossvit_9_240": "5b45ceb819816111d69a80dd4df1404ae574df5835962854276550fefe07878f",
     "crossvit_18_dagger_408": "64f24c9f4daf58b8b410ef4f62402a00e6d2e4a28fba6e78a9921c3d8a9f02cd",
 }
-_LINEAR = {"projection_norm": False, "projection_gelu": False}  # how Table 6's rows were built (PAPER, section 4)
+_LINEAR = {
+    "projection_norm": False,
+    "projection_gelu": False,
+}  # how Table 6's rows were built (PAPER, section 4)
 
 # fmt: off
 _ROWS = (

@@ -32,10 +32,14 @@ class TokenTransformer(nn.Module):
         self.qkv = nn.Linear(dim, 3 * out_dim)
         self.out = nn.Linear(out_dim, out_dim)
         self.mlp_norm = nn.LayerNorm(out_dim, eps=NORM_EPS)
-        self.mlp = nn.Sequential(nn.Linear(out_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim))
+        self.mlp = nn.Sequential(
+            nn.Linear(out_dim, out_dim), nn.GELU(), nn.Linear(out_dim, out_dim)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        query, key, value = self.qkv(self.norm(x)).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, n, E) each
+        query, key, value = (
+            self.qkv(self.norm(x)).unsqueeze(1).chunk(3, dim=-1)
+        )  # (B, 1, n, E) each
         x = (value + self.out(attention(query, key, value))).squeeze(1)
         return x + self.mlp(self.mlp_norm(x))  # type: ignore[no-any-return]
 
@@ -52,8 +56,14 @@ class TokensToToken(nn.Module):
         self.project = nn.Linear(widths[-1], branch.dim)
 
     def forward(self, images: Tensor) -> Tensor:
-        for (kernel, stride, padding), transformer in zip(self.splits, [*self.transformers, self.project], strict=True):
+        for (kernel, stride, padding), transformer in zip(
+            self.splits, [*self.transformers, self.project], strict=True
+        ):
             grid = tuple((side + 2 * padding - kernel) // stride + 1 for side in images.shape[-2:])
-            windows = F.unfold(images, kernel, stride=stride, padding=padding).transpose(1, 2)  # (B, n, C k²)
-            images = transformer(windows).transpose(1, 2).unflatten(2, torch.Size(grid))  # (B, E or D, rows, columns)
+            windows = F.unfold(images, kernel, stride=stride, padding=padding).transpose(
+                1, 2
+            )  # (B, n, C k²)
+            images = (
+                transformer(windows).transpose(1, 2).unflatten(2, torch.Size(grid))
+            )  # (B, E or D, rows, columns)
         return images

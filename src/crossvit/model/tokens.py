@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossvit.kernels.patches import patch_tokens, takes_patches
-from crossvit.kernels.resize import bicubic, takes_resize
+from crossvit.fast.patch_embed import patch_tokens, takes_patches
+from crossvit.fast.resize import bicubic, takes_resize
 from crossvit.model.config import BranchConfig
 from crossvit.model.t2t import TokensToToken
 
@@ -31,7 +31,9 @@ def resample_positions(positions: Tensor, grid: tuple[int, int], size: tuple[int
         return positions
     rest = positions.shape[1] - grid[0] * grid[1]
     image = positions[:, rest:].transpose(1, 2).unflatten(2, grid)  # (1, D, rows, columns)
-    resampled = F.interpolate(image.float(), size=size, mode="bicubic", align_corners=False).to(positions.dtype)
+    resampled = F.interpolate(image.float(), size=size, mode="bicubic", align_corners=False).to(
+        positions.dtype
+    )
     return torch.cat((positions[:, :rest], resampled.flatten(2).transpose(1, 2)), dim=1)
 
 
@@ -42,7 +44,10 @@ def make_stem(branch: BranchConfig, in_channels: int) -> nn.Module:
         return TokensToToken(branch, in_channels)
     layers: list[nn.Module] = []
     for inward, outward, kernel, stride, padding in branch.stem(in_channels):
-        layers += [nn.Conv2d(inward, outward, kernel, stride=stride, padding=padding), nn.ReLU(inplace=True)]
+        layers += [
+            nn.Conv2d(inward, outward, kernel, stride=stride, padding=padding),
+            nn.ReLU(inplace=True),
+        ]
     convolutions = layers[:-1]
     return convolutions[0] if len(convolutions) == 1 else nn.Sequential(*convolutions)
 
@@ -54,14 +59,25 @@ class Tokens(nn.Module):
     those of `image_size` and are resampled for an input of another size.
     """
 
-    def __init__(self, branch: BranchConfig, *, in_channels: int, image_size: tuple[int, int], drop: float = 0.0) -> None:
+    def __init__(
+        self,
+        branch: BranchConfig,
+        *,
+        in_channels: int,
+        image_size: tuple[int, int],
+        drop: float = 0.0,
+    ) -> None:
         super().__init__()
         self.branch = branch
         self.grid = branch.grid(image_size)
         rows, columns = self.grid
         self.patches = make_stem(branch, in_channels)
-        self.class_token = nn.Parameter(torch.zeros(1, 1, branch.dim)) if branch.class_token else None
-        self.positions = nn.Parameter(torch.zeros(1, branch.class_token + rows * columns, branch.dim))
+        self.class_token = (
+            nn.Parameter(torch.zeros(1, 1, branch.dim)) if branch.class_token else None
+        )
+        self.positions = nn.Parameter(
+            torch.zeros(1, branch.class_token + rows * columns, branch.dim)
+        )
         self.drop = nn.Dropout(drop)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -69,7 +85,9 @@ class Tokens(nn.Module):
         size = self.branch.image_size((height, width))
         images = resize(images, size)
         positions = resample_positions(self.positions, self.grid, self.branch.grid((height, width)))
-        if takes_patches(images, self.patches, self.class_token, positions):  # the same, in bf16 on a CPU
+        if takes_patches(
+            images, self.patches, self.class_token, positions
+        ):  # the same, in bf16 on a CPU
             return self.drop(patch_tokens(images, self.patches, self.class_token, positions))  # type: ignore[no-any-return, arg-type]
         tokens = self.patches(images).flatten(2).transpose(1, 2)  # (B, n, D)
         if self.class_token is not None:

@@ -18,16 +18,30 @@ def comparison_page(found: RunsCompared, *, command: str) -> str:
     """The HTML of runs side by side: scores, paired tests, curves, classes, branches, cost and what differs in recipes."""
     intervals = [run.evaluation.intervals.get("top1") for run in found.runs]
     classes = _classes(found)
-    curves = plots.overlaid([(run.name, run.epochs) for run in found.runs]) if all(run.epochs for run in found.runs) else []
+    curves = (
+        plots.overlaid([(run.name, run.epochs) for run in found.runs])
+        if all(run.epochs for run in found.runs)
+        else []
+    )
     return (
         environment()
         .get_template("comparison.html")
         .render(
             found=found,
-            colours=[f"var(--s{index % len(plots.SERIES) + 1})" for index in range(len(found.runs))],
-            accuracies=Axis.around([*intervals, *(Interval(run.evaluation.top1, run.evaluation.top1) for run in found.runs)]),
+            colours=[
+                f"var(--s{index % len(plots.SERIES) + 1})" for index in range(len(found.runs))
+            ],
+            accuracies=Axis.around(
+                [
+                    *intervals,
+                    *(Interval(run.evaluation.top1, run.evaluation.top1) for run in found.runs),
+                ]
+            ),
             differences=Axis.around([*(test.interval for test in found.tests), Interval(0, 0)]),
-            says=[_says(found.runs[0].name, run.name, test) for run, test in zip(found.runs[1:], found.tests, strict=True)],
+            says=[
+                _says(found.runs[0].name, run.name, test)
+                for run, test in zip(found.runs[1:], found.tests, strict=True)
+            ],
             branches=_branches(found),
             classes=classes,
             largest=max(0.001, *(abs(row.difference) for row in classes)),
@@ -85,18 +99,29 @@ def _says(first: str, name: str, test: Comparison) -> str:
 def _branches(found: RunsCompared) -> list[tuple[str, list[float | None]]]:
     """(branch, its accuracy alone in every run), under the name of the first run that has it."""
     names = dict.fromkeys(branch.name for run in found.runs for branch in run.evaluation.branches)
-    scores = [{branch.name: branch.top1 for branch in run.evaluation.branches} for run in found.runs]
+    scores = [
+        {branch.name: branch.top1 for branch in run.evaluation.branches} for run in found.runs
+    ]
     return [(name, [own.get(name) for own in scores]) for name in names]
 
 
 def _classes(found: RunsCompared) -> list[ClassRow]:
     """Every class that has images, those that differ most first."""
-    scores: list[dict[str, ClassScore]] = [{own.label: own for own in run.evaluation.classes} for run in found.runs]
+    scores: list[dict[str, ClassScore]] = [
+        {own.label: own for own in run.evaluation.classes} for run in found.runs
+    ]
     rows = []
     for label in dict.fromkeys(label for own in scores for label in own):
         n = max(own[label].n for own in scores if label in own)
         f1 = tuple(own[label].f1 if label in own else None for own in scores)
         if n:
             known = [own or 0.0 for own in f1]
-            rows.append(ClassRow(label, n, f1, known[1] - known[0] if len(known) == 2 else max(known) - min(known)))
+            rows.append(
+                ClassRow(
+                    label,
+                    n,
+                    f1,
+                    known[1] - known[0] if len(known) == 2 else max(known) - min(known),
+                )
+            )
     return sorted(rows, key=lambda row: (-abs(row.difference), row.label))

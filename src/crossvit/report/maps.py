@@ -40,7 +40,9 @@ STYLE: dict[Any, Any] = {
     "axes.titlepad": 5,
     "axes.titlelocation": "left",
     "text.parse_math": False,  # names come from people's files
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK
+    ),
     "axes.edgecolor": "#c9ced4",
 }
 
@@ -80,7 +82,9 @@ def features_png(explanation: Explanation) -> bytes:
         blocks: Any = figure.subfigures(len(heights), 1, height_ratios=heights, hspace=0)
         title = f"{_name(explanation)}: features after the last encoder"
         blocks[0].text(MARGIN, 0.5, title, fontsize=17, fontweight="bold", va="center")
-        sheets = zip(blocks[1::2], blocks[2::2], explanation.branches, explanation.features, strict=True)
+        sheets = zip(
+            blocks[1::2], blocks[2::2], explanation.branches, explanation.features, strict=True
+        )
         for head, block, branch, values in sheets:
             _feature_sheet(head, block, branch, values, _extent_aspect(explanation))
         return _png(figure)
@@ -88,7 +92,9 @@ def features_png(explanation: Explanation) -> bytes:
 
 def _readings(explanation: Explanation) -> list[tuple[str, str, str]]:
     """(kind, reader, on) of the attention that there is, own attention first."""
-    found = dict.fromkeys((one.kind, one.reader, one.on) for one in explanation.maps if one.stage is not None)
+    found = dict.fromkeys(
+        (one.kind, one.reader, one.on) for one in explanation.maps if one.stage is not None
+    )
     return sorted(found, key=lambda reading: reading[0])
 
 
@@ -103,7 +109,8 @@ def _headline(block: SubFigure, explanation: Explanation) -> None:
         said += [f"{branch.name} alone: {_sure(branch.top)}" for branch in explanation.branches]
     block.text(MARGIN, 0.40, "     ".join(said), fontsize=12, va="center")
     grids = [
-        f"{branch.name} has {branch.grid[0]}x{branch.grid[1]} patches of {branch.patch} pixels" for branch in explanation.branches
+        f"{branch.name} has {branch.grid[0]}x{branch.grid[1]} patches of {branch.patch} pixels"
+        for branch in explanation.branches
     ]
     block.text(MARGIN, 0.14, "     ".join(grids), fontsize=10, color=QUIET, va="center")
 
@@ -114,10 +121,20 @@ def _section(block: SubFigure, title: str, note: str, normal: Normalize) -> None
     block.text(MARGIN, 0.70, title, fontsize=13, fontweight="bold", va="center")
     block.text(MARGIN, 0.34, note, fontsize=10, color=QUIET, va="center")
     axes = block.add_axes((0.70, 0.52, 0.288, 0.2))
-    bar = block.colorbar(ScalarMappable(normal, HEAT), cax=axes, orientation="horizontal", extend="max")
+    bar = block.colorbar(
+        ScalarMappable(normal, HEAT), cax=axes, orientation="horizontal", extend="max"
+    )
     bar.ax.tick_params(labelsize=9, length=2)
     bar.outline.set_visible(False)
-    block.text(0.988, 0.86, "times the even share: 1 = all patches alike", fontsize=9, color=QUIET, va="center", ha="right")
+    block.text(
+        0.988,
+        0.86,
+        "times the even share: 1 = all patches alike",
+        fontsize=9,
+        color=QUIET,
+        va="center",
+        ha="right",
+    )
 
 
 def _summary(head: SubFigure, block: SubFigure, explanation: Explanation) -> None:
@@ -135,10 +152,21 @@ def _summary(head: SubFigure, block: SubFigure, explanation: Explanation) -> Non
         for branch in explanation.branches:
             title = f"{branch.name}, rollout ({100 * branch.from_other:.0f} % crossed)"
             own.append((title, _whole(explanation, "rollout", branch.name)))
-        own += [(f"{name}, for {class_name}", _whole(explanation, "gradient", name)) for name in names]
+        own += [
+            (f"{name}, for {class_name}", _whole(explanation, "gradient", name)) for name in names
+        ]
     normal = scale([values for _, values in (*fused, *own)])
-    note = "brought to the finest grid; below, each branch's own answer" if several else "one value a patch"
-    _section(head, "What the answer was read from", f"Through all stages, from every branch's patches, {note}.", normal)
+    note = (
+        "brought to the finest grid; below, each branch's own answer"
+        if several
+        else "one value a patch"
+    )
+    _section(
+        head,
+        "What the answer was read from",
+        f"Through all stages, from every branch's patches, {note}.",
+        normal,
+    )
     axes = _panels(block, 2 if several else 1, _summary_columns(explanation))
     _photo(axes[0][0], explanation)
     for place, (title, values) in zip(axes[0][1:], fused, strict=False):
@@ -162,7 +190,9 @@ def _attention(
     """One row a stage, one column a reading: the last block's heads joined (large) and each head (small)."""
     maps = [one for one in explanation.maps if one.stage is not None]
     drawn = [_last(maps, reading, stage) for stage in range(1, stages + 1) for reading in readings]
-    normal = scale([_even(one.values.mean(axis=0)) for one in drawn if one is not None], share=0.995)
+    normal = scale(
+        [_even(one.values.mean(axis=0)) for one in drawn if one is not None], share=0.995
+    )
     note = "Weights of the token that stands for each branch, in the last block of each stage; heads joined, then each."
     _section(head, "Attention, stage by stage", note, normal)
     axes = _panels(block, stages, 2 * max(len(readings), 2))
@@ -171,8 +201,16 @@ def _attention(
             one = _last(maps, reading, row + 1)
             if one is not None:
                 mean, heads = axes[row][2 * column], axes[row][2 * column + 1]
-                _heat(mean, explanation, f"{_reading_name(*reading)}, stage {row + 1}", _even(one.values.mean(axis=0)), normal)
-                heads.set_title(f"{len(one.values)} head{'s' * (len(one.values) > 1)}", color=QUIET, loc="right")
+                _heat(
+                    mean,
+                    explanation,
+                    f"{_reading_name(*reading)}, stage {row + 1}",
+                    _even(one.values.mean(axis=0)),
+                    normal,
+                )
+                heads.set_title(
+                    f"{len(one.values)} head{'s' * (len(one.values) > 1)}", color=QUIET, loc="right"
+                )
                 _mosaic(heads, explanation, one, normal)
 
 
@@ -191,12 +229,20 @@ def _photo(axes: Axes, explanation: Explanation) -> None:
             (left, 0, right - left, top),
             (left, bottom, right - left, height - bottom),
         ):
-            axes.add_patch(Rectangle((x, y), across, down, facecolor=PAPER, alpha=0.65, linewidth=0))
-        axes.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=INK, linewidth=1.2))
+            axes.add_patch(
+                Rectangle((x, y), across, down, facecolor=PAPER, alpha=0.65, linewidth=0)
+            )
+        axes.add_patch(
+            Rectangle(
+                (left, top), right - left, bottom - top, fill=False, edgecolor=INK, linewidth=1.2
+            )
+        )
     axes.set_title(f"photo, {width}x{height}" + (" (pale: cut off, not seen)" if cut else ""))
 
 
-def _heat(axes: Axes, explanation: Explanation, title: str, values: Values, normal: Normalize) -> None:
+def _heat(
+    axes: Axes, explanation: Explanation, title: str, values: Values, normal: Normalize
+) -> None:
     """One map over the greyed photo, smooth between patch centres."""
     _lay(axes, explanation, _scene(explanation).heat(values, normal))
     axes.set_title(title)
@@ -211,7 +257,9 @@ def _difference(axes: Axes, explanation: Explanation, name: str, names: Sequence
     than = others[0] if len(others) == 1 else "the others"
     axes.set_title(f"{name} more (orange) or {than} (blue)")
     if len(others) == 1 and explanation.disagreement is not None:
-        note = f"{100 * explanation.disagreement:.0f} % on different patches; colours to ±{reach:.1f}"
+        note = (
+            f"{100 * explanation.disagreement:.0f} % on different patches; colours to ±{reach:.1f}"
+        )
         axes.text(0.03, 0.03, note, transform=axes.transAxes, fontsize=7.5, bbox=NOTE)
 
 
@@ -260,10 +308,18 @@ def _feature_sheet(
     rows, columns = branch.grid
     places = (one for row in _panels(block, 3, 8, title=SMALL_TITLE) for one in row)
     for place, channel in zip(places, channels, strict=False):
-        place.imshow(values[channel], cmap=FEATURES, interpolation="nearest", aspect=aspect * columns / rows)
+        place.imshow(
+            values[channel], cmap=FEATURES, interpolation="nearest", aspect=aspect * columns / rows
+        )
         place.set_title(str(channel), fontsize=8, color=QUIET, pad=1)
     about = f"Branch {branch.name}: the {len(channels)} of {len(values)} channels that vary most on its {rows}x{columns} patches"
-    head.text(MARGIN, 0.4, f"{about}, each from its least (dark) to its greatest value", fontsize=11, va="center")
+    head.text(
+        MARGIN,
+        0.4,
+        f"{about}, each from its least (dark) to its greatest value",
+        fontsize=11,
+        va="center",
+    )
 
 
 def _rows_height(rows: int, panel: float, title: float = TITLE) -> float:
@@ -277,7 +333,14 @@ def _panels(block: SubFigure, rows: int, columns: int, title: float = TITLE) -> 
     across, down = (1 - 2 * MARGIN + GAP) / columns, 1 / rows
     axes = [
         [
-            block.add_axes((MARGIN + column * across, 1 - (row + 1) * down + 0.04 / height, across - GAP, down - title / height))
+            block.add_axes(
+                (
+                    MARGIN + column * across,
+                    1 - (row + 1) * down + 0.04 / height,
+                    across - GAP,
+                    down - title / height,
+                )
+            )
             for column in range(columns)
         ]
         for row in range(rows)
@@ -298,7 +361,9 @@ def _drawing() -> Iterator[None]:
 
 def _last(maps: Sequence[TokenMap], reading: tuple[str, str, str], stage: int) -> TokenMap | None:
     """The last block's map of a reading in a stage."""
-    of_it = [one for one in maps if (one.kind, one.reader, one.on) == reading and one.stage == stage]
+    of_it = [
+        one for one in maps if (one.kind, one.reader, one.on) == reading and one.stage == stage
+    ]
     return of_it[-1] if of_it else None
 
 

@@ -83,8 +83,19 @@ def matrix_of(evaluation: Evaluation) -> Matrix | None:
     rows = []
     for true in shown:
         total = int(counts[true].sum())
-        cells = tuple(_cell(labels, int(true), int(answer), int(counts[true, answer]), total) for answer in shown)
-        rows.append(Row(labels[true], total, int(wrong[true].sum()), cells, total - sum(cell.count for cell in cells)))
+        cells = tuple(
+            _cell(labels, int(true), int(answer), int(counts[true, answer]), total)
+            for answer in shown
+        )
+        rows.append(
+            Row(
+                labels[true],
+                total,
+                int(wrong[true].sum()),
+                cells,
+                total - sum(cell.count for cell in cells),
+            )
+        )
     places = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
     trues, answers = np.unravel_index(places, wrong.shape)
     return Matrix(
@@ -92,18 +103,29 @@ def matrix_of(evaluation: Evaluation) -> Matrix | None:
         classes=len(labels),
         rows=tuple(rows),
         pairs=tuple(
-            Confused(labels[true], labels[answer], int(wrong[true, answer]), int(counts[true].sum()))
+            Confused(
+                labels[true], labels[answer], int(wrong[true, answer]), int(counts[true].sum())
+            )
             for true, answer in zip(trues, answers, strict=True)
             if wrong[true, answer]
         ),
         taken_for={
-            label: Confused(label, labels[row.argmax()], int(row.max()), int(own.sum())) if row.any() else None
+            label: Confused(label, labels[row.argmax()], int(row.max()), int(own.sum()))
+            if row.any()
+            else None
             for label, row, own in zip(labels, wrong, counts, strict=True)
         },
     )
 
 
 def _cell(labels: list[str], true: int, answer: int, count: int, total: int) -> Cell:
-    what = f"{labels[true]}: right" if true == answer else f"{labels[true]} taken for {labels[answer]}"
+    what = (
+        f"{labels[true]}: right" if true == answer else f"{labels[true]} taken for {labels[answer]}"
+    )
     share = count / max(total, 1)
-    return Cell(count, math.sqrt(share), true == answer, f"{what}, {count} of {total} ({100 * share:.1f}\u202f%)")
+    return Cell(
+        count,
+        math.sqrt(share),
+        true == answer,
+        f"{what}, {count} of {total} ({100 * share:.1f}\u202f%)",
+    )

@@ -17,7 +17,9 @@ Values = NDArray[np.float32]  # (rows, columns)
 
 HEAT = matplotlib.colormaps["inferno"]
 # Orange against blue: told apart by people who do not see red and green.
-SIDES = LinearSegmentedColormap.from_list("sides", ["#0b5fa5", "#7fb4dc", "#f2f2f2", "#f0a868", "#c4500a"])
+SIDES = LinearSegmentedColormap.from_list(
+    "sides", ["#0b5fa5", "#7fb4dc", "#f2f2f2", "#f0a868", "#c4500a"]
+)
 SMALLEST_TOP = 3.0  # times the even share: a scale never ends below it, so that flat maps look flat
 SMOOTH_SIDE = 256  # pixels that an overlay has at least, so that a map on a small photo is smooth
 
@@ -48,7 +50,9 @@ class Scene:
     def pixels(self) -> tuple[int, int, int, int]:
         """The seen part in pixels of the photo, one at least."""
         height, width = self.photo.shape[:2]
-        left, top, right, bottom = (round(share * side) for share, side in zip(self.seen, (width, height) * 2, strict=True))
+        left, top, right, bottom = (
+            round(share * side) for share, side in zip(self.seen, (width, height) * 2, strict=True)
+        )
         left, top = min(left, width - 1), min(top, height - 1)
         return left, top, max(right, left + 1), max(bottom, top + 1)
 
@@ -57,7 +61,9 @@ class Scene:
         part = _grey(self.photo)[top:bottom, left:right]
         larger = max(1.0, SMOOTH_SIDE / max(part.shape[:2]))
         size = (max(1, round(part.shape[1] * larger)), max(1, round(part.shape[0] * larger)))
-        enlarged = Image.fromarray((part * 255).round().astype(np.uint8)).resize(size, Image.Resampling.BILINEAR)
+        enlarged = Image.fromarray((part * 255).round().astype(np.uint8)).resize(
+            size, Image.Resampling.BILINEAR
+        )
         return np.asarray(enlarged) / 255
 
 
@@ -78,7 +84,13 @@ def overlay_png(picture: Image.Image, values: Values, seen: Box) -> bytes:
 
 def scale(maps: list[Values], share: float = 0.99) -> Normalize:
     """From zero to what the share `share` of all patches lies below."""
-    return Normalize(0, max(SMALLEST_TOP, float(np.quantile(np.concatenate([values.ravel() for values in maps]), share))))
+    return Normalize(
+        0,
+        max(
+            SMALLEST_TOP,
+            float(np.quantile(np.concatenate([values.ravel() for values in maps]), share)),
+        ),
+    )
 
 
 def _blend(grey: Colours, colours: Colormap, level: Colours, *, strength: Colours) -> Colours:
@@ -93,7 +105,9 @@ def _grey(photo: NDArray[np.uint8]) -> Colours:
 
 def _resized(values: Values, like: Colours) -> Values:
     size = (like.shape[1], like.shape[0])
-    return np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    return np.asarray(
+        Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR)
+    )
 
 
 def _bytes(colours: Colours) -> NDArray[np.uint8]:

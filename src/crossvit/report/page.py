@@ -23,7 +23,15 @@ PICTURE_BYTES = 2_500_000  # of pictures and maps of mistakes that a page takes;
 def run_page(result: TrainingResult, evaluation: Evaluation) -> str:
     """The HTML of a finished run: how it learned, how good it is, where it fails, and how to train it again."""
     record = result.record
-    again = ["crossvit", "train", record["recipe"]["data"], "--recipe", result.run, "--out", f"{result.run}-again"]
+    again = [
+        "crossvit",
+        "train",
+        record["recipe"]["data"],
+        "--recipe",
+        result.run,
+        "--out",
+        f"{result.run}-again",
+    ]
     return _evaluated(
         "run.html",
         evaluation,
@@ -37,10 +45,14 @@ def run_page(result: TrainingResult, evaluation: Evaluation) -> str:
     )
 
 
-def evaluation_page(evaluation: Evaluation, *, command: str, record: Mapping[str, Any] | None = None) -> str:
+def evaluation_page(
+    evaluation: Evaluation, *, command: str, record: Mapping[str, Any] | None = None
+) -> str:
     """The HTML of an evaluation. command: the one that made it; record: run.json, where what was evaluated is a run."""
     kind, again = "evaluation", "Measure it again"
-    return _evaluated("evaluation.html", evaluation, record or {}, kind=kind, again=again, command=command)
+    return _evaluated(
+        "evaluation.html", evaluation, record or {}, kind=kind, again=again, command=command
+    )
 
 
 def data_page(found: DataCheck) -> str:
@@ -49,13 +61,21 @@ def data_page(found: DataCheck) -> str:
     return environment().get_template("data.html").render(found=found, largest=max(largest, 1))
 
 
-def _evaluated(template: str, evaluation: Evaluation, record: Mapping[str, Any], **more: Any) -> str:
+def _evaluated(
+    template: str, evaluation: Evaluation, record: Mapping[str, Any], **more: Any
+) -> str:
     matrix = matrix_of(evaluation)
-    calibration, selective, robustness = evaluation.calibration, evaluation.selective, evaluation.robustness
+    calibration, selective, robustness = (
+        evaluation.calibration,
+        evaluation.selective,
+        evaluation.robustness,
+    )
     drawn = {
         "reliability": plots.reliability(calibration) if calibration else None,
         "risk_coverage": plots.risk_coverage(selective) if selective else None,
-        "sizes": plots.sizes(robustness.sizes, robustness.unspoilt) if robustness and robustness.sizes else None,
+        "sizes": plots.sizes(robustness.sizes, robustness.unspoilt)
+        if robustness and robustness.sizes
+        else None,
     }
     data = record.get("data", {})
     return (
@@ -73,21 +93,28 @@ def _evaluated(template: str, evaluation: Evaluation, record: Mapping[str, Any],
             sections=_sections(evaluation, matrix, curves=bool(more.get("curves"))),
             facts=_facts(evaluation, record),
             recipe=_flat(record.get("recipe", {})),
-            whole=json.dumps({key: value for key, value in record.items() if key != "data"}, indent=2, ensure_ascii=False),
+            whole=json.dumps(
+                {key: value for key, value in record.items() if key != "data"},
+                indent=2,
+                ensure_ascii=False,
+            ),
             **{name: svg and Markup(svg) for name, svg in drawn.items()},  # noqa: S704  # our own SVGs
             **more,
         )
     )
 
 
-def _sections(evaluation: Evaluation, matrix: Matrix | None, *, curves: bool) -> list[tuple[str, str]]:
+def _sections(
+    evaluation: Evaluation, matrix: Matrix | None, *, curves: bool
+) -> list[tuple[str, str]]:
     """(anchor, title) of each section that the page has."""
     there = {
         ("learning", "Learning"): curves,
         ("branches", "Branches"): bool(evaluation.branches),
         ("confusion", "Confusion"): matrix is not None,
         ("classes", "Classes"): True,
-        ("trust", "Confidence"): evaluation.calibration is not None or evaluation.selective is not None,
+        ("trust", "Confidence"): evaluation.calibration is not None
+        or evaluation.selective is not None,
         ("robustness", "Worse images"): evaluation.robustness is not None,
         ("mistakes", "Mistakes"): bool(evaluation.mistakes) or evaluation.top1 == 1,
         ("again", "How it ran"): True,
@@ -100,9 +127,16 @@ def _facts(evaluation: Evaluation, record: Mapping[str, Any]) -> list[tuple[str,
     facts = [("measured on", f"{evaluation.n:,} {evaluation.split} images of {evaluation.data}")]
     if evaluation.seconds:
         rate = evaluation.n / evaluation.seconds
-        facts.append(("evaluation", f"{spoken_seconds(evaluation.seconds)} ({rate:,.0f} images a second)"))
+        facts.append(
+            ("evaluation", f"{spoken_seconds(evaluation.seconds)} ({rate:,.0f} images a second)")
+        )
     facts.append(("computed by", f"{evaluation.engine}, {evaluation.precision}"))
-    facts.append(("loss", f"{evaluation.loss:.4f} nats, mean cross-entropy{' of each decision' * bool(evaluation.multi_label)}"))
+    facts.append(
+        (
+            "loss",
+            f"{evaluation.loss:.4f} nats, mean cross-entropy{' of each decision' * bool(evaluation.multi_label)}",
+        )
+    )
     if record.get("result"):
         processes = record.get("processes", 1)
         several = f", {processes} processes" if processes > 1 else ""
@@ -111,7 +145,12 @@ def _facts(evaluation: Evaluation, record: Mapping[str, Any]) -> list[tuple[str,
         facts.append(("training", f"{spoken_seconds(record['result']['seconds'])} on {where}"))
     if record.get("versions"):
         versions = {"crossvit": record.get("crossvit"), **record["versions"]}
-        facts.append(("versions", ", ".join(f"{name} {version}" for name, version in versions.items() if version)))
+        facts.append(
+            (
+                "versions",
+                ", ".join(f"{name} {version}" for name, version in versions.items() if version),
+            )
+        )
     return facts
 
 

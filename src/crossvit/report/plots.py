@@ -18,9 +18,23 @@ from crossvit.results import Calibration, Epoch, Selective, SizeScore
 
 # Each stands for a colour of the page's style (style.css) and is replaced by it in the SVG; none is a colour anyone sees.
 INK = "#123456"
-SERIES = ("#a10001", "#a10002", "#a10003", "#a10004", "#a10005", "#a10006")  # --s1 ... --s6, told apart by the colour-blind too
+SERIES = (
+    "#a10001",
+    "#a10002",
+    "#a10003",
+    "#a10004",
+    "#a10005",
+    "#a10006",
+)  # --s1 ... --s6, told apart by the colour-blind too
 HELD_OUT, TRAIN = SERIES[:2]
-DASHES = ("-", "--", ":", "-.", (0, (5, 1)), (0, (1, 1)))  # beside the colour, for those who see none and for grey paper
+DASHES = (
+    "-",
+    "--",
+    ":",
+    "-.",
+    (0, (5, 1)),
+    (0, (1, 1)),
+)  # beside the colour, for those who see none and for grey paper
 SIZE = (4.7, 3.1)  # inches, of one of two plots side by side
 
 STYLE: dict[Any, Any] = {
@@ -47,7 +61,17 @@ STYLE: dict[Any, Any] = {
     "ytick.major.size": 3,
     "xtick.labelsize": 9,
     "ytick.labelsize": 9,
-    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(
+        (
+            "text.color",
+            "axes.labelcolor",
+            "axes.edgecolor",
+            "axes.titlecolor",
+            "xtick.color",
+            "ytick.color",
+        ),
+        INK,
+    ),
 }
 
 
@@ -61,14 +85,30 @@ def curves(epochs: Sequence[Epoch]) -> list[str]:
             (loss, [_gap(e.loss) for e in epochs], [e.val_loss for e in epochs]),
             (accuracy, [_gap(e.train_top1) for e in epochs], [e.val_top1 for e in epochs]),
         ):
-            axes.plot(numbers, train, color=TRAIN, marker=marker, linewidth=1.6, linestyle="--", label="training (augmented)")
-            axes.plot(numbers, held_out, color=HELD_OUT, marker=marker, linewidth=2.0, label="held out")
+            axes.plot(
+                numbers,
+                train,
+                color=TRAIN,
+                marker=marker,
+                linewidth=1.6,
+                linestyle="--",
+                label="training (augmented)",
+            )
+            axes.plot(
+                numbers, held_out, color=HELD_OUT, marker=marker, linewidth=2.0, label="held out"
+            )
         _over_epochs(loss, accuracy)
         loss.legend(loc="upper right")
         last = epochs[-1]
         return [
-            _svg(loss_figure, f"Loss over {len(epochs)} epochs; held out {last.val_loss:.2f} at the end"),
-            _svg(accuracy_figure, f"Accuracy over {len(epochs)} epochs; held out {100 * last.val_top1:.1f} % at the end"),
+            _svg(
+                loss_figure,
+                f"Loss over {len(epochs)} epochs; held out {last.val_loss:.2f} at the end",
+            ),
+            _svg(
+                accuracy_figure,
+                f"Accuracy over {len(epochs)} epochs; held out {100 * last.val_top1:.1f} % at the end",
+            ),
         ]
 
 
@@ -107,41 +147,96 @@ def reliability(calibration: Calibration) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(SIZE[0], 4.1), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-        upper.plot([0, 1], [0, 1], color=INK, alpha=0.45, linewidth=1, linestyle="--", label="as sure as right")
+        upper.plot(
+            [0, 1],
+            [0, 1],
+            color=INK,
+            alpha=0.45,
+            linewidth=1,
+            linestyle="--",
+            label="as sure as right",
+        )
         left, widths = [own.low for own in bins], [own.high - own.low for own in bins]
-        upper.bar(left, [own.accuracy for own in bins], widths, align="edge", color=HELD_OUT, alpha=0.28, linewidth=0)
+        upper.bar(
+            left,
+            [own.accuracy for own in bins],
+            widths,
+            align="edge",
+            color=HELD_OUT,
+            alpha=0.28,
+            linewidth=0,
+        )
         sure, right = [own.confidence for own in bins], [own.accuracy for own in bins]
         most = max(own.n for own in bins)
         upper.plot(sure, right, color=HELD_OUT, linewidth=1.4, label="this model")
-        upper.scatter(sure, right, [8 + 40 * own.n / most for own in bins], color=HELD_OUT, zorder=3, clip_on=False)
+        upper.scatter(
+            sure,
+            right,
+            [8 + 40 * own.n / most for own in bins],
+            color=HELD_OUT,
+            zorder=3,
+            clip_on=False,
+        )
         upper.set(xlim=(0, 1), ylim=(0, 1.02), title="Share that is right")
         upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         upper.legend(loc="lower right")
-        lower.bar(left, [own.n for own in bins], widths, align="edge", color=TRAIN, alpha=0.75, linewidth=0)
+        lower.bar(
+            left,
+            [own.n for own in bins],
+            widths,
+            align="edge",
+            color=TRAIN,
+            alpha=0.75,
+            linewidth=0,
+        )
         lower.set(title="Answers", xlabel="confidence")
         lower.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
-        return _svg(figure, f"Reliability diagram: expected calibration error {100 * calibration.ece:.1f} %")
+        return _svg(
+            figure, f"Reliability diagram: expected calibration error {100 * calibration.ece:.1f} %"
+        )
 
 
 def risk_coverage(selective: Selective) -> str:
     """The share of answers that is wrong against the share of images answered, the surest first."""
-    coverage, risk = [point.coverage for point in selective.points], [point.risk for point in selective.points]
+    coverage, risk = (
+        [point.coverage for point in selective.points],
+        [point.risk for point in selective.points],
+    )
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes(height=4.1)
-        axes.plot(coverage, risk, color=HELD_OUT, linewidth=2.0, marker="o" if len(risk) == 1 else None)
+        axes.plot(
+            coverage, risk, color=HELD_OUT, linewidth=2.0, marker="o" if len(risk) == 1 else None
+        )
         axes.fill_between(coverage, risk, color=HELD_OUT, alpha=0.12, linewidth=0)
         top = max([*risk, selective.target_risk, 0.01]) * 1.3
         asked = f"asked for: {100 * selective.target_risk:.1f} % wrong"
-        axes.axhline(selective.target_risk, color=INK, alpha=0.45, linewidth=1, linestyle="--", label=asked)
+        axes.axhline(
+            selective.target_risk, color=INK, alpha=0.45, linewidth=1, linestyle="--", label=asked
+        )
         if selective.suggested is not None:
             point = selective.suggested
-            axes.plot([point.coverage], [point.risk], color=TRAIN, marker="o", markersize=8, linestyle="", label="suggested")
+            axes.plot(
+                [point.coverage],
+                [point.risk],
+                color=TRAIN,
+                marker="o",
+                markersize=8,
+                linestyle="",
+                label="suggested",
+            )
         axes.legend(loc="upper left")
-        axes.set(xlim=(0, 1.01), ylim=(0, top), xlabel="share of the images that is answered", title="Share that is wrong")
+        axes.set(
+            xlim=(0, 1.01),
+            ylim=(0, top),
+            xlabel="share of the images that is answered",
+            title="Share that is wrong",
+        )
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None if top >= 0.05 else 1))
-        return _svg(figure, f"Risk against coverage: {100 * risk[-1]:.1f} % wrong where all are answered")
+        return _svg(
+            figure, f"Risk against coverage: {100 * risk[-1]:.1f} % wrong where all are answered"
+        )
 
 
 def sizes(scores: Sequence[SizeScore], top1: float) -> str:
@@ -151,12 +246,20 @@ def sizes(scores: Sequence[SizeScore], top1: float) -> str:
         figure, axes = _axes()
         axes.axhline(top1, color=INK, alpha=0.45, linewidth=1, linestyle="--")
         axes.plot(
-            [score.pixels for score in ordered], [score.top1 for score in ordered], color=HELD_OUT, marker="o", linewidth=2.0
+            [score.pixels for score in ordered],
+            [score.top1 for score in ordered],
+            color=HELD_OUT,
+            marker="o",
+            linewidth=2.0,
         )
         axes.set_xscale("log", base=2)
-        axes.set_xticks([score.pixels for score in ordered], [str(score.pixels) for score in ordered])
+        axes.set_xticks(
+            [score.pixels for score in ordered], [str(score.pixels) for score in ordered]
+        )
         axes.minorticks_off()
-        axes.set(ylim=(0, 1.02), xlabel="shorter side of the image, pixels", title="Accuracy (top-1)")
+        axes.set(
+            ylim=(0, 1.02), xlabel="shorter side of the image, pixels", title="Accuracy (top-1)"
+        )
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         figures = ", ".join(f"{100 * score.top1:.1f} % at {score.pixels}" for score in ordered)
         return _svg(figure, f"Accuracy by the side of the image in pixels: {figures}")
@@ -181,10 +284,16 @@ def _over_epochs(loss: Axes, accuracy: Axes, of: str = "") -> None:
 def _svg(figure: Figure, says: str) -> str:
     """`figure` as an <svg> in the page's colours, with what it says for those who cannot see it."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": says}):  # the same data gives the same bytes, another plot other ids
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with matplotlib.rc_context(
+        {"svg.hashsalt": says}
+    ):  # the same data gives the same bytes, another plot other ids
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
+        )
     text = buffer.getvalue().replace(INK, "currentColor")
     for index, stand_in in enumerate(SERIES, start=1):
         text = text.replace(stand_in, f"var(--s{index})")
-    text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # ids that a second plot on the page has too
+    text = re.sub(
+        r'<g id="[^"]*"', "<g", text[text.index("<svg") :]
+    )  # ids that a second plot on the page has too
     return text.replace("<svg ", f'<svg role="img" aria-label="{escape(says)}" ', 1)

@@ -39,7 +39,11 @@ def environment(*, script: bool = False) -> jinja2.Environment:
         "short": lambda path: "/".join(path.split("/")[-2:]),
         "last": lambda path: path.rstrip("/").split("/")[-1],
     }
-    text = importlib.resources.files("crossvit.report").joinpath("page.js").read_text(encoding="utf-8") if script else ""
+    text = (
+        importlib.resources.files("crossvit.report").joinpath("page.js").read_text(encoding="utf-8")
+        if script
+        else ""
+    )
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     environment.globals |= {
         "script": Markup(text),  # noqa: S704  # our own script
@@ -63,7 +67,11 @@ def _chance(p: float) -> str:
 
 
 def _wrong(evaluation: Evaluation) -> int:
-    return evaluation.correct.count(False) if evaluation.correct else evaluation.n - round(evaluation.top1 * evaluation.n)
+    return (
+        evaluation.correct.count(False)
+        if evaluation.correct
+        else evaluation.n - round(evaluation.top1 * evaluation.n)
+    )
 
 
 def _interval(interval: Interval) -> str:

@@ -30,9 +30,22 @@ if TYPE_CHECKING:
         Selective,
         SizeScore,
     )
-    from crossvit.results.explanation import BranchAnswer, Curve, Explanation, Faithfulness, MapScore, TokenMap
+    from crossvit.results.explanation import (
+        BranchAnswer,
+        Curve,
+        Explanation,
+        Faithfulness,
+        MapScore,
+        TokenMap,
+    )
     from crossvit.results.prediction import BatchPrediction, Label, Prediction
-    from crossvit.results.records import MULTI_LABEL, SINGLE_LABEL, branch_names, plain_name, to_json
+    from crossvit.results.records import (
+        MULTI_LABEL,
+        SINGLE_LABEL,
+        branch_names,
+        plain_name,
+        to_json,
+    )
     from crossvit.results.training import Epoch, Rehearsal, ScaledRun, TrainingResult
 
 _NAMES = {  # of each module
@@ -46,7 +59,9 @@ _NAMES = {  # of each module
     "records": "MULTI_LABEL SINGLE_LABEL branch_names plain_name to_json",
     "training": "Epoch Rehearsal ScaledRun TrainingResult",
 }
-_HOMES = {name: f"crossvit.results.{module}" for module, names in _NAMES.items() for name in names.split()}
+_HOMES = {
+    name: f"crossvit.results.{module}" for module, names in _NAMES.items() for name in names.split()
+}
 
 __all__ = [
     "MULTI_LABEL",

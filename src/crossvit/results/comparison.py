@@ -21,7 +21,9 @@ class ComparedRun:
     macs: int
     seconds: float
     evaluation: Evaluation
-    record: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False, metadata={"json": False})
+    record: dict[str, Any] = dataclasses.field(
+        default_factory=dict, repr=False, metadata={"json": False}
+    )
     epochs: tuple[Epoch, ...] = dataclasses.field(default=(), repr=False, metadata={"json": False})
 
 

@@ -39,7 +39,9 @@ class Mistake:
     predicted: str
     probability: float
     picture: bytes = dataclasses.field(default=b"", repr=False)
-    map: bytes = dataclasses.field(default=b"", repr=False)  # what it looked at, laid over the picture, as PNG bytes
+    map: bytes = dataclasses.field(
+        default=b"", repr=False
+    )  # what it looked at, laid over the picture, as PNG bytes
 
 
 @dataclasses.dataclass(frozen=True)

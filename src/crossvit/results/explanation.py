@@ -75,18 +75,33 @@ class Explanation:
     size: tuple[int, int] | None = None
     seen: tuple[float, float, float, float] | None = None
     maps: tuple[TokenMap, ...] = dataclasses.field(default=(), repr=False)
-    photo: NDArray[np.uint8] | None = dataclasses.field(default=None, repr=False, metadata={"json": False})
-    features: tuple[NDArray[np.float32], ...] = dataclasses.field(default=(), repr=False, metadata={"json": False})
+    photo: NDArray[np.uint8] | None = dataclasses.field(
+        default=None, repr=False, metadata={"json": False}
+    )
+    features: tuple[NDArray[np.float32], ...] = dataclasses.field(
+        default=(), repr=False, metadata={"json": False}
+    )
     picture: str | None = None
     arrays: str | None = None
     features_picture: str | None = None
     error: str | None = None
 
-    def select(self, kind: str, *, reader: str | None = None, on: str | None = None, stage: int | None = None) -> list[TokenMap]:
+    def select(
+        self,
+        kind: str,
+        *,
+        reader: str | None = None,
+        on: str | None = None,
+        stage: int | None = None,
+    ) -> list[TokenMap]:
         """The maps of one kind, in the order of stages and blocks."""
         asked = {"reader": reader, "on": on, "stage": stage}
         given = {name: value for name, value in asked.items() if value is not None}
-        return [one for one in self.maps if one.kind == kind and all(getattr(one, name) == given[name] for name in given)]
+        return [
+            one
+            for one in self.maps
+            if one.kind == kind and all(getattr(one, name) == given[name] for name in given)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-SINGLE_LABEL, MULTI_LABEL = "single-label", "multi-label"  # one class an image, or any number of them
+SINGLE_LABEL, MULTI_LABEL = (
+    "single-label",
+    "multi-label",
+)  # one class an image, or any number of them
 
 
 def to_json(record: Any) -> Any:

@@ -58,16 +58,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     start = len(MAGIC) + hashlib.sha256().digest_size
     payload = content[start:]
-    if not content.startswith(MAGIC) or hashlib.sha256(payload).digest() != content[len(MAGIC) : start]:
+    if (
+        not content.startswith(MAGIC)
+        or hashlib.sha256(payload).digest() != content[len(MAGIC) : start]
+    ):
         raise CheckpointError(f"{path} is torn or not a checkpoint (its checksum does not match)")
     try:
-        state: dict[str, Any] = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(
+            io.BytesIO(payload), map_location="cpu", weights_only=True
+        )
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise CheckpointError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     return state
 
 
-def load_newest(folder: Path, *, before: int | None = None) -> tuple[dict[str, Any] | None, list[str]]:
+def load_newest(
+    folder: Path, *, before: int | None = None
+) -> tuple[dict[str, Any] | None, list[str]]:
     """(state, what was passed over): the newest checkpoint in `folder` that is whole, as are the best weights it names; where no
     such weights are, the newest whole one with `best_step` None; None if there is not one file. before: only those of fewer
     steps.
@@ -94,7 +101,9 @@ def load_newest(folder: Path, *, before: int | None = None) -> tuple[dict[str, A
     if bereft is not None:
         return bereft
     if passed_over:
-        raise CheckpointError(f"no whole checkpoint in {folder}: {passed_over[0]}; start again with --overwrite")
+        raise CheckpointError(
+            f"no whole checkpoint in {folder}: {passed_over[0]}; start again with --overwrite"
+        )
     return None, []
 
 

@@ -11,7 +11,15 @@ from crossvit.errors import ConfigError
 SECONDS = {"s": 1.0, "min": 60.0, "h": 3600.0}
 STEP_UNITS = ("steps", "epochs", "%")
 UNITS = (*STEP_UNITS, *SECONDS)
-_SPELLINGS = {"step": "steps", "epoch": "epochs", "percent": "%", "sec": "s", "seconds": "s", "minutes": "min", "hours": "h"}
+_SPELLINGS = {
+    "step": "steps",
+    "epoch": "epochs",
+    "percent": "%",
+    "sec": "s",
+    "seconds": "s",
+    "minutes": "min",
+    "hours": "h",
+}
 
 
 class Duration(NamedTuple):
@@ -49,7 +57,14 @@ def parse_duration(text: str, *, name: str, units: tuple[str, ...] = UNITS) -> D
     return Duration(float(match[1]), unit)
 
 
-_EXAMPLES = {"steps": "500 steps", "epochs": "10 epochs", "%": "10 %", "s": "30 s", "min": "15 min", "h": "1 h"}
+_EXAMPLES = {
+    "steps": "500 steps",
+    "epochs": "10 epochs",
+    "%": "10 %",
+    "s": "30 s",
+    "min": "15 min",
+    "h": "1 h",
+}
 
 
 def spoken(seconds: float) -> str:

@@ -10,24 +10,29 @@ import time
 from pathlib import Path
 from typing import Any
 
+from crossvit.engines.torch import resolve_device
 from crossvit.errors import UsageError
 from crossvit.results import Epoch, Rehearsal, TrainingResult
 from crossvit.run import Run
-from crossvit.runtimes.torch import resolve_device
-from crossvit.train.estimate import checkpoints_of, described, evaluate_few, peak_bytes, time_step
+from crossvit.train.callbacks import Watch
+from crossvit.train.distributed import ALONE, Team, assembled
+from crossvit.train.dry_run import checkpoints_of, described, evaluate_few, peak_bytes, time_step
 from crossvit.train.losses import Teacher
-from crossvit.train.parallel import ALONE, Team, assembled
-from crossvit.train.plan import make_plan, suitable_parts
 from crossvit.train.recipe import Recipe
-from crossvit.train.repeatable import deterministic, same_kernels, threads
-from crossvit.train.resuming import as_given, gone_on_with, recorded_run, refuse_contradiction
+from crossvit.train.reproducibility import deterministic, same_kernels, threads
+from crossvit.train.resume import as_given, gone_on_with, recorded_run, refuse_contradiction
+from crossvit.train.setup import make_plan, suitable_parts
 from crossvit.train.teachers import A_CALLABLE, load_teacher
-from crossvit.train.training import Training
-from crossvit.train.watch import Watch
+from crossvit.train.trainer import Training
 
 
 def fit(
-    recipe: Recipe, *, resume: bool = False, overwrite: bool = False, watch: Watch | None = None, teacher: Teacher | None = None
+    recipe: Recipe,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    watch: Watch | None = None,
+    teacher: Teacher | None = None,
 ) -> TrainingResult:
     """Train by `recipe` into its run folder and evaluate on the held-out images.
 
@@ -48,11 +53,15 @@ def fit(
         watch = watch if team.leads else Watch()
         if team.restarts:  # torchrun has started the run anew after one of its processes died
             resume, overwrite = True, False
-        recorded = team.tell(recorded_run(recipe, run, resume=resume, overwrite=overwrite) if team.leads else None)
+        recorded = team.tell(
+            recorded_run(recipe, run, resume=resume, overwrite=overwrite) if team.leads else None
+        )
         if recorded is not None and recorded["result"]:
             return finished_result(run, recorded, watch)
         if run.exists() and team.leads:
-            held.enter_context(run.lock())  # before the images are read; a new run's folder is made only after them
+            held.enter_context(
+                run.lock()
+            )  # before the images are read; a new run's folder is made only after them
         if recorded is not None:
             held.enter_context(threads(recorded["threads"]))
         held.enter_context(same_kernels(recorded, device, watch, team))
@@ -68,14 +77,18 @@ def fit(
         return training.finish()
 
 
-def rehearse(recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | None = None) -> Rehearsal:
+def rehearse(
+    recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | None = None
+) -> Rehearsal:
     """One step of everything in a folder that is thrown away: training, evaluation of a batch, checkpoint and weights. Returns
     the time and memory that the run would take; of several processes, each takes its share of the step as in the run."""
     watch = watch or Watch()
     with contextlib.ExitStack() as held:
         team = held.enter_context(assembled(resolve_device(recipe.device)))
         watch = watch if team.leads else Watch()
-        folder = held.enter_context(tempfile.TemporaryDirectory(prefix="crossvit-", ignore_cleanup_errors=True))
+        folder = held.enter_context(
+            tempfile.TemporaryDirectory(prefix="crossvit-", ignore_cleanup_errors=True)
+        )
         run = Run(Path(folder) / "run")
         training = prepare(recipe, run, watch, teacher=teacher, team=team)
         all_held_out = len(training.plan.held_out)
@@ -105,7 +118,9 @@ def rehearse(recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | N
             seconds_a_step=seconds,
             evaluation_seconds=evaluation,
             checkpoint_seconds=checkpoint,
-            checkpoint_bytes=max((path.stat().st_size for path in run.checkpoints.glob("*")), default=0),
+            checkpoint_bytes=max(
+                (path.stat().st_size for path in run.checkpoints.glob("*")), default=0
+            ),
             total_seconds=without_checkpoints + checkpoints * checkpoint,
             peak_bytes=peak_bytes(training),
             checkpoints=checkpoints,
@@ -127,9 +142,14 @@ def prepare(
     device = resolve_device(recipe.device)  # a wrong call is said before the images are read
     given = recipe
     if recorded is not None:
-        given, recipe = as_given(recorded), gone_on_with(recipe, Recipe.from_dict(recorded["recipe"]))
+        given, recipe = (
+            as_given(recorded),
+            gone_on_with(recipe, Recipe.from_dict(recorded["recipe"])),
+        )
         if recorded["device"] != device.type:
-            watch.say(f"note   the run was on {recorded['device']} and goes on on {device.type}: its last bits become others")
+            watch.say(
+                f"note   the run was on {recorded['device']} and goes on on {device.type}: its last bits become others"
+            )
     plan = make_plan(recipe, watch, recorded=recorded, team=team)
     if plan.recipe.accumulate == 0:
         share = math.ceil(plan.recipe.batch_size / team.size)
@@ -137,18 +157,27 @@ def prepare(
         plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, accumulate=parts))
     if recorded is not None and recorded["data"]["fingerprint"] != plan.data.fingerprint:
         fix = "put them back, or train anew with --overwrite"
-        raise UsageError(f"the files in {recipe.data} are not those {run.path} was trained on: {fix}")
+        raise UsageError(
+            f"the files in {recipe.data} are not those {run.path} was trained on: {fix}"
+        )
     if plan.recipe.overfit_one_batch:
         teacher = None
     elif teacher is None and plan.recipe.distillation.teacher:
-        teacher = load_teacher(plan.recipe.distillation.teacher, plan, watch, device=team.device(device))
+        teacher = load_teacher(
+            plan.recipe.distillation.teacher, plan, watch, device=team.device(device)
+        )
     precision = recorded["precision"] if recorded else recipe.precision
-    training = Training(plan, run, watch, precision=precision, given=given.to_dict(), teacher=teacher, team=team)
+    training = Training(
+        plan, run, watch, precision=precision, given=given.to_dict(), teacher=teacher, team=team
+    )
     if recorded is None or not training.restore_newest():
         training.load_starting_weights()
     elif training.step:
         epochs, batch = divmod(training.step, training.per_epoch)
-        watch.say(f"going on after epoch {epochs} of {training.recipe.epochs}" + (f" and {batch} steps" if batch else ""))
+        watch.say(
+            f"going on after epoch {epochs} of {training.recipe.epochs}"
+            + (f" and {batch} steps" if batch else "")
+        )
     return training
 
 
@@ -157,4 +186,6 @@ def finished_result(run: Run, record: dict[str, Any], watch: Watch) -> TrainingR
     watch.say(f"{run.path} has finished training already")
     result = record["result"]
     epochs = tuple(Epoch(**entry) for entry in run.entries())
-    return TrainingResult(str(run.path), result["top1"], result["n"], result["seconds"], record, epochs, None)
+    return TrainingResult(
+        str(run.path), result["top1"], result["n"], result["seconds"], record, epochs, None
+    )

@@ -18,15 +18,27 @@ from crossvit.data.augment import seeded
 from crossvit.results import MULTI_LABEL, SINGLE_LABEL
 from crossvit.train.recipe import DistillationRecipe, MixingRecipe
 
-Teacher = Callable[[Tensor], Tensor]  # images as the student sees them, (B, C, H, W) normalised -> logits (B, classes)
-MIXING_STREAM = (0, 0, 1)  # behind (seed, step): a fifth number, which no key of augmentation has (four at the most)
+Teacher = Callable[
+    [Tensor], Tensor
+]  # images as the student sees them, (B, C, H, W) normalised -> logits (B, classes)
+MIXING_STREAM = (
+    0,
+    0,
+    1,
+)  # behind (seed, step): a fifth number, which no key of augmentation has (four at the most)
 
 
 class Mixing:
     """timm's mixup and cutmix of a batch, drawn from (seed, step) alone."""
 
     def __init__(
-        self, recipe: MixingRecipe, *, classes: int, label_smoothing: float, seed: int, task: str = SINGLE_LABEL
+        self,
+        recipe: MixingRecipe,
+        *,
+        classes: int,
+        label_smoothing: float,
+        seed: int,
+        task: str = SINGLE_LABEL,
     ) -> None:
         self.on = recipe.mixup > 0 or recipe.cutmix > 0
         self.seed = seed
@@ -53,7 +65,10 @@ class Mixing:
         if self.task == MULTI_LABEL:
             smooth = smoothed(labels, self.smoothing)
         else:
-            smooth = self.smoothing / self.classes + (1 - self.smoothing) * F.one_hot(labels, self.classes).float()
+            smooth = (
+                self.smoothing / self.classes
+                + (1 - self.smoothing) * F.one_hot(labels, self.classes).float()
+            )
         if even == 0:
             return images, smooth
         with seeded(self.seed, step, *MIXING_STREAM):
@@ -64,7 +79,9 @@ class Mixing:
 def class_weights(counts: Sequence[int]) -> Tensor:
     """n / (C n_c) for each class of `counts`: the mean over the images is 1. A class without images has 0."""
     counted = np.asarray(counts, dtype=np.float64)
-    weights = np.divide(counted.sum(), len(counted) * counted, out=np.zeros_like(counted), where=counted > 0)
+    weights = np.divide(
+        counted.sum(), len(counted) * counted, out=np.zeros_like(counted), where=counted > 0
+    )
     return torch.from_numpy(weights).float()
 
 
@@ -122,7 +139,9 @@ class Criterion:
             return F.binary_cross_entropy_with_logits(logits, targets, pos_weight=self.weights)
         smoothing = self.label_smoothing if targets.ndim == 1 else 0.0
         # The mean over images rather than over their weights, so that the parts of a batch add up to the whole.
-        return F.cross_entropy(logits, targets, weight=self.weights, label_smoothing=smoothing, reduction="none").mean()
+        return F.cross_entropy(
+            logits, targets, weight=self.weights, label_smoothing=smoothing, reduction="none"
+        ).mean()
 
     def _distance(self, pupil: Tensor, answers: Tensor) -> Tensor:
         hard, temperature = self.recipe.distil == "hard", self.recipe.temperature
@@ -130,12 +149,19 @@ class Criterion:
             if hard:
                 return F.binary_cross_entropy_with_logits(pupil, (answers > 0).float())
             chances = (answers / temperature).sigmoid()
-            cross, own = (F.binary_cross_entropy_with_logits(one / temperature, chances) for one in (pupil, answers))
+            cross, own = (
+                F.binary_cross_entropy_with_logits(one / temperature, chances)
+                for one in (pupil, answers)
+            )
             return temperature**2 * (cross - own)  # Kullback-Leibler: 0 for the teacher's equal
         if hard:
             return F.cross_entropy(pupil, answers.argmax(dim=1))
-        log_pupil, log_teacher = ((logits / temperature).log_softmax(dim=1) for logits in (pupil, answers))
-        return temperature**2 * F.kl_div(log_pupil, log_teacher, log_target=True, reduction="batchmean")
+        log_pupil, log_teacher = (
+            (logits / temperature).log_softmax(dim=1) for logits in (pupil, answers)
+        )
+        return temperature**2 * F.kl_div(
+            log_pupil, log_teacher, log_target=True, reduction="batchmean"
+        )
 
 
 class NormalisedAnew(nn.Module):
@@ -162,6 +188,8 @@ class NormalisedAnew(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         if images.shape[-2:] != self.image_size:
-            images = F.interpolate(images, size=self.image_size, mode="bicubic", align_corners=False, antialias=True)
+            images = F.interpolate(
+                images, size=self.image_size, mode="bicubic", align_corners=False, antialias=True
+            )
         logits: Tensor = self.teacher(images * self.scale + self.shift)
         return logits

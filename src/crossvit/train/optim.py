@@ -21,7 +21,9 @@ _PLACES = (
     re.compile(r"tokens\.(?P<branch>\d+)\."),
     re.compile(r"encoders\.(?P<stage>\d+)\.blocks\.(?P<branch>\d+)\.(?P<block>\d+)\."),
     re.compile(r"encoders\.(?P<stage>\d+)\.fusion\.(?:reads|project|restore)\.(?P<branch>\d+)\."),
-    re.compile(r"encoders\.(?P<stage>\d+)\.fusion\."),  # what the branches share: all-attention's own blocks
+    re.compile(
+        r"encoders\.(?P<stage>\d+)\.fusion\."
+    ),  # what the branches share: all-attention's own blocks
     re.compile(r"(?:norms|heads)\.(?P<branch>\d+)\."),
 )
 
@@ -50,7 +52,11 @@ def place_of(name: str, config: CrossViTConfig) -> Place:
     if "stage" not in at:
         return Place(branch, 0, part)
     # a fusion stands with the last block of its encoder
-    return Place(branch, config.stages * depth - (at["stage"] * depth + at.get("block", max(depth - 1, 0))), part)
+    return Place(
+        branch,
+        config.stages * depth - (at["stage"] * depth + at.get("block", max(depth - 1, 0))),
+        part,
+    )
 
 
 def freeze(model: nn.Module, config: CrossViTConfig, parts: Sequence[str]) -> None:
@@ -59,7 +65,9 @@ def freeze(model: nn.Module, config: CrossViTConfig, parts: Sequence[str]) -> No
     ConfigError if nothing would be left, or for a branch that the model has not."""
     for part in parts:
         if part.startswith("branch") and int(part.removeprefix("branch")) >= len(config.branches):
-            raise ConfigError(f"freeze = {part!r}: the model has {len(config.branches)} branches, counted from branch0")
+            raise ConfigError(
+                f"freeze = {part!r}: the model has {len(config.branches)} branches, counted from branch0"
+            )
     for name, parameter in model.named_parameters():
         place = place_of(name, config)
         own = {place.part}
@@ -70,14 +78,18 @@ def freeze(model: nn.Module, config: CrossViTConfig, parts: Sequence[str]) -> No
         raise ConfigError(f"freeze = {', '.join(parts)}: nothing would be left to train")
 
 
-def parameter_groups(model: nn.Module, config: CrossViTConfig, recipe: OptimiserRecipe) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, config: CrossViTConfig, recipe: OptimiserRecipe
+) -> list[dict[str, Any]]:
     """Groups of trained parameters that share a weight decay and a factor on the rate, `lr_scale`.
 
     Matrices and kernels are decayed; norms, biases, class tokens and positions are not (`decay_like_authors` decays the
     last two). The factor is layer_decay^above x the branch's x the fusion's (see `Place`).
     """
     if recipe.branch_lr and len(recipe.branch_lr) != len(config.branches):
-        raise ConfigError(f"branch_lr = {recipe.branch_lr}: should have one factor for each of {len(config.branches)} branches")
+        raise ConfigError(
+            f"branch_lr = {recipe.branch_lr}: should have one factor for each of {len(config.branches)} branches"
+        )
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -95,10 +107,15 @@ def parameter_groups(model: nn.Module, config: CrossViTConfig, recipe: Optimiser
         raise ConfigError(
             f"branch_lr = {recipe.branch_lr}, fusion_lr = {recipe.fusion_lr:g}: nothing would be left to train with a rate of 0"
         )
-    return [{"params": params, "weight_decay": decay, "lr_scale": scale} for (decay, scale), params in groups.items()]
+    return [
+        {"params": params, "weight_decay": decay, "lr_scale": scale}
+        for (decay, scale), params in groups.items()
+    ]
 
 
-def make_optimiser(model: nn.Module, config: CrossViTConfig, recipe: OptimiserRecipe) -> torch.optim.Optimizer:
+def make_optimiser(
+    model: nn.Module, config: CrossViTConfig, recipe: OptimiserRecipe
+) -> torch.optim.Optimizer:
     """The recipe's optimiser over `parameter_groups`: torch's fused AdamW and SGD, any other from timm.
 
     ConfigError for a name that timm has not, one that needs second derivatives, which a step here does not take, and one whose
@@ -116,16 +133,30 @@ def make_optimiser(model: nn.Module, config: CrossViTConfig, recipe: OptimiserRe
     known = [str(one) for one in list_optimizers()]
     if name not in known:
         nearest = nearest_names(name, known) or ["adamw", "sgd", "lamb", "lion", "muon"]
-        raise ConfigError(f"optimiser = {recipe.optimiser!r}: timm has none of that name; did you mean {' or '.join(nearest)}?")
+        raise ConfigError(
+            f"optimiser = {recipe.optimiser!r}: timm has none of that name; did you mean {' or '.join(nearest)}?"
+        )
     if get_optimizer_info(name).second_order:
-        raise ConfigError(f"optimiser = {recipe.optimiser!r}: needs second derivatives, which are not computed: take adamw")
+        raise ConfigError(
+            f"optimiser = {recipe.optimiser!r}: needs second derivatives, which are not computed: take adamw"
+        )
     try:
         optimiser: torch.optim.Optimizer = create_optimizer_v2(
-            groups, opt=name, lr=recipe.lr, weight_decay=recipe.weight_decay, momentum=recipe.momentum
+            groups,
+            opt=name,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
         )
-    except (AssertionError, ImportError, RuntimeError) as error:  # timm asserts what an optimiser needs
+    except (
+        AssertionError,
+        ImportError,
+        RuntimeError,
+    ) as error:  # timm asserts what an optimiser needs
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"optimiser = {recipe.optimiser!r}: cannot be used here ({reason}): take adamw") from error
+        raise ConfigError(
+            f"optimiser = {recipe.optimiser!r}: cannot be used here ({reason}): take adamw"
+        ) from error
     return optimiser
 
 
@@ -135,7 +166,12 @@ def learning_rate(step: int, *, steps: int, per_epoch: int, recipe: OptimiserRec
 
     At step s < w it is warmup_lr + (lr − warmup_lr)·(s + 1)/(w + 1).
     """
-    warm = min(parse_duration(recipe.warmup, name="warmup", units=STEP_UNITS).steps(per_epoch=per_epoch, total=steps), steps)
+    warm = min(
+        parse_duration(recipe.warmup, name="warmup", units=STEP_UNITS).steps(
+            per_epoch=per_epoch, total=steps
+        ),
+        steps,
+    )
     if step < warm:
         return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * (step + 1) / (warm + 1)
     share = (step - warm) / max(steps - 1 - warm, 1)

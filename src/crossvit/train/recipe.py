@@ -17,7 +17,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from crossvit.errors import VERY_LIKE, ConfigError, UnknownNameError, UsageError, nearest_names, unknown_name
+from crossvit.errors import (
+    VERY_LIKE,
+    ConfigError,
+    UnknownNameError,
+    UsageError,
+    nearest_names,
+    unknown_name,
+)
 from crossvit.run import Run
 from crossvit.train.durations import STEP_UNITS, UNITS, Duration, parse_duration
 
@@ -38,18 +45,32 @@ def _require(holds: bool, name: str, value: object, right: str) -> None:
         raise ConfigError(f"{name} = {value!r}: should be {right}")
 
 
-def _require_all(record: object, names: str, *, low: float = 0.0, high: float = float("inf"), open_high: bool = True) -> None:
+def _require_all(
+    record: object,
+    names: str,
+    *,
+    low: float = 0.0,
+    high: float = float("inf"),
+    open_high: bool = True,
+) -> None:
     """Every field in `names` lies from `low` to `high`."""
     for name in names.split():
         value = getattr(record, name)
         holds = low <= value < high if open_high else low <= value <= high
         most = f"from {low:g} up to {'(not including) ' * open_high}{high:g}"
-        _require(holds, name, value, f"a number of {low:g} or more" if high == float("inf") else f"a number {most}")
+        _require(
+            holds,
+            name,
+            value,
+            f"a number of {low:g} or more" if high == float("inf") else f"a number {most}",
+        )
 
 
 def _tidy_duration(record: object, name: str, units: tuple[str, ...]) -> None:
     """Check the duration in a field and write it in one way, so that equal lengths are equal fields."""
-    object.__setattr__(record, name, str(parse_duration(getattr(record, name), name=name, units=units)))
+    object.__setattr__(
+        record, name, str(parse_duration(getattr(record, name), name=name, units=units))
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,23 +79,37 @@ class OptimiserRecipe:
 
     optimiser: str = option("adamw", "adamw, sgd, or any first-order optimiser of timm by name")
     lr: float = option(1e-3, "the highest learning rate")
-    weight_decay: float = option(0.05, "on matrices and kernels; not on norms, biases, class tokens and positions")
+    weight_decay: float = option(
+        0.05, "on matrices and kernels; not on norms, biases, class tokens and positions"
+    )
     momentum: float = option(0.9, "of sgd and its like")
     warmup: str = option("10 %", "how long the rate rises: steps, epochs or % of the run")
     warmup_lr: float = option(0.0, "the rate that the warm-up starts from")
     final_lr: float = option(1e-5, "the rate at the last step")
     clip: float = option(1.0, "largest global gradient norm, 0 for none")
-    layer_decay: float = option(1.0, "factor on the rate for each block further from the heads, along each branch")
+    layer_decay: float = option(
+        1.0, "factor on the rate for each block further from the heads, along each branch"
+    )
     branch_lr: tuple[float, ...] = option((), "factor on the rate of each branch")
     fusion_lr: float = option(1.0, "factor on the rate of the fusion")
-    decay_like_authors: bool = option(False, "decay class tokens and positions too, as the authors' code does")
+    decay_like_authors: bool = option(
+        False, "decay class tokens and positions too, as the authors' code does"
+    )
 
     def __post_init__(self) -> None:
         _require(0 < self.lr < float("inf"), "lr", self.lr, "a positive number")
         _require_all(self, "weight_decay momentum warmup_lr final_lr clip fusion_lr")
-        _require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "a number above 0 and at most 1")
         _require(
-            all(0 <= factor < float("inf") for factor in self.branch_lr), "branch_lr", self.branch_lr, "numbers of 0 or more"
+            0 < self.layer_decay <= 1,
+            "layer_decay",
+            self.layer_decay,
+            "a number above 0 and at most 1",
+        )
+        _require(
+            all(0 <= factor < float("inf") for factor in self.branch_lr),
+            "branch_lr",
+            self.branch_lr,
+            "numbers of 0 or more",
         )
         _tidy_duration(self, "warmup", STEP_UNITS)
 
@@ -83,7 +118,9 @@ class OptimiserRecipe:
 class AugmentationRecipe:
     """[augmentation] How a training image is varied. Zeros (and `min_crop` 1) leave it as it is."""
 
-    min_crop: float = option(1.0, "smallest share of the area that a random crop keeps; 1 keeps the whole picture")
+    min_crop: float = option(
+        1.0, "smallest share of the area that a random crop keeps; 1 keeps the whole picture"
+    )
     flip: float = option(0.0, "chance of a left-right flip")
     rotate: float = option(15.0, "degrees")
     shift: float = option(0.1, "share of the side")
@@ -91,7 +128,9 @@ class AugmentationRecipe:
     colour: float = option(0.3, "brightness, contrast and saturation vary by up to this share")
     randaugment: str = option("", "timm's RandAugment, such as rand-m9-mstd0.5-inc1")
     erasing: float = option(0.0, "chance that a rectangle becomes noise")
-    repeats: int = option(1, "how often each image of a pass is taken, varied anew; the pass stays as long")
+    repeats: int = option(
+        1, "how often each image of a pass is taken, varied anew; the pass stays as long"
+    )
 
     def __post_init__(self) -> None:
         _require(0 < self.min_crop <= 1, "min_crop", self.min_crop, "a share above 0 and at most 1")
@@ -131,25 +170,37 @@ class DistillationRecipe:
     def __post_init__(self) -> None:
         _require(self.distil in ("soft", "hard"), "distil", self.distil, "soft or hard")
         _require_all(self, "distil_weight", high=1, open_high=False)
-        _require(0 < self.temperature < float("inf"), "temperature", self.temperature, "a positive number")
+        _require(
+            0 < self.temperature < float("inf"),
+            "temperature",
+            self.temperature,
+            "a positive number",
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointRecipe:
     """[checkpoints] When they are written, and which are kept."""
 
-    every: str = option("1 epochs", "how often: steps, epochs, s, min or h; the end of a run always has one")
+    every: str = option(
+        "1 epochs", "how often: steps, epochs, s, min or h; the end of a run always has one"
+    )
     keep: int = option(2, "how many of the newest are kept")
     patience: str = option(
         "0",
         "stop when the held-out score (top-1, or mAP of several labels) has not risen for so many epochs, or % of the run (one "
         "epoch at least), and take the best; 0 never",
     )
-    select: str = option("last", "whose weights become the run's: last or best (on the held-out images); with patience the best")
+    select: str = option(
+        "last",
+        "whose weights become the run's: last or best (on the held-out images); with patience the best",
+    )
 
     def __post_init__(self) -> None:
         _tidy_duration(self, "every", tuple(unit for unit in UNITS if unit != "%"))
-        _require(parse_duration(self.every, name="every").amount > 0, "every", self.every, "more than 0")
+        _require(
+            parse_duration(self.every, name="every").amount > 0, "every", self.every, "more than 0"
+        )
         _require(self.keep >= 1, "keep", self.keep, "a whole number of 1 or more")
         _tidy_duration(self, "patience", ("epochs", "%"))
         _require(self.select in ("last", "best"), "select", self.select, "last or best")
@@ -169,39 +220,71 @@ class CheckpointRecipe:
 class Recipe:
     """One training run."""
 
-    data: str = option("", "`digits`, a folder of class folders, a CSV, shards or a dataset (docs/data.md)")
+    data: str = option(
+        "", "`digits`, a folder of class folders, a CSV, shards or a dataset (docs/data.md)"
+    )
     out: str = option("", "the run folder")
-    model: str | None = option(None, "a name from `crossvit models`; chosen by the size and number of the images if left out")
+    model: str | None = option(
+        None,
+        "a name from `crossvit models`; chosen by the size and number of the images if left out",
+    )
     weights: str | None = option(
         None,
         "what to start from: a run, a weight file, an https:// address, a released model's name or owner/name on the hub; "
         "a classifier for other classes is made anew, but for the rows of classes with the same name",
     )
     channels: int = option(
-        0, "0: every picture as 8-bit RGB; 1 (grey), 3, 4 (RGBA) or more: so many channels with every bit that is stored"
+        0,
+        "0: every picture as 8-bit RGB; 1 (grey), 3, 4 (RGBA) or more: so many channels with every bit that is stored",
     )
-    image_size: int | None = option(None, "side of the model's input in pixels; the model's own if left out")
-    epochs: int = option(40, "passes over the training images; 0 takes a number that suits how many there are")
-    batch_size: int = option(64, "images a step, over all processes; 0 takes a number that suits how many images there are")
+    image_size: int | None = option(
+        None, "side of the model's input in pixels; the model's own if left out"
+    )
+    epochs: int = option(
+        40, "passes over the training images; 0 takes a number that suits how many there are"
+    )
+    batch_size: int = option(
+        64,
+        "images a step, over all processes; 0 takes a number that suits how many images there are",
+    )
     accumulate: int = option(
-        0, "parts that a batch is taken in, one after the other, to save memory; 0 takes as many as suit the processor"
+        0,
+        "parts that a batch is taken in, one after the other, to save memory; 0 takes as many as suit the processor",
     )
-    seed: int = option(0, "another number gives another split, start and order; the same one gives the same run")
-    held_out: float = option(0.2, "share of every class kept for evaluation where the data has no val/ or test/")
+    seed: int = option(
+        0, "another number gives another split, start and order; the same one gives the same run"
+    )
+    held_out: float = option(
+        0.2, "share of every class kept for evaluation where the data has no val/ or test/"
+    )
     label_smoothing: float = option(0.1, "share of the target spread over all classes")
     drop_path: float = option(0.0, "highest rate of stochastic depth")
     class_weights: str = option("none", "none, or balanced: rare classes weigh more in the loss")
-    sampling: str = option("all", "all: every image once a pass; balanced: every class equally often (one label an image)")
+    sampling: str = option(
+        "all",
+        "all: every image once a pass; balanced: every class equally often (one label an image)",
+    )
     freeze: tuple[str, ...] = option((), f"parts that are not trained: {', '.join(PARTS)}")
-    ema: float = option(0.0, "decay of an average of the weights, which is then what is evaluated and kept; 0 for none")
-    precision: str = option("auto", "auto, fp32, bf16 or fp16; auto is bf16 where the processor or GPU computes in it")
+    ema: float = option(
+        0.0,
+        "decay of an average of the weights, which is then what is evaluated and kept; 0 for none",
+    )
+    precision: str = option(
+        "auto", "auto, fp32, bf16 or fp16; auto is bf16 where the processor or GPU computes in it"
+    )
     device: str = option("auto", "auto, cpu, cuda or mps")
     workers: int = option(0, "processes that read and augment images; 0 does it in this one")
-    gradient_checkpointing: bool = option(False, "compute activations a second time instead of keeping them")
+    gradient_checkpointing: bool = option(
+        False, "compute activations a second time instead of keeping them"
+    )
     compile: bool = option(False, "torch.compile the model")
     channels_last: bool = option(False, "keep images and kernels channels-last")
-    skip_bad: bool = option(False, "leave out images that cannot be decoded instead of stopping before training")
-    overfit_one_batch: bool = option(False, "train on the first batch alone, as it is, to see that the loss goes to nothing")
+    skip_bad: bool = option(
+        False, "leave out images that cannot be decoded instead of stopping before training"
+    )
+    overfit_one_batch: bool = option(
+        False, "train on the first batch alone, as it is, to see that the loss goes to nothing"
+    )
     optimiser: OptimiserRecipe = OptimiserRecipe()
     augmentation: AugmentationRecipe = AugmentationRecipe()
     mixing: MixingRecipe = MixingRecipe()
@@ -211,27 +294,51 @@ class Recipe:
     def __post_init__(self) -> None:
         whole, share = "a whole number of 1 or more", "a number from 0 up to (not including) 1"
         _require(self.epochs >= 0, "epochs", self.epochs, "a whole number, 0 to have it chosen")
-        _require(self.batch_size >= 0, "batch_size", self.batch_size, f"{whole}, or 0 to have it chosen")
+        _require(
+            self.batch_size >= 0, "batch_size", self.batch_size, f"{whole}, or 0 to have it chosen"
+        )
         _require(
             0 <= self.accumulate <= (self.batch_size or self.accumulate),
             "accumulate",
             self.accumulate,
             "from 1 up to the batch size, or 0 to have it chosen",
         )
-        _require(self.image_size is None or self.image_size >= 1, "image_size", self.image_size, "a number of pixels, 1 or more")
-        _require(0 <= self.channels <= 256, "channels", self.channels, "a number of channels up to 256, or 0 for RGB")
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "a whole number of 0 or more, below 2^32")
+        _require(
+            self.image_size is None or self.image_size >= 1,
+            "image_size",
+            self.image_size,
+            "a number of pixels, 1 or more",
+        )
+        _require(
+            0 <= self.channels <= 256,
+            "channels",
+            self.channels,
+            "a number of channels up to 256, or 0 for RGB",
+        )
+        _require(
+            0 <= self.seed < 2**32, "seed", self.seed, "a whole number of 0 or more, below 2^32"
+        )
         _require(self.workers >= 0, "workers", self.workers, "a whole number of 0 or more")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "a share between 0 and 1")
         for name in ("model", "weights"):
             _require(getattr(self, name) != "", name, "", "a name, or left out")
         for name in ("label_smoothing", "drop_path", "ema"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), share)
-        _require(self.class_weights in ("none", "balanced"), "class_weights", self.class_weights, "none or balanced")
+        _require(
+            self.class_weights in ("none", "balanced"),
+            "class_weights",
+            self.class_weights,
+            "none or balanced",
+        )
         _require(self.sampling in ("all", "balanced"), "sampling", self.sampling, "all or balanced")
         for part in self.freeze:
             _require(part in PARTS, "freeze", part, f"one of {', '.join(PARTS)}")
-        _require(self.precision in PRECISIONS, "precision", self.precision, f"one of {', '.join(PRECISIONS)}")
+        _require(
+            self.precision in PRECISIONS,
+            "precision",
+            self.precision,
+            f"one of {', '.join(PRECISIONS)}",
+        )
         _require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
 
     def changed(self, **changes: Any) -> Recipe:
@@ -264,7 +371,9 @@ def fields() -> Iterator[tuple[str, str, dataclasses.Field[Any]]]:
     """(table, name, field) of every field; the table of the recipe's own is empty."""
     for field in dataclasses.fields(Recipe):
         if dataclasses.is_dataclass(field.default):
-            yield from ((field.name, inner.name, inner) for inner in dataclasses.fields(field.default))
+            yield from (
+                (field.name, inner.name, inner) for inner in dataclasses.fields(field.default)
+            )
         else:
             yield "", field.name, field
 
@@ -272,7 +381,11 @@ def fields() -> Iterator[tuple[str, str, dataclasses.Field[Any]]]:
 def shipped_recipes() -> list[str]:
     """Names of the recipes that come with the package."""
     folder = resources.files("crossvit") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".toml")
+    )
 
 
 def recipe_text(name: str) -> str:
@@ -322,10 +435,15 @@ def _build(kind: type[Any], record: Mapping[str, Any]) -> Any:
 def _misplaced(key: str) -> UsageError:
     """The error for a key that its table has not: the table it belongs to; else the nearest fields of all tables, or where none
     is a letter or two apart those that `meant_by` finds."""
-    places = {name: f"under [{table}]" if table else "at the top, before the tables" for table, name, _ in fields()}
+    places = {
+        name: f"under [{table}]" if table else "at the top, before the tables"
+        for table, name, _ in fields()
+    }
     if key in places:
         return ConfigError(f"recipe key {key}: belongs {places[key]}")
-    meant = nearest_names(key, places, cutoff=VERY_LIKE) or meant_by(key) or nearest_names(key, places)
+    meant = (
+        nearest_names(key, places, cutoff=VERY_LIKE) or meant_by(key) or nearest_names(key, places)
+    )
     if not meant:
         return UnknownNameError(f"unknown recipe key {key!r}: see `crossvit train --help`")
     return UnknownNameError(
@@ -338,7 +456,11 @@ def meant_by(key: str) -> list[str]:
     words (`learning_rate`) or words a letter or two apart from them (`lerning_rate`); none where none has."""
     words = key.lower().split("_")
     names = [name for _, name, _ in fields()]
-    shared = [name for name in names if set(words) < set(name.split("_")) or set(words) > set(name.split("_"))]
+    shared = [
+        name
+        for name in names
+        if set(words) < set(name.split("_")) or set(words) > set(name.split("_"))
+    ]
     if shared:
         return shared[:3]
     for cutoff in (1.0, VERY_LIKE):

@@ -8,7 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from crossvit.train.checkpoint import Writer, copied, drop_later, load_best, load_newest, save_best, save_checkpoint
+from crossvit.train.checkpoint import (
+    Writer,
+    copied,
+    drop_later,
+    load_best,
+    load_newest,
+    save_best,
+    save_checkpoint,
+)
 from crossvit.train.durations import parse_duration
 from crossvit.train.recipe import CheckpointRecipe
 
@@ -20,8 +28,12 @@ class Recovery:
         self.folder, self.recipe = folder, recipe
         self.writer = Writer()
         self.written_at = time.monotonic()
-        self.returned_to: int | None = None  # the step of the checkpoint gone back to, as long as no other has been written
-        self._best: tuple[int, dict[str, Tensor]] | None = None  # step and weights that the next checkpoint takes along
+        self.returned_to: int | None = (
+            None  # the step of the checkpoint gone back to, as long as no other has been written
+        )
+        self._best: tuple[int, dict[str, Tensor]] | None = (
+            None  # step and weights that the next checkpoint takes along
+        )
 
     def due(self, step: int, *, per_epoch: int, steps: int) -> bool:
         """Whether `every` asks for a checkpoint after `step` of `steps` steps."""
@@ -40,7 +52,9 @@ class Recovery:
         if self._best is not None:
             best_step, weights = self._best
             self.writer.submit(save_best, self.folder, weights, step=best_step)
-        self.writer.submit(save_checkpoint, self.folder, copied(state), step=step, keep=self.recipe.keep)
+        self.writer.submit(
+            save_checkpoint, self.folder, copied(state), step=step, keep=self.recipe.keep
+        )
         self._best = None
         self.returned_to = None
         self.written_at = time.monotonic()

@@ -15,9 +15,9 @@ from crossvit.factory import create_model
 from crossvit.model.config import CrossViTConfig
 from crossvit.results import SINGLE_LABEL
 from crossvit.run import Run
+from crossvit.train.callbacks import Watch
 from crossvit.train.losses import NormalisedAnew, Teacher
-from crossvit.train.plan import Plan
-from crossvit.train.watch import Watch
+from crossvit.train.setup import Plan
 from crossvit.weights.hub import HUB_FILE, hub_address, in_hubs_cache, knock
 
 TIMM = "timm:"
@@ -48,14 +48,25 @@ def load_teacher(name: str, plan: Plan, watch: Watch, *, device: torch.device) -
                 f"the teacher {name} is {record.get('task', SINGLE_LABEL)} and {plan.data.location} {plan.train.task}"
             )
     elif name == A_CALLABLE:
-        raise UsageError("this run's teacher was given in Python: go on with crossvit.fit(recipe, resume=True, teacher=...)")
+        raise UsageError(
+            "this run's teacher was given in Python: go on with crossvit.fit(recipe, resume=True, teacher=...)"
+        )
     else:
         raise UsageError(f"teacher {name!r}: give timm:NAME, timm:local-dir:FOLDER or a run folder")
     if len(own.mean) != len(student.mean) or own.channels != student.channels:
-        raise UsageError(f"the teacher {name} takes other channels than the student: leave out --channels or the teacher")
+        raise UsageError(
+            f"the teacher {name} takes other channels than the student: leave out --channels or the teacher"
+        )
     if not fits:
-        raise UsageError(f"the teacher {name} answers for other classes ({known}) than {plan.data.location}")
-    teacher = NormalisedAnew(model, student=(student.mean, student.std), own=(own.mean, own.std), image_size=own.image_size)
+        raise UsageError(
+            f"the teacher {name} answers for other classes ({known}) than {plan.data.location}"
+        )
+    teacher = NormalisedAnew(
+        model,
+        student=(student.mean, student.std),
+        own=(own.mean, own.std),
+        image_size=own.image_size,
+    )
     return teacher.to(device).eval().requires_grad_(False)
 
 
@@ -70,7 +81,10 @@ def _timm_teacher(name: str, watch: Watch) -> tuple[torch.nn.Module, Preprocessi
             raise UsageError(f"teacher {TIMM}{name}: no folder {place}")
     elif not timm.is_model(name):
         raise unknown_name(
-            "teacher", f"{TIMM}{name}", [f"{TIMM}{one}" for one in timm.list_models()], listing="timm.list_models()"
+            "teacher",
+            f"{TIMM}{name}",
+            [f"{TIMM}{one}" for one in timm.list_models()],
+            listing="timm.list_models()",
         )
     try:
         with _errors_alone():
@@ -86,7 +100,9 @@ def _timm_teacher(name: str, watch: Watch) -> tuple[torch.nn.Module, Preprocessi
         ) from error
     config = timm.data.resolve_model_data_config(model)  # type: ignore[attr-defined,no-untyped-call]
     height, width = config["input_size"][-2:]
-    own = Preprocessing(image_size=(height, width), mean=tuple(config["mean"]), std=tuple(config["std"]))
+    own = Preprocessing(
+        image_size=(height, width), mean=tuple(config["mean"]), std=tuple(config["std"])
+    )
     return model, own, int(model.num_classes)  # type: ignore[arg-type]
 
 

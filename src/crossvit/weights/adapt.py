@@ -17,7 +17,9 @@ from crossvit.model.tokens import resample_positions
 State = dict[str, Tensor]
 
 
-def adapt_positions(state: State, own: Mapping[str, Tensor], config: CrossViTConfig, found: CrossViTConfig | None) -> list[str]:
+def adapt_positions(
+    state: State, own: Mapping[str, Tensor], config: CrossViTConfig, found: CrossViTConfig | None
+) -> list[str]:
     """Resample each branch's position embeddings to the model's grid (bicubic; the class token's row stays as it is).
 
     found: the config that the weights were made with; without one their grid is taken to be a square.
@@ -28,13 +30,23 @@ def adapt_positions(state: State, own: Mapping[str, Tensor], config: CrossViTCon
         name = f"tokens.{index}.positions"
         there, here = state[name], own[name]
         grid = branch.grid(config.image_size)
-        before = _grid(there, branch) if found is None or len(found.branches) <= index else _grid_of(found, index)
+        before = (
+            _grid(there, branch)
+            if found is None or len(found.branches) <= index
+            else _grid_of(found, index)
+        )
         if found is None and there.shape == here.shape:
             before = grid
-        if before is None or before == grid or there.shape != (1, branch.class_token + math.prod(before), branch.dim):
+        if (
+            before is None
+            or before == grid
+            or there.shape != (1, branch.class_token + math.prod(before), branch.dim)
+        ):
             continue
         state[name] = resample_positions(there, before, grid)
-        notes.append(f"positions of branch {index} resampled from {before[0]}x{before[1]} to {grid[0]}x{grid[1]} patches")
+        notes.append(
+            f"positions of branch {index} resampled from {before[0]}x{before[1]} to {grid[0]}x{grid[1]} patches"
+        )
     return notes
 
 
@@ -54,7 +66,9 @@ def adapt_channels(state: State, own: Mapping[str, Tensor], config: CrossViTConf
             if inward == wanted or here.shape != (outward, wanted, *kernel):
                 continue
             state[name] = spread_channels(there, wanted)
-            notes.append(f"first convolution of branch {index} adapted from {inward} channels to {wanted}")
+            notes.append(
+                f"first convolution of branch {index} adapted from {inward} channels to {wanted}"
+            )
     return notes
 
 
@@ -67,15 +81,27 @@ def spread_channels(weight: Tensor, channels: int) -> Tensor:
     return weight[:, taken] / torch.bincount(taken)[taken].to(weight.dtype)[:, None, None]
 
 
-def new_head(state: State, own: Mapping[str, Tensor], *, found: Sequence[str] | None, classes: Sequence[str] | None) -> list[str]:
+def new_head(
+    state: State,
+    own: Mapping[str, Tensor],
+    *,
+    found: Sequence[str] | None,
+    classes: Sequence[str] | None,
+) -> list[str]:
     """The model's own classifier in place of the file's, but for the rows of classes with the same name.
 
     found, classes: the names of the file's and the model's classes in the order of their rows, None if not known.
     """
     heads = [name for name in own if name.startswith("heads.")]
-    theirs, ours = (next(iter(rows[name] for name in heads if name in rows)).shape[0] for rows in (state, own))
+    theirs, ours = (
+        next(iter(rows[name] for name in heads if name in rows)).shape[0] for rows in (state, own)
+    )
     row = {label: index for index, label in enumerate(found or ()) if index < theirs}
-    kept = {index: row[label] for index, label in enumerate(classes or ()) if label in row and index < ours}
+    kept = {
+        index: row[label]
+        for index, label in enumerate(classes or ())
+        if label in row and index < ours
+    }
     for name in heads:
         there, here = state[name], own[name].clone()
         if kept and there.shape[1:] == here.shape[1:]:

@@ -29,7 +29,9 @@ class Conversion:
     parameters: int
 
 
-def convert_weights(source: str | Path, destination: str | Path, *, to: str, overwrite: bool = False) -> Conversion:
+def convert_weights(
+    source: str | Path, destination: str | Path, *, to: str, overwrite: bool = False
+) -> Conversion:
     """Write the weights of `source` to the file `destination` under the keys of `to`: ours, timm or authors.
 
     The tensors keep every bit, so that there and back gives the same ones. `.safetensors` files say in their header
@@ -51,13 +53,25 @@ def convert_weights(source: str | Path, destination: str | Path, *, to: str, ove
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{path.parent} cannot be a folder ({error.strerror or error}): choose another name") from None
-    write_weights(path, tensors, header(model=name, config=config, classes=weights.classes, preprocessing=weights.preprocessing))
+        raise UsageError(
+            f"{path.parent} cannot be a folder ({error.strerror or error}): choose another name"
+        ) from None
+    write_weights(
+        path,
+        tensors,
+        header(
+            model=name, config=config, classes=weights.classes, preprocessing=weights.preprocessing
+        ),
+    )
     parameters = sum(tensor.numel() for tensor in tensors.values())
-    return Conversion(str(source), str(path), name, layout_of(weights.tensors), to, len(tensors), parameters)
+    return Conversion(
+        str(source), str(path), name, layout_of(weights.tensors), to, len(tensors), parameters
+    )
 
 
-def in_layout(tensors: Mapping[str, Tensor], config: CrossViTConfig, layout: str) -> dict[str, Tensor]:
+def in_layout(
+    tensors: Mapping[str, Tensor], config: CrossViTConfig, layout: str
+) -> dict[str, Tensor]:
     """`tensors`, of a model of `config` and in any layout, under the keys of `layout`."""
     state = to_ours(tensors, blank_state(config))
     theirs = renamed(state, layout)

@@ -67,7 +67,10 @@ def weight_file(source: str | Path) -> Path:
     if (path / "run.json").is_file() and not (path / WEIGHTS_NAME).is_file():
         raise UsageError(f"the run {path} has no weights yet: let it finish with --resume")
     if path.is_dir():
-        path = next((path / name for name in (WEIGHTS_NAME, TIMM_NAME) if (path / name).is_file()), path / WEIGHTS_NAME)
+        path = next(
+            (path / name for name in (WEIGHTS_NAME, TIMM_NAME) if (path / name).is_file()),
+            path / WEIGHTS_NAME,
+        )
     if not path.is_file():
         raise UsageError(f"no weights at {path}: give a run folder, a .safetensors or a .pth file")
     return path
@@ -85,7 +88,9 @@ def read_weights(source: str | Path) -> Weights:
     else:
         tensors, described = _read_torch(path), {}
     _refuse_odd_tensors(path, tensors)
-    return _described(Weights(str(source), path, tensors), described or _read_beside(path, "run.json"))
+    return _described(
+        Weights(str(source), path, tensors), described or _read_beside(path, "run.json")
+    )
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -94,7 +99,9 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is not a dict
             described = json.loads((file.metadata() or {}).get(HEADER, "{}"))
     except (SafetensorError, ValueError, OSError, RecursionError) as error:
-        raise WeightsError(f"{path} cannot be read as weights ({error}): fetch or save it again") from error
+        raise WeightsError(
+            f"{path} cannot be read as weights ({error}): fetch or save it again"
+        ) from error
     return tensors, described if isinstance(described, dict) else {}
 
 
@@ -102,30 +109,65 @@ def _read_torch(path: Path) -> dict[str, Tensor]:
     """The state dict of a torch file, flat or under `model`. Of what is not tensors only the options of a training script
     are let in (an argparse.Namespace, as the authors' checkpoints have); nothing is run."""
     try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]), path.open("rb") as file:
+        with (
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([argparse.Namespace]),
+            path.open("rb") as file,
+        ):
             warnings.simplefilter("ignore")
             found = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # an untrusted file can make the unpickler fail in any way
-        refused = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        why = f"it holds {refused[1]}, which is not plain tensors; nothing of it was run" if refused else "not a file of tensors"
-        raise WeightsError(f"{path} cannot be read as weights ({why}): fetch or save it again") from error
+        refused = (
+            re.search(r"GLOBAL ([\w.]+)", str(error))
+            if isinstance(error, pickle.UnpicklingError)
+            else None
+        )
+        why = (
+            f"it holds {refused[1]}, which is not plain tensors; nothing of it was run"
+            if refused
+            else "not a file of tensors"
+        )
+        raise WeightsError(
+            f"{path} cannot be read as weights ({why}): fetch or save it again"
+        ) from error
     state = found.get("model", found) if isinstance(found, dict) else found
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path} is not a state dict: it should map names to tensors, flat or under 'model'")
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(value, Tensor) for value in state.values())
+    ):
+        raise WeightsError(
+            f"{path} is not a state dict: it should map names to tensors, flat or under 'model'"
+        )
     return state
 
 
 def _refuse_odd_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """WeightsError for what no parameter is: names that are not text, and tensors without numbers of their own."""
     for name, value in tensors.items():
-        plain = isinstance(name, str) and value.layout == torch.strided and not value.is_nested and value.device.type == "cpu"
-        own = plain and not value.is_quantized and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        plain = (
+            isinstance(name, str)
+            and value.layout == torch.strided
+            and not value.is_nested
+            and value.device.type == "cpu"
+        )
+        own = (
+            plain
+            and not value.is_quantized
+            and value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+        )
         if not own or value.numel() == 0 or value.ndim == 0:
-            raise WeightsError(f"{path} cannot be read as weights ({name!r} is not a plain tensor): fetch or save it again")
+            raise WeightsError(
+                f"{path} cannot be read as weights ({name!r} is not a plain tensor): fetch or save it again"
+            )
 
 
 def header(
-    *, model: str | None, config: CrossViTConfig, classes: Sequence[str] | None, preprocessing: Mapping[str, Any] | None
+    *,
+    model: str | None,
+    config: CrossViTConfig,
+    classes: Sequence[str] | None,
+    preprocessing: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """What is written into a safetensors file beside its tensors, as JSON takes it."""
     record = {
@@ -139,9 +181,14 @@ def header(
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], described: Mapping[str, Any]) -> None:
     """Write `tensors`, whole or not at all: a safetensors file with `described` in it, or a flat state dict for `.pth`."""
-    plain = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    plain = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
     if path.suffix == ".safetensors":
-        content = to_safetensors(plain, metadata={"format": "pt", HEADER: json.dumps(described, allow_nan=False)})
+        content = to_safetensors(
+            plain, metadata={"format": "pt", HEADER: json.dumps(described, allow_nan=False)}
+        )
     else:
         buffer = io.BytesIO()
         torch.save(plain, buffer)
@@ -157,24 +204,37 @@ def _described(weights: Weights, record: dict[str, Any]) -> Weights:
             weights,
             model=record["model"] if isinstance(record.get("model"), str) else None,
             config=_config(record["config"], len(weights.tensors)) if "config" in record else None,
-            classes=_classes(record["classes"], weights.num_classes) if record.get("classes") else None,
-            preprocessing=_preprocessing(record["preprocessing"]) if record.get("preprocessing") else None,
+            classes=_classes(record["classes"], weights.num_classes)
+            if record.get("classes")
+            else None,
+            preprocessing=_preprocessing(record["preprocessing"])
+            if record.get("preprocessing")
+            else None,
         )
     except (ConfigError, TypeError, ValueError, KeyError, AttributeError) as error:
         reason = error if isinstance(error, ConfigError | ValueError) else type(error).__name__
-        raise WeightsError(f"what {weights.path} says of its model is damaged ({reason}): fetch or save it again") from error
+        raise WeightsError(
+            f"what {weights.path} says of its model is damaged ({reason}): fetch or save it again"
+        ) from error
 
 
 def _config(record: Any, tensors: int) -> CrossViTConfig:
     """The config of a header; a model of more blocks than there are tensors is not even begun."""
     config = CrossViTConfig.from_dict(record)
-    if config.stages * max(1, *(branch.depth for branch in config.branches)) * config.fusion_depth > tensors:
+    if (
+        config.stages * max(1, *(branch.depth for branch in config.branches)) * config.fusion_depth
+        > tensors
+    ):
         raise ConfigError(f"stages = {config.stages}: there are {tensors} tensors")
     return config
 
 
 def _classes(labels: Any, rows: int) -> tuple[str, ...]:
-    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or len(labels) != rows:
+    if (
+        not isinstance(labels, list)
+        or not all(isinstance(label, str) for label in labels)
+        or len(labels) != rows
+    ):
         raise ConfigError(f"classes: should be {rows} names")
     return tuple(labels)
 
@@ -199,11 +259,17 @@ def _described_by_timm(weights: Weights) -> Weights:
         preprocessing = None
         if isinstance(said, dict):
             crop = None if said.get("crop_mode") == "squash" else said["crop_pct"]
-            preprocessing = _preprocessing({**said, "image_size": said["input_size"][-2:], "crop": crop})
-        classes = _classes(labels, weights.num_classes) if labels and isinstance(labels, list) else None
+            preprocessing = _preprocessing(
+                {**said, "image_size": said["input_size"][-2:], "crop": crop}
+            )
+        classes = (
+            _classes(labels, weights.num_classes) if labels and isinstance(labels, list) else None
+        )
     except (ConfigError, KeyError, TypeError, ValueError) as error:
         beside = weights.path.with_name("config.json")
-        raise WeightsError(f"{beside} is damaged ({type(error).__name__}: {error}): fetch or save it again") from None
+        raise WeightsError(
+            f"{beside} is damaged ({type(error).__name__}: {error}): fetch or save it again"
+        ) from None
     return dataclasses.replace(weights, timm=record, classes=classes, preprocessing=preprocessing)
 
 

@@ -42,7 +42,9 @@ SLOW = 0.5  # seconds after which it is said which server is waited for
 TRIES = 4  # in a row that bring no byte, after which a download is given up
 PAUSE = 1.0  # seconds between two tries
 CHUNK = 1 << 18  # bytes; at most this much is lost by an interruption
-_REPOSITORY = re.compile(r"(?:hf-hub:)?(?P<repository>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?")
+_REPOSITORY = re.compile(
+    r"(?:hf-hub:)?(?P<repository>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[\w./-]+))?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +86,9 @@ def _fetched(source: str, path: Path) -> Path:
     """`locate` for what is not here."""
     name, mark, digest = source.partition("#")
     sha256 = digest.removeprefix("sha256=").lower() if mark else None
-    if sha256 is not None and not (digest.startswith("sha256=") and re.fullmatch(r"[0-9a-f]{64}", sha256)):
+    if sha256 is not None and not (
+        digest.startswith("sha256=") and re.fullmatch(r"[0-9a-f]{64}", sha256)
+    ):
         raise UsageError(f"{source}: behind # stands sha256= and 64 hexadecimal digits")
     if name.startswith(("https://", "http://")):
         return _fetch(_of_url(name, sha256))
@@ -94,7 +98,9 @@ def _fetched(source: str, path: Path) -> Path:
     if preset is not None and preset.released:
         name = preset.hub
     elif preset is not None:
-        raise UsageError(f"no weights of {name} were released: give a file, a run, or leave --weights out to start anew")
+        raise UsageError(
+            f"no weights of {name} were released: give a file, a run, or leave --weights out to start anew"
+        )
     match = _REPOSITORY.fullmatch(name)
     if match is None or name.endswith((".pth", ".pt", ".bin", ".safetensors", "/")):
         kinds = "a run folder, a .safetensors or .pth file, an https:// address, or owner/name on the hub"
@@ -107,16 +113,29 @@ def _of_url(url: str, sha256: str | None) -> Remote:
         parts = urlsplit(url)
     except ValueError as error:
         raise UsageError(f"{url} is not an address ({error})") from None
-    if parts.scheme == "http" and sha256 is None and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
-        raise UsageError(f"{url} is not encrypted: use https://, or add #sha256=... of the file you expect")
+    if (
+        parts.scheme == "http"
+        and sha256 is None
+        and parts.hostname not in ("localhost", "127.0.0.1", "::1")
+    ):
+        raise UsageError(
+            f"{url} is not encrypted: use https://, or add #sha256=... of the file you expect"
+        )
     digest = hashlib.sha256(url.encode()).hexdigest()[:12]
-    return Remote(url, url, cache_folder() / "urls" / f"{digest}-{Path(parts.path).name or 'weights.pth'}", sha256)
+    return Remote(
+        url,
+        url,
+        cache_folder() / "urls" / f"{digest}-{Path(parts.path).name or 'weights.pth'}",
+        sha256,
+    )
 
 
 def _from_hub(repository: str, revision: str, sha256: str | None) -> Path:
     from huggingface_hub import hf_hub_url, try_to_load_from_cache
 
-    folder = cache_folder() / "hub" / f"{repository.replace('/', '--')}@{revision.replace('/', '--')}"
+    folder = (
+        cache_folder() / "hub" / f"{repository.replace('/', '--')}@{revision.replace('/', '--')}"
+    )
 
     def remote(file: str, sha256: str | None = None) -> Remote:
         endpoint = os.environ.get("HF_ENDPOINT") or None
@@ -135,7 +154,9 @@ def _from_hub(repository: str, revision: str, sha256: str | None) -> Path:
 
 
 def _pinned(repository: str, revision: str) -> str | None:
-    presets: list[Preset] = [preset for preset in PRESETS.values() if preset.released and preset.hub == repository]
+    presets: list[Preset] = [
+        preset for preset in PRESETS.values() if preset.released and preset.hub == repository
+    ]
     return presets[0].sha256 if presets and revision == "main" else None
 
 
@@ -167,7 +188,9 @@ def _download(remote: Remote, *, optional: bool) -> tuple[Path | None, str | Non
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
         raise WeightsError(_unreachable(remote, "HF_HUB_OFFLINE is set"))
     try:
-        with _said_if_slow(f"waiting for {urlsplit(remote.url).netloc}, {TIMEOUT:.0f} seconds at most"):
+        with _said_if_slow(
+            f"waiting for {urlsplit(remote.url).netloc}, {TIMEOUT:.0f} seconds at most"
+        ):
             url, headers, etag, size = _ask(remote)
     except Exception as error:  # whatever a network and a client library can fail with
         status = getattr(getattr(error, "response", None), "status_code", None)
@@ -188,7 +211,9 @@ def _download(remote: Remote, *, optional: bool) -> tuple[Path | None, str | Non
     return partial, etag if etag and re.fullmatch(r"[0-9a-f]{64}", etag) else None
 
 
-def _complete(partial: Path, url: str, headers: dict[str, str], *, size: int | None, name: str) -> None:
+def _complete(
+    partial: Path, url: str, headers: dict[str, str], *, size: int | None, name: str
+) -> None:
     """Add what `partial` lacks of the file at `url`, trying again as long as bytes arrive."""
     tries = 0
     partial.touch()
@@ -213,12 +238,21 @@ def _add(partial: Path, url: str, headers: dict[str, str], *, size: int | None, 
     start = partial.stat().st_size
     if size is not None and start == size:
         return
-    asked = {**headers, "Accept-Encoding": "identity"} | ({"Range": f"bytes={start}-"} if start else {})
-    with get_session().stream("GET", url, headers=asked, follow_redirects=True, timeout=TIMEOUT) as answer:
+    asked = {**headers, "Accept-Encoding": "identity"} | (
+        {"Range": f"bytes={start}-"} if start else {}
+    )
+    with get_session().stream(
+        "GET", url, headers=asked, follow_redirects=True, timeout=TIMEOUT
+    ) as answer:
         answer.raise_for_status()
         going_on = answer.status_code == HTTPStatus.PARTIAL_CONTENT
         bar = tqdm(  # type: ignore[no-untyped-call]
-            total=size, initial=start * going_on, desc=name, unit="B", unit_scale=True, disable=not sys.stderr.isatty()
+            total=size,
+            initial=start * going_on,
+            desc=name,
+            unit="B",
+            unit_scale=True,
+            disable=not sys.stderr.isatty(),
         )
         with partial.open("ab" if going_on else "wb") as file, bar:
             for chunk in answer.iter_bytes(CHUNK):
@@ -235,11 +269,24 @@ def _ask(remote: Remote) -> tuple[str, dict[str, str], str | None, int | None]:
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # exported when it is asked for
 
     if remote.on_hub:
-        about = get_hf_file_metadata(remote.url, timeout=TIMEOUT, endpoint=os.environ.get("HF_ENDPOINT") or None)
-        home = urlsplit(about.location).netloc == urlsplit(remote.url).netloc  # the token is for the hub's own host
-        return about.location, build_hf_headers() if home else build_hf_headers(token=False), about.etag, about.size
+        about = get_hf_file_metadata(
+            remote.url, timeout=TIMEOUT, endpoint=os.environ.get("HF_ENDPOINT") or None
+        )
+        home = (
+            urlsplit(about.location).netloc == urlsplit(remote.url).netloc
+        )  # the token is for the hub's own host
+        return (
+            about.location,
+            build_hf_headers() if home else build_hf_headers(token=False),
+            about.etag,
+            about.size,
+        )
     answer = get_session().head(remote.url, follow_redirects=True, timeout=TIMEOUT)
-    if answer.status_code in (HTTPStatus.FORBIDDEN, HTTPStatus.METHOD_NOT_ALLOWED, HTTPStatus.NOT_IMPLEMENTED):
+    if answer.status_code in (
+        HTTPStatus.FORBIDDEN,
+        HTTPStatus.METHOD_NOT_ALLOWED,
+        HTTPStatus.NOT_IMPLEMENTED,
+    ):
         return remote.url, {}, None, None  # it may answer GET all the same, as signed addresses do
     answer.raise_for_status()
     size = answer.headers.get("Content-Length")
@@ -250,7 +297,10 @@ def in_hubs_cache(repository: str, files: Sequence[str], *, revision: str = "mai
     """Whether the hub's own cache has one of `files` of `repository`."""
     from huggingface_hub import try_to_load_from_cache
 
-    return any(isinstance(try_to_load_from_cache(repository, file, revision=revision), str) for file in files)
+    return any(
+        isinstance(try_to_load_from_cache(repository, file, revision=revision), str)
+        for file in files
+    )
 
 
 def hub_address(repository: str) -> str:
@@ -307,16 +357,27 @@ def _check(remote: Remote, file: Path, *, announced: str | None = None) -> None:
     first = _recorded(record).get(remote.name)
     known = (
         (remote.sha256, "is trusted"),
-        (first, f"was recorded at its first use in {record} (remove its line there to trust the new file)"),
+        (
+            first,
+            f"was recorded at its first use in {record} (remove its line there to trust the new file)",
+        ),
         (announced, "the hub announced"),
     )
     expected, who = next(((sha256, who) for sha256, who in known if sha256), (digest, ""))
     if digest != expected:
-        where = f"remove {file} and run again" if file == remote.kept else "run again, or ask where the file comes from"
-        raise WeightsError(f"{remote.name} is not the file it should be: its sha256 is {digest}, {expected} {who}; {where}")
+        where = (
+            f"remove {file} and run again"
+            if file == remote.kept
+            else "run again, or ask where the file comes from"
+        )
+        raise WeightsError(
+            f"{remote.name} is not the file it should be: its sha256 is {digest}, {expected} {who}; {where}"
+        )
     if first is None:
         if file.name != HUB_DESCRIPTION and not remote.name.endswith(HUB_DESCRIPTION):
-            kind_of(file, name=remote.name)  # a login page is not recorded as the file of the first use
+            kind_of(
+                file, name=remote.name
+            )  # a login page is not recorded as the file of the first use
         record.parent.mkdir(parents=True, exist_ok=True)
         with _lock(record.with_name(".sha256.json.lock")):
             recorded = _recorded(record) | {remote.name: digest}
@@ -334,9 +395,14 @@ def _recorded(record: Path) -> dict[str, str]:
     if not record.is_file():
         return {}
     try:
-        return {str(name): str(digest) for name, digest in json.loads(record.read_text(encoding="utf-8")).items()}
+        return {
+            str(name): str(digest)
+            for name, digest in json.loads(record.read_text(encoding="utf-8")).items()
+        }
     except (ValueError, AttributeError) as error:
-        raise WeightsError(f"{record} is damaged ({error}): remove it to record digests anew") from None
+        raise WeightsError(
+            f"{record} is damaged ({error}): remove it to record digests anew"
+        ) from None
 
 
 def _unknown(remote: Remote) -> str:

@@ -36,7 +36,11 @@ def identify(weights: Weights) -> tuple[str | None, CrossViTConfig]:
     widths: list[int] = []
     while (positions := weights.tensors.get(POSITIONS[layout].format(len(widths)))) is not None:
         widths.append(positions.shape[-1] if positions.ndim else 0)
-    candidates = [name for name, preset in PRESETS.items() if [branch.dim for branch in preset.config.branches] == widths]
+    candidates = [
+        name
+        for name, preset in PRESETS.items()
+        if [branch.dim for branch in preset.config.branches] == widths
+    ]
     fitting, misfit = [], ""
     for name in candidates:
         try:
@@ -45,8 +49,13 @@ def identify(weights: Weights) -> tuple[str | None, CrossViTConfig]:
             misfit = misfit or f" (it is not {name}: {error})"
     if not fitting:
         fix = "give the run folder, or a file written by `crossvit weights convert`, which say what they are"
-        raise WeightsError(f"{weights.source} has the weights of no model known here{misfit}: {fix}")
-    return next((found for found in fitting if PRESETS[found[0]].config.image_size == found[1].image_size), fitting[0])
+        raise WeightsError(
+            f"{weights.source} has the weights of no model known here{misfit}: {fix}"
+        )
+    return next(
+        (found for found in fitting if PRESETS[found[0]].config.image_size == found[1].image_size),
+        fitting[0],
+    )
 
 
 def blank_state(config: CrossViTConfig) -> dict[str, Tensor]:
@@ -74,34 +83,51 @@ def _is_of(model: str | None, config: CrossViTConfig) -> bool:
     if model not in PRESETS:
         return False
     own = PRESETS[model].config
-    shapes = [[(branch.dim, branch.depth, branch.patch, branch.heads) for branch in one.branches] for one in (own, config)]
+    shapes = [
+        [(branch.dim, branch.depth, branch.patch, branch.heads) for branch in one.branches]
+        for one in (own, config)
+    ]
     return shapes[0] == shapes[1] and own.stages == config.stages
 
 
 def _refuse_misfits(state: dict[str, Tensor], config: CrossViTConfig) -> None:
     own = blank_state(config)
     misfits = [
-        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}" for name in own if state[name].shape != own[name].shape
+        f"{name} {tuple(state[name].shape)} for {tuple(own[name].shape)}"
+        for name in own
+        if state[name].shape != own[name].shape
     ]
     if misfits:
         raise WeightsError(f"the weights do not fit what they are said to be: {', '.join(misfits)}")
 
 
-def _image_size(state: dict[str, Tensor], config: CrossViTConfig, weights: Weights) -> tuple[int, int]:
+def _image_size(
+    state: dict[str, Tensor], config: CrossViTConfig, weights: Weights
+) -> tuple[int, int]:
     """The config's own size where the number of positions is its own; timm's where its config.json says one; else the
     square that has as many patches."""
-    counts = [state[f"tokens.{index}.positions"].shape[1] - branch.class_token for index, branch in enumerate(config.branches)]
+    counts = [
+        state[f"tokens.{index}.positions"].shape[1] - branch.class_token
+        for index, branch in enumerate(config.branches)
+    ]
     first = config.branches[0]
     side = round(math.isqrt(max(counts[0], 0)) * first.patch / first.image_scale)
     said = (weights.timm or {}).get("pretrained_cfg", {}).get("input_size")
     sizes = [config.image_size, (int(said[-2]), int(said[-1])) if said else None, (side, side)]
     if said and any(
-        tuple(int(side * branch.image_scale) for side in sizes[1] or ()) != branch.image_size(sizes[1] or (1, 1))
+        tuple(int(side * branch.image_scale) for side in sizes[1] or ())
+        != branch.image_size(sizes[1] or (1, 1))
         for branch in config.branches
     ):
-        raise WeightsError(f"timm gives the branches other image sizes at {sizes[1]} pixels than they have here")
+        raise WeightsError(
+            f"timm gives the branches other image sizes at {sizes[1]} pixels than they have here"
+        )
     for size in sizes:
-        if size and min(size) > 0 and [math.prod(branch.grid(size)) for branch in config.branches] == counts:
+        if (
+            size
+            and min(size) > 0
+            and [math.prod(branch.grid(size)) for branch in config.branches] == counts
+        ):
             return size
     raise WeightsError(f"{', '.join(map(str, counts))} positions are no square grids of patches")
 
@@ -112,4 +138,6 @@ def _refuse_unusual_timm(weights: Weights) -> None:
     unusual = sorted(set(arguments) - HARMLESS_TIMM_ARGUMENTS)
     if unusual or arguments.get("global_pool", "token") != "token":
         given = ", ".join(f"{name}={arguments[name]!r}" for name in unusual or ["global_pool"])
-        raise WeightsError(f"{weights.source} was built in timm with {given}, which does not say which preset it is")
+        raise WeightsError(
+            f"{weights.source} was built in timm with {given}, which does not say which preset it is"
+        )

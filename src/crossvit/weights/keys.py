@@ -40,7 +40,10 @@ TIMM_NAMES = {
 }
 
 _PATTERNS = [
-    (re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(ours)) + r"(?P<rest>(\.\w+)*)"), timm + "{rest}")
+    (
+        re.compile(re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(ours)) + r"(?P<rest>(\.\w+)*)"),
+        timm + "{rest}",
+    )
     for ours, timm in TIMM_NAMES.items()
 ]
 _FIRST_OF_FUSION = re.compile(r"(blocks\.\d+\.fusion\.\d+)\.0\.(?=norm1|attn)")
@@ -54,7 +57,9 @@ def layout_of(names: Iterable[str]) -> str:
     for name in names:
         if name in marks:
             return marks[name]
-    raise WeightsError(f"not the weights of a CrossViT: none of {', '.join(marks)} is among the keys")
+    raise WeightsError(
+        f"not the weights of a CrossViT: none of {', '.join(marks)} is among the keys"
+    )
 
 
 def renamed(names: Iterable[str], layout: str) -> dict[str, str]:
@@ -68,7 +73,11 @@ def renamed(names: Iterable[str], layout: str) -> dict[str, str]:
         timm = _timm_name(name)
         if timm is not None:
             short = timm if several else _FIRST_OF_FUSION.sub(r"\1.", timm)
-            theirs[name] = re.sub(r"^(cls_token|pos_embed)_(\d+)$", r"\1.\2", short) if layout == "authors" else short
+            theirs[name] = (
+                re.sub(r"^(cls_token|pos_embed)_(\d+)$", r"\1.\2", short)
+                if layout == "authors"
+                else short
+            )
     return theirs
 
 
@@ -84,7 +93,9 @@ def to_ours(state: Mapping[str, V], names: Iterable[str]) -> dict[str, V]:
     state = {_as_mapped(key, theirs): value for key, value in state.items()}
     missing, unused = sorted(set(theirs) - set(state)), sorted(set(state) - set(theirs))
     if missing or unused:
-        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [f"not used {', '.join(unused)}"] * bool(unused)
+        parts = [f"missing {', '.join(missing)}"] * bool(missing) + [
+            f"not used {', '.join(unused)}"
+        ] * bool(unused)
         raise WeightsError(f"the weights ({layout} keys) are of another model: {'; '.join(parts)}")
     return {theirs[key]: value for key, value in state.items()}
 

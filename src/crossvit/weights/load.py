@@ -19,7 +19,11 @@ HEADS = ("same", "new")
 
 
 def load_weights(
-    model: CrossViT, source: str | Path | Weights, *, head: str = "same", classes: Sequence[str] | None = None
+    model: CrossViT,
+    source: str | Path | Weights,
+    *,
+    head: str = "same",
+    classes: Sequence[str] | None = None,
 ) -> list[str]:
     """Fill `model` from weights in our, timm's or the authors' keys, told apart by the keys.
 
@@ -54,7 +58,11 @@ def load_weights(
         raise WeightsError(f"{weights.source} has a classifier for other classes: add head='new'")
     _refuse_misfits(state, own, weights.source)
     notes += sorted(
-        {f"{value.dtype} weights loaded as {own[name].dtype}" for name, value in state.items() if value.dtype != own[name].dtype}
+        {
+            f"{value.dtype} weights loaded as {own[name].dtype}"
+            for name, value in state.items()
+            if value.dtype != own[name].dtype
+        }
     )
     if not all(bool(value.isfinite().all()) for value in state.values()):
         notes.append(f"{weights.source} has numbers that are not finite")
@@ -76,7 +84,9 @@ def _refuse_other_function(found: CrossViTConfig, own: CrossViTConfig, source: s
         if name != "as_released" or own.fusion_depth > 1
     ]
     for index, (there, here) in enumerate(zip(found.branches, own.branches, strict=False)):
-        unlike += [f"branches[{index}].heads {there.heads} for {here.heads}"] * (there.heads != here.heads)
+        unlike += [f"branches[{index}].heads {there.heads} for {here.heads}"] * (
+            there.heads != here.heads
+        )
     if unlike:
         raise WeightsError(f"{source} was made for another model: {', '.join(unlike)}")
 
@@ -85,18 +95,29 @@ def _refuse_misfits(state: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
     misfits = {
         name: value
         for name, value in state.items()
-        if value.shape != own[name].shape or not (value.is_floating_point() and own[name].is_floating_point())
+        if value.shape != own[name].shape
+        or not (value.is_floating_point() and own[name].is_floating_point())
     }
     if not misfits:
         return
-    shapes = ", ".join(f"{name} {_kind(value)} for {_kind(own[name])}" for name, value in sorted(misfits.items()))
+    shapes = ", ".join(
+        f"{name} {_kind(value)} for {_kind(own[name])}" for name, value in sorted(misfits.items())
+    )
     fixes = []
     if any(name.startswith("heads.") for name in misfits):
         fixes.append("head='new' makes a classifier for other classes")
     if any(name.endswith(".positions") for name in misfits):
-        fixes.append("positions are resampled from a square grid, or from any grid where the file comes with its config")
-    raise WeightsError(f"{source} does not fit the model: {shapes}{''.join(f'; {fix}' for fix in fixes)}")
+        fixes.append(
+            "positions are resampled from a square grid, or from any grid where the file comes with its config"
+        )
+    raise WeightsError(
+        f"{source} does not fit the model: {shapes}{''.join(f'; {fix}' for fix in fixes)}"
+    )
 
 
 def _kind(value: Tensor) -> str:
-    return str(tuple(value.shape)) if value.is_floating_point() else f"{value.dtype} {tuple(value.shape)}"
+    return (
+        str(tuple(value.shape))
+        if value.is_floating_point()
+        else f"{value.dtype} {tuple(value.shape)}"
+    )

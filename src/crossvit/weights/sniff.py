@@ -23,20 +23,33 @@ def kind_of(path: Path, *, name: str = "") -> str:
             return _whole_safetensors(name, b"{" + file.read(length - 1), size)
     if start.startswith(b"PK"):
         if not zipfile.is_zipfile(path):
-            raise WeightsError(f"{name} cannot be read as weights (cut off): fetch or save it again")
+            raise WeightsError(
+                f"{name} cannot be read as weights (cut off): fetch or save it again"
+            )
         return "torch"
     if start[:1] == b"\x80":  # a pickle: torch's format before 1.6
         return "torch"
-    seen = "an empty file" if not size else "a web page" if start.lstrip().startswith(b"<") else "not a file of tensors"
+    seen = (
+        "an empty file"
+        if not size
+        else "a web page"
+        if start.lstrip().startswith(b"<")
+        else "not a file of tensors"
+    )
     raise WeightsError(f"{name} cannot be read as weights ({seen}): fetch or save it again")
 
 
 def _whole_safetensors(name: str, header: bytes, size: int) -> str:
     try:
         entries = json.loads(header)
-        end = max((entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"), default=0)
+        end = max(
+            (entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"),
+            default=0,
+        )
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-        raise WeightsError(f"{name} cannot be read as weights (its header is damaged): fetch or save it again") from None
+        raise WeightsError(
+            f"{name} cannot be read as weights (its header is damaged): fetch or save it again"
+        ) from None
     if size != 8 + len(header) + end:
         raise WeightsError(f"{name} cannot be read as weights (cut off): fetch or save it again")
     return "safetensors"

@@ -48,12 +48,22 @@ def timm_arguments(config: CrossViTConfig) -> tuple[str, dict[str, Any]]:
     """
     reasons = _misfits(config)
     if reasons:
-        raise WeightsError(f"timm's and the authors' CrossViT cannot hold this model: {'; '.join(reasons)}")
+        raise WeightsError(
+            f"timm's and the authors' CrossViT cannot hold this model: {'; '.join(reasons)}"
+        )
     for preset in PRESETS.values():
-        sized = dataclasses.replace(preset.config, **{field: getattr(config, field) for field in FREE_FIELDS})
-        if preset.released and sized == config and _cut_off(config, [branch.image_scale for branch in config.branches]):
+        sized = dataclasses.replace(
+            preset.config, **{field: getattr(config, field) for field in FREE_FIELDS}
+        )
+        if (
+            preset.released
+            and sized == config
+            and _cut_off(config, [branch.image_scale for branch in config.branches])
+        ):
             return preset.name, {}
-    fusion_depth = config.fusion_depth if config.fusion_depth > 1 else 0  # timm's 0 is one block under its older names
+    fusion_depth = (
+        config.fusion_depth if config.fusion_depth > 1 else 0
+    )  # timm's 0 is one block under its older names
     return ANY_ARCHITECTURE, {
         "img_scale": _scales(config),
         "patch_size": [branch.patch for branch in config.branches],
@@ -71,14 +81,23 @@ def _misfits(config: CrossViTConfig) -> list[str]:
         return [f"it has {len(branches)} branch{'es' * (len(branches) > 1)}, not two"]
     checks = {
         f"its fusion is {config.fusion}": config.fusion != "cross-attention",
-        "every fusion block sees the patches (as_released=False)": config.fusion_depth > 1 and not config.as_released,
-        "f and g have no LayerNorm or no GELU": not (config.projection_norm and config.projection_gelu),
-        "f and g are the identity": config.projection_identity and branches[0].dim == branches[1].dim,
+        "every fusion block sees the patches (as_released=False)": config.fusion_depth > 1
+        and not config.as_released,
+        "f and g have no LayerNorm or no GELU": not (
+            config.projection_norm and config.projection_gelu
+        ),
+        "f and g are the identity": config.projection_identity
+        and branches[0].dim == branches[1].dim,
         "it has no class tokens": not branches[0].class_token,
-        f"its tokenisers are {' and '.join(branch.tokeniser for branch in branches)}": {branch.tokeniser for branch in branches}
+        f"its tokenisers are {' and '.join(branch.tokeniser for branch in branches)}": {
+            branch.tokeniser for branch in branches
+        }
         not in ({"linear"}, {"dagger"}),
         "a branch has no blocks": min(branch.depth for branch in branches) == 0,
-        "its first branch is deeper than its second (timm runs out of drop-path rates)": branches[0].depth > branches[1].depth,
+        "its first branch is deeper than its second (timm runs out of drop-path rates)": branches[
+            0
+        ].depth
+        > branches[1].depth,
         "a branch's image has another aspect than the input": _scales(config) is None,
     }
     return [reason for reason, holds in checks.items() if holds]
@@ -96,7 +115,8 @@ def _scales(config: CrossViTConfig) -> list[float] | None:
 def _cut_off(config: CrossViTConfig, scales: Sequence[float]) -> bool:
     """Whether each side times its branch's scale, cut off to whole pixels, is the side of the branch's image."""
     return all(
-        tuple(int(side * scale) for side in config.image_size) == branch.image_size(config.image_size)
+        tuple(int(side * scale) for side in config.image_size)
+        == branch.image_size(config.image_size)
         for branch, scale in zip(config.branches, scales, strict=True)
     )
 
@@ -121,7 +141,9 @@ def save_timm(
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{path} cannot be a folder ({error.strerror or error}): choose another name") from None
+        raise UsageError(
+            f"{path} cannot be a folder ({error.strerror or error}): choose another name"
+        ) from None
     state = to_ours(tensors, blank_state(config))
     theirs = renamed(state, "timm")
     first = "proj.0" if config.branches[0].tokeniser == "dagger" else "proj"
@@ -154,7 +176,14 @@ def save_timm(
         header(model=model, config=config, classes=classes, preprocessing=preprocessing),
     )
     write_atomically(path / "config.json", f"{json.dumps(record, indent=2)}\n".encode())
-    card = model_card(path.resolve().name, config, model=model, architecture=architecture, classes=classes, facts=facts or {})
+    card = model_card(
+        path.resolve().name,
+        config,
+        model=model,
+        architecture=architecture,
+        classes=classes,
+        facts=facts or {},
+    )
     write_atomically(path / "README.md", card.encode())
     return path
 
@@ -174,7 +203,11 @@ def model_card(
     """
     total = cost(config, keys_values="materialised")["total"]  # as timm computes
     height, width = config.image_size
-    labels = f"{config.num_classes}: {', '.join(classes)}" if classes and len(classes) <= 20 else str(config.num_classes)
+    labels = (
+        f"{config.num_classes}: {', '.join(classes)}"
+        if classes and len(classes) <= 20
+        else str(config.num_classes)
+    )
     details = {
         "Architecture": f"CrossViT, two branches with cross-attention (timm: `{architecture}`)",
         "Parameters": f"{total.parameters / 1e6:.2f} M",

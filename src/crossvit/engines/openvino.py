@@ -1,0 +1,165 @@
+"""OpenVINO on the model's ONNX file, on the CPU.
+
+Its first compile of a model runs in a child process, since on some processors it ends the process (openvino#35943); what it
+compiled is kept, and is loaded from then on.
+
+A large batch is computed in parts of one size, several at a time on fewer threads each: nobody waits for another after every
+product, what a part makes stays in the caches, and a model compiled for one size is faster (docs/performance.md).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossvit.engines.onnxruntime import onnx_file
+from crossvit.errors import EngineError, UsageError
+from crossvit.hardware import physical_cores, version_of
+from crossvit.run import write_atomically
+from crossvit.trained import Trained
+
+HINTS = {"fp32": "f32", "bf16": "bf16"}
+COMPILE_SECONDS = 600  # two compiles that take longer hang
+PART_IMAGES = 4  # of a large batch that are computed together
+MOST_STREAMS = 4  # parts at a time; on a machine with more cores each has several threads
+
+
+class OpenVINOEngine:
+    """`engine(images)`: (B, C, H, W) float32 normalised -> (branches, B, classes) float32 logits, on the CPU.
+
+    What computes a whole batch and what computes parts is each compiled when it is first needed, since it has weights of its own.
+    """
+
+    name = "openvino"
+
+    def __init__(self, path: Path, *, precision: str = "fp32", in_parts: bool = True) -> None:
+        """path: an ONNX file of images (batch, C, H, W), whose output has the batch before its last axis. in_parts: whether
+        large batches are computed so; otherwise OpenVINO is given any batch whole."""
+        self.path = path
+        self.precision = precision
+        self.streams = stream_count() if in_parts else 1
+
+    @classmethod
+    def load(cls, trained: Trained, *, precision: str = "fp32") -> OpenVINOEngine:
+        """UsageError for a precision the processor lacks; EngineError where the model cannot be exported or compiled."""
+        if precision == "bf16" and "BF16" not in _core().get_property(
+            "CPU", "OPTIMIZATION_CAPABILITIES"
+        ):
+            raise UsageError("this processor has no bf16 for OpenVINO: use --precision fp32")
+        path = onnx_file(trained)
+        try_compiling(path, precision)
+        return cls(path, precision=precision)
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        images = np.ascontiguousarray(images)
+        at_once = self.streams * PART_IMAGES
+        in_parts = len(images) // at_once * at_once if self.streams > 1 else 0
+        logits = self._in_parts(images[:in_parts])
+        if in_parts < len(images):
+            found = self.request.infer({0: images[in_parts:]})
+            logits.append(
+                np.array(found[0], dtype=np.float32)
+            )  # a copy: the request writes over its own
+        return np.concatenate(logits, axis=-2) if len(logits) > 1 else logits[0]
+
+    def _in_parts(self, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        """The logits of each part of `images`, in order; none of no images."""
+        parts: dict[int, NDArray[np.float32]] = {}
+        if not len(images):
+            return []
+        requests = self.part_requests
+        requests.set_callback(
+            lambda request, start: parts.update(
+                {start: np.array(request.get_output_tensor(0).data)}
+            )
+        )
+        for start in range(0, len(images), PART_IMAGES):
+            requests.start_async({0: images[start : start + PART_IMAGES]}, start)
+        requests.wait_all()
+        return [parts[start] for start in sorted(parts)]
+
+    @cached_property
+    def request(self) -> Any:
+        """A request of any number of images, on all threads."""
+        return _compile(self.path, self.precision).create_infer_request()
+
+    @cached_property
+    def part_requests(self) -> Any:
+        """One request a stream, for PART_IMAGES each."""
+        import openvino
+
+        return openvino.AsyncInferQueue(
+            _compile(self.path, self.precision, streams=self.streams), self.streams
+        )
+
+
+def try_compiling(path: Path, precision: str) -> None:
+    """Compile in a child process, once for a file, precision and version. EngineError if the child does not come back well."""
+    survived = path.with_suffix(f".{precision}.openvino-{version_of('openvino')}")
+    if survived.is_file():
+        return
+    try:
+        child = subprocess.run(  # noqa: S603  # this interpreter and module, on a file of our own
+            [sys.executable, "-m", "crossvit.engines.openvino", str(path), precision],
+            capture_output=True,
+            text=True,
+            timeout=COMPILE_SECONDS,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise EngineError(
+            f"OpenVINO did not compile the model within {COMPILE_SECONDS} s"
+        ) from None
+    if child.returncode:
+        said = child.stderr.strip().splitlines()
+        why = (
+            f"signal {-child.returncode}"
+            if child.returncode < 0
+            else (said[-1][:200] if said else f"status {child.returncode}")
+        )
+        raise EngineError(f"OpenVINO cannot compile the model here ({why})")
+    write_atomically(survived, b"")
+
+
+def stream_count() -> int:
+    """How many parts of a batch are computed at a time; 1: none are made."""
+    return min(physical_cores(), MOST_STREAMS)
+
+
+@lru_cache
+def _core() -> Any:
+    """The one of this process, kept to its end. Each gives the thread a signal stack, and of two that go in the order they came
+    the last puts back the stack of the first, whose memory is gone: the next signal Python hears ends the process."""
+    import openvino
+
+    return openvino.Core()
+
+
+def _compile(path: Path, precision: str, *, streams: int = 1) -> Any:
+    """The model for one request of any batch on all threads; or for `streams` at a time, each of PART_IMAGES."""
+    core = _core()
+    model = core.read_model(path)
+    if streams > 1:
+        model.reshape({0: [PART_IMAGES, *list(model.input(0).get_partial_shape())[1:]]})
+    return core.compile_model(
+        model,
+        "CPU",
+        {
+            "INFERENCE_PRECISION_HINT": HINTS[precision],  # it picks bf16 by itself otherwise
+            "PERFORMANCE_HINT": "THROUGHPUT" if streams > 1 else "LATENCY",
+            "NUM_STREAMS": streams,
+            "INFERENCE_NUM_THREADS": physical_cores(),
+            "CACHE_DIR": str(path.parent / "openvino"),
+        },
+    )
+
+
+if __name__ == "__main__":
+    _compile(Path(sys.argv[1]), sys.argv[2])
+    _compile(Path(sys.argv[1]), sys.argv[2], streams=stream_count())

@@ -1,0 +1,282 @@
+"""Which engine computes: the one place that evaluation, prediction and explanation ask for a forward pass.
+
+`auto` times the engines that are installed, once for a model on a machine, and remembers the fastest whose outputs agree
+with torch in fp32. An engine that is missing or fails is one line of the log, and torch computes in its place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossvit.cache import cache_folder
+from crossvit.errors import EngineError, UsageError
+from crossvit.hardware import is_installed, processor, version_of
+from crossvit.run import write_atomically
+from crossvit.trained import Trained
+
+Images = NDArray[np.float32]
+Logits = NDArray[np.float32]
+
+ENGINES = ("torch", "onnxruntime", "openvino")  # each called like the package it needs
+EXTRAS = {
+    "onnxruntime": "onnx",
+    "openvino": "openvino",
+}  # what installs it: pip install 'crossvit[...]'
+PRECISIONS = {
+    "torch": ("fp32", "bf16", "fp16"),
+    "onnxruntime": ("fp32",),
+    "openvino": ("fp32", "bf16"),
+}
+# Largest difference from torch in fp32, over the largest logit, that still is the same function: fp32 as the issue of
+# speed asks; bf16 has 8 bits, and over a whole model 2 to 3 % is what autocast gives as well (docs/performance.md).
+TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2, "fp16": 1e-2}
+TRIAL_SECONDS = 2.0  # of timing in all, on first use of `auto`
+TRIAL_BATCH = 8
+SETTLE_SECONDS = 0.1  # before a call that is timed: an engine's threads spin for a while after its last product, on our cores
+
+log = logging.getLogger("crossvit")
+
+
+class Engine(Protocol):
+    """`engine(images)`: (B, C, H, W) float32 normalised -> (branches, B, classes) float32 logits."""
+
+    name: str
+    precision: str
+
+    def __call__(self, images: Images) -> Logits: ...
+
+
+def load_engine(
+    trained: Trained, *, engine: str = "torch", device: str = "auto", precision: str = "auto"
+) -> Engine:
+    """The engine for `trained`.
+
+    engine: torch, onnxruntime, openvino, or auto: the fastest here, by trial. The others than torch compute on the CPU.
+    precision: auto is fp32, so that results do not depend on the processor.
+    Where the engine is not installed or cannot compute the model, torch does, and the log has one line. UsageError for an
+    engine, device or precision that is not there.
+    """
+    if engine not in ("auto", *ENGINES):
+        raise UsageError(f"engine {engine!r}: use auto, {', '.join(ENGINES)}")
+    if engine not in ("auto", "torch") and precision not in ("auto", *PRECISIONS[engine]):
+        raise UsageError(
+            f"engine {engine} computes in {' or '.join(PRECISIONS[engine])}, not {precision!r}"
+        )
+    if engine == "auto":
+        return _Halving(_fastest(trained, device=device, precision=precision))
+    try:
+        return _Halving(_load(trained, engine, device=device, precision=precision))
+    except EngineError as error:
+        log.warning("%s; torch computes instead", error)
+        return _Halving(_load(trained, "torch", device=device, precision=precision))
+
+
+def installed_engines() -> list[str]:
+    """The engines whose packages are here, torch first."""
+    return [engine for engine in ENGINES if is_installed(engine)]
+
+
+def _load(trained: Trained, engine: str, *, device: str, precision: str) -> Engine:
+    """EngineError if it is not installed or does not load."""
+    if not is_installed(engine):
+        raise EngineError(
+            f"engine {engine} is not installed (pip install 'crossvit[{EXTRAS[engine]}]')"
+        )
+    if engine == "torch":
+        from crossvit.engines.torch import TorchEngine
+
+        return TorchEngine.load(trained, device=device, precision=precision)
+    if device not in ("auto", "cpu"):
+        raise UsageError(
+            f"engine {engine} computes on the CPU here, not on {device!r}: leave out --device, or take --engine torch"
+        )
+    precision = "fp32" if precision == "auto" else precision
+    if engine == "onnxruntime":
+        from crossvit.engines.onnxruntime import OnnxRuntimeEngine
+
+        return OnnxRuntimeEngine.load(trained, precision=precision)
+    from crossvit.engines.openvino import OpenVINOEngine
+
+    return OpenVINOEngine.load(trained, precision=precision)
+
+
+# ---------------------------------------------------------------- auto
+
+
+def _fastest(trained: Trained, *, device: str, precision: str) -> Engine:
+    """The fastest engine that agrees, from memory or by trial. Where torch would take a GPU there is nothing to try."""
+    reference = _load(trained, "torch", device=device, precision=precision)
+    if getattr(reference, "on_gpu", False):
+        return reference
+    resolved = reference.precision
+    names = [name for name in installed_engines() if resolved in PRECISIONS[name]]
+    key = trial_key(trained, resolved, names)
+    known = _remembered().get(key)
+    if known in names:
+        try:
+            return (
+                reference
+                if known == "torch"
+                else _load(trained, known, device="cpu", precision=resolved)
+            )
+        except EngineError as error:
+            log.warning("%s; engines are tried again", error)
+    engines: dict[str, Engine] = {"torch": reference}
+    for name in names[1:]:
+        try:
+            engines[name] = _load(trained, name, device="cpu", precision=resolved)
+        except (
+            EngineError,
+            UsageError,
+        ) as error:  # UsageError: a precision that it has not on this processor
+            log.warning("%s; left out", error)
+    exact = (
+        reference if resolved == "fp32" else _load(trained, "torch", device="cpu", precision="fp32")
+    )
+    height, width = trained.config.image_size
+    images = np.random.default_rng(0).standard_normal(
+        (TRIAL_BATCH, trained.config.in_channels, height, width), dtype=np.float32
+    )
+    expected = exact(images)
+    agreed = {
+        name: engine
+        for name, engine in engines.items()
+        if _agrees(name, engine, images, expected, resolved)
+    }
+    speeds = race(
+        {name: _call(engine, images) for name, engine in agreed.items()}, seconds=TRIAL_SECONDS
+    )
+    best = min(speeds, key=lambda name: speeds[name])
+    log.info(
+        "engine %s: %s",
+        best,
+        ", ".join(
+            f"{name} {1000 * time / TRIAL_BATCH:.1f} ms an image" for name, time in speeds.items()
+        ),
+    )
+    _remember(key, best)
+    return agreed[best]
+
+
+def _call(engine: Engine, images: Images) -> Callable[[], object]:
+    return lambda: engine(images)
+
+
+def _agrees(name: str, engine: Engine, images: Images, exact: Logits, precision: str) -> bool:
+    if name == "torch":
+        return True
+    try:
+        logits = engine(images)
+    except Exception as error:  # noqa: BLE001  # an engine's own, of any kind
+        log.warning(
+            "engine %s fails (%s); left out",
+            name,
+            (str(error).splitlines() or [type(error).__name__])[0][:200],
+        )
+        return False
+    difference = float(np.abs(logits - exact).max() / max(float(np.abs(exact).max()), 1e-6))
+    if difference <= TOLERANCE[precision]:
+        return True
+    log.warning(
+        "engine %s differs from torch by %.1e of the largest logit (%.0e is let through); left out",
+        name, difference, TOLERANCE[precision],
+    )  # fmt: skip
+    return False
+
+
+def race(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, float]:
+    """Seconds of one call of each, the median of rounds in turn over about `seconds` in all (three rounds at least)."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds or len(next(iter(times.values()))) < 3:
+        for name, call in calls.items():
+            time.sleep(SETTLE_SECONDS)
+            started = time.perf_counter()
+            call()
+            times[name].append(time.perf_counter() - started)
+    return {name: float(np.median(found)) for name, found in times.items()}
+
+
+def trial_key(trained: Trained, precision: str, engines: list[str]) -> str:
+    """What a trial's outcome depends on, as a digest: the model's shape, the precision, the machine and the versions."""
+    versions = {name: version_of(name) for name in engines}
+    machine = [platform.machine(), processor(), os.cpu_count()]
+    described = json.dumps(
+        [trained.config.to_dict(), precision, machine, versions, version_of("crossvit")],
+        sort_keys=True,
+    )
+    return hashlib.sha256(described.encode()).hexdigest()[:32]
+
+
+def _remembered() -> dict[str, str]:
+    try:
+        found = json.loads((cache_folder() / "engines.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _remember(key: str, engine: str) -> None:
+    """A cache that cannot be written means another trial next time, nothing more."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True)
+        write_atomically(
+            cache_folder() / "engines.json",
+            json.dumps({**_remembered(), key: engine}, indent=1).encode(),
+        )
+    except Exception as error:  # noqa: BLE001  # of the system or of ours: neither is worth stopping for
+        log.info("the choice of engine is not kept: %s", error)
+
+
+# ---------------------------------------------------------------- too little memory
+
+
+class _Halving:
+    """An engine that goes on with half the batch where memory does not hold it, and says so once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.name, self.precision = engine.name, engine.precision
+        self.most: int | None = None  # images in one call
+
+    def __call__(self, images: Images) -> Logits:
+        parts = []
+        done = 0
+        while done < len(images):
+            size = min(self.most or len(images), len(images) - done)
+            try:
+                parts.append(self.engine(images[done : done + size]))
+            except Exception as error:  # ONNX Runtime's are of no common kind
+                if size == 1 or not _out_of_memory(error):
+                    raise
+                self.most = size // 2
+                log.warning(
+                    "memory does not hold %d images at once: going on with %d", size, self.most
+                )
+                continue
+            done += size
+        return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    said = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        mark in said
+        for mark in (
+            "out of memory",
+            "not enough memory",
+            "can't allocate memory",
+            "bad_alloc",
+            "failed to allocate",
+        )
+    )

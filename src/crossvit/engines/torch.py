@@ -1,0 +1,139 @@
+"""The torch engine, and how `--device` and `--precision` become what is there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from crossvit.errors import UsageError
+from crossvit.fast.cpu_form import CpuForm
+from crossvit.fast.inference import DTYPES, DeviceForm, optimize
+from crossvit.hardware import physical_cores
+from crossvit.model.crossvit import CrossViT
+from crossvit.trained import Trained
+
+GPU_PART = 64  # images copied to a GPU while the ones before are computed
+
+log = logging.getLogger("crossvit")
+
+
+class TorchEngine:
+    """`engine(images)`: (B, C, H, W) float32 normalised -> (branches, B, classes) float32 logits, without gradients.
+
+    model: what computes, on `device`: a model as it trains, in `precision` by autocast, or its inference form, which is in
+    its precision already.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self,
+        model: CrossViT | CpuForm | DeviceForm,
+        *,
+        device: torch.device,
+        precision: str = "fp32",
+    ) -> None:
+        self.model = model
+        self.device = device
+        self.precision = precision
+        self.on_gpu = device.type != "cpu"
+
+    @classmethod
+    def load(
+        cls, trained: Trained, *, device: str = "auto", precision: str = "auto"
+    ) -> TorchEngine:
+        """The engine of a trained model. `precision` auto is fp32, so that results do not depend on the processor."""
+        place = resolve_device(device)
+        chosen = "fp32" if precision == "auto" else resolve_precision(precision, place)
+        if chosen == "bf16" and resolve_precision("auto", place) != "bf16":
+            log.warning(
+                "%s has no bf16: it is emulated, and slower than --precision fp32",
+                "this processor" if place.type == "cpu" else place,
+            )
+        if place.type == "cpu":
+            torch.set_num_threads(min(torch.get_num_threads(), physical_cores()))
+        # Compiling takes a minute: `crossvit.optimize` does it for whoever computes for longer.
+        return cls(
+            optimize(trained.build().to(place), precision=chosen, compile=False),
+            device=place,
+            precision=chosen,
+        )
+
+    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        if self.device.type == "cuda":
+            return self._overlapped(images)
+        training = self.model.training
+        self.model.eval()
+        cast = (
+            autocast(self.device, self.precision)
+            if isinstance(self.model, CrossViT)
+            else contextlib.nullcontext()
+        )
+        with torch.inference_mode(), cast:
+            logits = self.model.branch_logits(torch.from_numpy(images).to(self.device))
+        self.model.train(training)
+        return logits.float().cpu().numpy()
+
+    def _overlapped(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """As a call, in parts: while one is computed the next is copied to the GPU, out of pinned memory."""
+        copying = torch.cuda.Stream(self.device)
+        training = self.model.training
+        self.model.eval()
+        cast = (
+            autocast(self.device, self.precision)
+            if isinstance(self.model, CrossViT)
+            else contextlib.nullcontext()
+        )
+        logits = []
+        with torch.inference_mode(), cast:
+            staged = [part.pin_memory() for part in torch.from_numpy(images).split(GPU_PART)]
+            for part in staged:
+                with torch.cuda.stream(copying):
+                    there = part.to(self.device, non_blocking=True)
+                torch.cuda.current_stream(self.device).wait_stream(copying)
+                there.record_stream(torch.cuda.current_stream(self.device))
+                logits.append(self.model.branch_logits(there).float())
+            joined = torch.cat(logits, dim=1).cpu()
+        self.model.train(training)
+        return joined.numpy()
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, else Apple's GPU, else the CPU. UsageError for one that is not there."""
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    if name == "auto":
+        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
+    if name not in there or not there[name]:
+        raise UsageError(
+            f"device {name!r} is not available here: use {', '.join(device for device in there if there[device])}"
+        )
+    return torch.device(name)
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the hardware computes in it (on a CPU: AVX-512 BF16 or AMX), else fp32."""
+    if name not in ("auto", *DTYPES):
+        raise UsageError(f"precision {name!r}: use auto, {', '.join(DTYPES)}")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        features = torch.cpu.get_capabilities()
+        return "bf16" if features.get("avx512_bf16") or features.get("amx_bf16") else "fp32"
+    return "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
+    """The context in which `precision` is computed."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])

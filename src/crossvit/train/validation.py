@@ -1,0 +1,65 @@
+"""How good the weights are so far: the held-out images, each measured once, over all processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from crossvit.data.images import ImageSet
+from crossvit.engines.torch import TorchEngine
+from crossvit.evaluation.evaluator import measure, summarise
+from crossvit.evaluation.metrics import best_thresholds, probabilities
+from crossvit.results import MULTI_LABEL, Evaluation
+from crossvit.train.distributed import Team
+from crossvit.train.setup import Plan
+
+
+class HeldOut:
+    """The held-out images of a plan; their pictures are kept between epochs where there is room."""
+
+    def __init__(self, plan: Plan, *, run: str, team: Team) -> None:
+        self.plan, self.run, self.team = plan, run, team
+        self.kept: dict[int, NDArray[Any]] | None = plan.room_for_held_out()
+
+    def evaluate(
+        self, engine: TorchEngine, *, thorough: bool = False
+    ) -> tuple[Evaluation, tuple[float, ...]]:
+        """(figures, thresholds): of several labels an image, the probability from which each class is said that has the best F1
+        on these images; empty otherwise. thorough: as for `summarise`."""
+        logits, images = self._measure(engine)
+        plan = self.plan
+        with np.errstate(all="ignore"):  # weights that have run away are noticed by the loss
+            thresholds = self._thresholds(logits, images)
+            evaluation = summarise(
+                logits,
+                images,
+                patches=[branch.patch for branch in plan.config.branches],
+                run=self.run,
+                data=plan.recipe.data,
+                split=plan.held_out_part,
+                thresholds=thresholds,
+                thorough=thorough,
+            )
+        return evaluation, thresholds
+
+    def _thresholds(self, logits: NDArray[np.float32], images: ImageSet) -> tuple[float, ...]:
+        if images.task != MULTI_LABEL:
+            return ()
+        chances = probabilities(logits.mean(axis=0), task=MULTI_LABEL)
+        return tuple(best_thresholds(chances, images.targets()).round(6).tolist())
+
+    def _measure(self, engine: TorchEngine) -> tuple[NDArray[np.float32], ImageSet]:
+        """Branch logits of the images. Each process measures its share, none twice."""
+        images, team = self.plan.held_out, self.team
+        if len(images) < team.size:
+            return measure(engine, images, self.plan.preprocessing, kept=self.kept)
+        own = images.take(range(*team.bounds(len(images))))
+        logits, _ = measure(engine, own, self.plan.preprocessing, kept=self.kept)
+        return np.concatenate(team.gather(logits), axis=1), images
+
+
+def mean_average_precision(evaluation: Evaluation) -> float | None:
+    """Of several labels an image; None of one."""
+    return None if evaluation.multi_label is None else evaluation.multi_label.map
