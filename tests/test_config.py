@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from crossvit import BranchConfig, CrossViTConfig, create_model, list_models
 from crossvit.errors import ConfigError, UnknownNameError
-from crossvit.model.config import FUSIONS
 from crossvit.model.cost import cost
 from crossvit.model.crossvit import CrossViT
 from crossvit.model.presets import ALIASES, PRESETS
+from crossvit.model.registry import FUSIONS
 
 GOOD = BranchConfig(patch=4, dim=16, heads=2, depth=1)
 
@@ -166,7 +166,7 @@ def branches(draw: st.DrawFn, class_token: bool) -> BranchConfig:
 def configs(draw: st.DrawFn) -> CrossViTConfig:
     class_token = draw(st.booleans())
     chosen = draw(st.lists(branches(class_token), min_size=1, max_size=4))
-    fusion = "none" if len(chosen) == 1 else draw(st.sampled_from(FUSIONS))
+    fusion = "none" if len(chosen) == 1 else draw(st.sampled_from(list(FUSIONS)))
     return CrossViTConfig(
         branches=tuple(chosen),
         image_size=(draw(st.integers(16, 30)), draw(st.integers(16, 30))),

@@ -20,7 +20,8 @@ from crossvit.explanation.relevance import (
 )
 from crossvit.model.attention import CrossAttention, record_attention
 from crossvit.model.crossvit import CrossViT
-from crossvit.model.fusion import FUSIONS, Grid
+from crossvit.model.fusion import Grid
+from crossvit.model.registry import FUSIONS
 
 THIRD = BranchConfig(patch=12, dim=16, heads=2, depth=1)
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from crossvit.model.config import BranchConfig, CrossViTConfig
     from crossvit.model.crossvit import CrossViT
     from crossvit.model.presets import list_models
+    from crossvit.model.registry import register_block, register_fusion, register_tokeniser
     from crossvit.prediction.predictor import Predictor
     from crossvit.prediction.to_file import predict_to_file
     from crossvit.results import Evaluation, Explanation, Faithfulness, Prediction, TrainingResult
@@ -59,6 +60,9 @@ _HOMES = {
     "optimize": "crossvit.fast.inference",
     "predict_to_file": "crossvit.prediction.to_file",
     "record_attention": "crossvit.model.attention",
+    "register_block": "crossvit.model.registry",
+    "register_fusion": "crossvit.model.registry",
+    "register_tokeniser": "crossvit.model.registry",
 }
 
 __all__ = [
@@ -88,6 +92,9 @@ __all__ = [
     "optimize",
     "predict_to_file",
     "record_attention",
+    "register_block",
+    "register_fusion",
+    "register_tokeniser",
 ]
 
 

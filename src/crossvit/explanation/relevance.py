@@ -38,16 +38,19 @@ Shapes: B batch, N_b tokens of branch b, T of all, H heads, n patches.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from crossvit.model.attention import AttentionMap, record_attention
+from crossvit.errors import ConfigError
+from crossvit.model.attention import AttentionMap, SelfAttention, record_attention
 from crossvit.model.config import CrossViTConfig
-from crossvit.model.crossvit import CrossViT
+from crossvit.model.crossvit import CrossViT, EncoderBlock
 from crossvit.model.fusion import Grid, interpolate_grid
+from crossvit.model.registry import FUSIONS
 
 AttentionKey = tuple[str, int, int | None, int]  # kind, stage, branch, block
 
@@ -245,6 +248,7 @@ def read(model: CrossViT, images: Tensor, targets: Tensor | None = None) -> Read
     model's own answers. The model's mode and gradients are left as they were. Time: a forward pass, and a backward one a branch.
     """
     config = model.config
+    _require_known(model)
     training = model.training
     model.eval()
     try:
@@ -280,6 +284,28 @@ def read(model: CrossViT, images: Tensor, targets: Tensor | None = None) -> Read
         ),
         features=tuple(own.detach() for own in features),
     )
+
+
+def _require_known(model: CrossViT) -> None:
+    """ConfigError for a model whose steps are not those of the module's docstring, as far as can be seen: relevance would be
+    followed through something else."""
+    if model.config.fusion not in FUSIONS.built_in:
+        raise ConfigError(
+            f"fusion {model.config.fusion!r} is not built in: what its tokens are read from is not known"
+        )
+    for path, module in model.named_modules():
+        if (
+            re.search(r"blocks\.\d+\.\d+$", path)
+            and "fusion" not in path
+            and not isinstance(module, EncoderBlock)
+        ):
+            raise ConfigError(
+                f"{path} is a {type(module).__name__}: relevance is followed through an EncoderBlock, or a subclass of it"
+            )
+        if isinstance(module, EncoderBlock) and not isinstance(module.attention, SelfAttention):
+            raise ConfigError(
+                f"{path}.attention is a {type(module.attention).__name__}: relevance is followed through a SelfAttention"
+            )
 
 
 def _gradients(

@@ -41,12 +41,12 @@ class CpuForm(nn.Module):
         rows = self.images_a_pass * tokens
         kernels = kernels_for(model, dtype)
         self.tokens = nn.ModuleList(
-            _fast_tokens(embed, self.config.image_size, dtype, kernels)
-            for embed in model.tokens  # type: ignore[arg-type]
+            _fast_tokens(embed, self.config.image_size, dtype, kernels)  # type: ignore[arg-type]
+            for embed in model.tokens
         )
         self.encoders = nn.ModuleList(
-            _FastEncoder(encoder, rows, dtype, kernels)
-            for encoder in model.encoders  # type: ignore[arg-type]
+            _FastEncoder(encoder, rows, dtype, kernels)  # type: ignore[arg-type]
+            for encoder in model.encoders
         )
         self.norms = nn.ModuleList(_FastNorm(norm) for norm in model.norms)  # type: ignore[arg-type]
         self.heads = copy.deepcopy(

@@ -7,15 +7,20 @@ Shapes: B batch, C channels, H x W pixels, n patches, N tokens, D width, K width
 from __future__ import annotations
 
 import copy
+import logging
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossvit.errors import EngineError
+from crossvit.fast.eligibility import is_changed_at_the_root, why_not
 from crossvit.fast.packed_linear import Resize, scaled_qkv
 from crossvit.model.crossvit import CrossViT, EncoderBlock, MultiScaleEncoder
 from crossvit.model.fusion import NORM_EPS
 from crossvit.model.tokens import Tokens
+
+log = logging.getLogger("crossvit")
 
 
 class GraphForm(nn.Module):
@@ -27,9 +32,17 @@ class GraphForm(nn.Module):
     """
 
     def __init__(self, model: CrossViT) -> None:
+        """EngineError for a model whose logits are not the mean of its branches' logits, or may not be."""
         super().__init__()
+        reason = why_not(model)
+        if is_changed_at_the_root(model):
+            raise EngineError(f"the model cannot be exported as it is changed: {reason}")
         self.model = copy.deepcopy(model)
         self.model.set_gradient_checkpointing(False)
+        self.requires_grad_(False).eval()
+        if reason is not None:
+            log.info("the model is exported by its own code: %s", reason)
+            return
         self.model.tokens = nn.ModuleList(
             _GraphTokens(embed, model.config.image_size) for embed in self.model.tokens
         )

@@ -7,15 +7,19 @@ what each change gave.
 from __future__ import annotations
 
 import copy
+import logging
 
 import torch
 from torch import Tensor, nn
 
 from crossvit.errors import UsageError
 from crossvit.fast.cpu_form import CpuForm
+from crossvit.fast.eligibility import is_changed_at_the_root, why_not
 from crossvit.model.crossvit import CrossViT, check_images
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+log = logging.getLogger("crossvit")
 
 
 def optimize(
@@ -26,14 +30,17 @@ def optimize(
 
     In fp32 on a CPU the logits equal the model's to 1e-5 of the largest. precision `bf16` (or, on a GPU, `fp16`) holds
     weights and tokens in it. compile: whether torch compiles the form, with CUDA graphs; by default on CUDA. It takes a
-    minute on the first call of each batch size. Later changes of the model's weights do not reach the form.
-    UsageError for another precision.
+    minute on the first call of each batch size. Later changes of the model's weights do not reach the form. A model of
+    which something has been changed (a subclass, a hook, a layer in another's place) is computed by its own code, which
+    the log says. UsageError for another precision.
     """
     if precision not in DTYPES:
         raise UsageError(f"precision {precision!r}: optimize takes {', '.join(DTYPES)}")
     device = next(model.parameters()).device
     if device.type == "cpu" and precision != "fp16":
-        return CpuForm(model, dtype=DTYPES[precision])
+        if (reason := why_not(model)) is None:
+            return CpuForm(model, dtype=DTYPES[precision])
+        log.info("the model computes by its own code, not by a faster form: %s", reason)
     return DeviceForm(
         model,
         dtype=DTYPES[precision],
@@ -42,7 +49,8 @@ def optimize(
 
 
 class DeviceForm(nn.Module):
-    """A model for inference on a GPU, in one dtype: fused attention, convolutions channels last, CUDA graphs if compiled.
+    """A copy of a model, in one dtype: fused attention, convolutions channels last, CUDA graphs if compiled. For GPUs, and
+    on a CPU for models that `CpuForm` does not know.
 
     images: (B, C, H, W) float32, normalised, on the device. A compiled form computes a batch smaller than the largest so
     far as one of that size, since every size is compiled and recorded by itself.
@@ -63,7 +71,10 @@ class DeviceForm(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (B, num_classes): the mean of the branches'."""
+        """Logits (B, num_classes): the mean of the branches', or what a changed model makes of them."""
+        if is_changed_at_the_root(self.model):
+            with torch.no_grad():
+                return self.model(images.to(self.dtype)).float()  # type: ignore[no-any-return]
         return self.branch_logits(images).mean(dim=0)
 
     @torch.no_grad()

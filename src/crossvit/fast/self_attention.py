@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, D width, H heads, K = D / H width of a head.
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -79,7 +80,23 @@ def is_as_written(module: nn.Module, kind: type[nn.Module]) -> bool:
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    return type(module) is kind and not any(hooks) and "forward" not in module.__dict__
+    if type(module) is not kind or any(hooks) or "forward" in module.__dict__:
+        return False
+    parameters = {"weight", "bias"} if kind in (nn.Linear, nn.LayerNorm, nn.Conv2d) else set()
+    extra = set(module._parameters) - parameters or module._buffers
+    return not extra and is_unpatched(kind)
+
+
+def is_unpatched(kind: type[nn.Module]) -> bool:
+    """Whether the class's `forward` is the one that its own file has, and nobody's put in its place."""
+    code = getattr(kind.forward, "__code__", None)
+    owner = next(base for base in kind.__mro__ if "forward" in base.__dict__)
+    module = sys.modules.get(owner.__module__)
+    if code is None or module is None:
+        return False
+    return (
+        code.co_filename == module.__file__ and code.co_qualname == f"{owner.__qualname__}.forward"
+    )
 
 
 class _Attention(torch.autograd.Function):

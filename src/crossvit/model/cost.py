@@ -11,6 +11,7 @@ import dataclasses
 
 from crossvit.errors import ConfigError
 from crossvit.model.config import KEYS_VALUES, T2T_DIM, BranchConfig, CrossViTConfig
+from crossvit.model.registry import BLOCKS, FUSIONS, TOKENISERS
 
 PARTS = ("tokens", "positions", "encoders", "fusion", "heads")
 
@@ -35,7 +36,18 @@ NOTHING = Cost()
 def cost(config: CrossViTConfig, *, keys_values: str | None = None) -> dict[str, Cost]:
     """Cost per part (tokens, positions, encoders, fusion, heads) and `total`, for one image of `config.image_size`.
 
-    keys_values: None counts the form that the config computes."""
+    keys_values: None counts the form that the config computes. ConfigError for a block, fusion or tokeniser that is not built
+    in, whose cost is known to its own code alone."""
+    for registry, names in (
+        (BLOCKS, [config.block]),
+        (FUSIONS, [config.fusion]),
+        (TOKENISERS, [branch.tokeniser for branch in config.branches]),
+    ):
+        for name in names:
+            if name not in registry.built_in:
+                raise ConfigError(
+                    f"{registry.kind} {name!r} is not built in: its cost is not known"
+                )
     parts = dict.fromkeys(PARTS, NOTHING)
     for branch in config.branches:
         tokens = _tokens(branch, config)

@@ -19,7 +19,8 @@ from crossvit.fast.sublayers import Half, attention_half, mlp_half, takes
 from crossvit.model.attention import SelfAttention, kernel_is_free
 from crossvit.model.config import BranchConfig, CrossViTConfig
 from crossvit.model.drop_path import DropPath, drop_path_rates
-from crossvit.model.fusion import FUSIONS, NORM_EPS, Grid, summary
+from crossvit.model.fusion import NORM_EPS, Grid, summary
+from crossvit.model.registry import BLOCKS, FUSIONS
 from crossvit.model.tokens import Tokens
 
 
@@ -60,7 +61,10 @@ class EncoderBlock(nn.Module):
 
     def _halves_for_kernels(self, x: Tensor) -> tuple[Half, Half] | None:
         """The parameters of both lines of the equation where our kernels compute them, else None."""
-        attention, up, down = self.attention, self.mlp[0], self.mlp[3]
+        attention = self.attention
+        if type(attention) is not SelfAttention or type(self.mlp) is not MLP or len(self.mlp) != 5:
+            return None
+        up, down = self.mlp[0], self.mlp[3]
         if (
             not is_eager(x)
             or attention.listener is not None
@@ -68,7 +72,7 @@ class EncoderBlock(nn.Module):
             or not self._is_as_built()
         ):
             return None
-        assert isinstance(up, nn.Linear)
+        assert isinstance(up, nn.Linear)  # as built, which is asked just above
         assert isinstance(down, nn.Linear)
         halves = (
             Half.of(self.attention_norm, attention.qkv, attention.out),
@@ -111,10 +115,10 @@ class MultiScaleEncoder(nn.Module):
     def __init__(self, config: CrossViTConfig, *, drop_path: Sequence[float]) -> None:
         super().__init__()
         drops = {"drop": config.drop, "attention_drop": config.attention_drop}
+        block = BLOCKS[config.block]
         self.blocks = nn.ModuleList(
             nn.ModuleList(
-                EncoderBlock(branch, drop_path=drop_path[index], **drops)
-                for index in range(branch.depth)
+                block(branch, drop_path=drop_path[index], **drops) for index in range(branch.depth)
             )
             for branch in config.branches
         )
@@ -131,9 +135,8 @@ class MultiScaleEncoder(nn.Module):
         return self.fusion(encoded, grids)  # type: ignore[no-any-return]
 
     def _run(self, block: nn.Module, tokens: Tensor) -> Tensor:
-        recorded = (
-            isinstance(block, EncoderBlock) and block.attention.listener is not None
-        )  # once is enough
+        # once is enough for who listens
+        recorded = any(getattr(module, "listener", None) for module in block.modules())
         if self.checkpointing and torch.is_grad_enabled() and not recorded:
             return checkpoint(block, tokens, use_reentrant=False)  # type: ignore[no-any-return]
         return block(tokens)  # type: ignore[no-any-return]
@@ -260,7 +263,8 @@ def initialise(model: nn.Module, scheme: str) -> None:
                     nn.init.trunc_normal_(module.weight, std=0.02)
                 else:
                     nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             case nn.Conv2d() if scheme == "xavier":
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
                 if module.bias is not None:

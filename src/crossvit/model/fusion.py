@@ -1,7 +1,7 @@
 """Fusion: how the branches exchange information at the end of a multi-scale encoder (the paper's Figure 3).
 
 Every scheme has one signature: the branches' tokens and their grids in, the branches' tokens out, all read before any is
-written (a parallel update). `FUSIONS` has them by name.
+written (a parallel update). `registry.FUSIONS` has them by name.
 
 Shapes: B batch, n patches, D width, D* the common width; X_b = [c_b ‖ P_b], (B, 1 + n_b, D_b), are the tokens of branch b.
 f_b projects to another width, g_b back. A branch without a class token is all patches: the mean of its patches stands
@@ -271,15 +271,6 @@ class CrossAttentionFusion(nn.Module):
             read(own, other)
             for read, own, other in zip(self.reads, tokens, _next_around(tokens), strict=True)
         ]
-
-
-FUSIONS: dict[str, type[nn.Module]] = {
-    "none": NoFusion,
-    "all-attention": AllAttentionFusion,
-    "class-token": ClassTokenFusion,
-    "pairwise": PairwiseFusion,
-    "cross-attention": CrossAttentionFusion,
-}
 
 
 def interpolate_grid(patches: Tensor, grid: Grid, size: Grid) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from crossvit.fast.patch_embed import patch_tokens, takes_patches
 from crossvit.fast.resize import bicubic, takes_resize
 from crossvit.model.config import BranchConfig
-from crossvit.model.t2t import TokensToToken
+from crossvit.model.registry import TOKENISERS
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -37,19 +37,14 @@ def resample_positions(positions: Tensor, grid: tuple[int, int], size: tuple[int
     return torch.cat((positions[:, :rest], resampled.flatten(2).transpose(1, 2)), dim=1)
 
 
-def make_stem(branch: BranchConfig, in_channels: int) -> nn.Module:
-    """The branch's convolutions (`BranchConfig.stem`) with a ReLU between two, or its T2T tokeniser:
-    (B, C, H, W) -> (B, D, rows, columns)."""
-    if branch.tokeniser == "t2t":
-        return TokensToToken(branch, in_channels)
+def convolutions(branch: BranchConfig, in_channels: int) -> nn.Module:
+    """The stem of `BranchConfig.stem`, a ReLU between two: (B, C, H, W) -> (B, D, rows, columns)."""
     layers: list[nn.Module] = []
-    for inward, outward, kernel, stride, padding in branch.stem(in_channels):
-        layers += [
-            nn.Conv2d(inward, outward, kernel, stride=stride, padding=padding),
-            nn.ReLU(inplace=True),
-        ]
-    convolutions = layers[:-1]
-    return convolutions[0] if len(convolutions) == 1 else nn.Sequential(*convolutions)
+    for inputs, outputs, kernel, stride, padding in branch.stem(in_channels):
+        conv = nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=padding)
+        layers += [conv, nn.ReLU(inplace=True)]
+    layers.pop()
+    return layers[0] if len(layers) == 1 else nn.Sequential(*layers)
 
 
 class Tokens(nn.Module):
@@ -71,7 +66,7 @@ class Tokens(nn.Module):
         self.branch = branch
         self.grid = branch.grid(image_size)
         rows, columns = self.grid
-        self.patches = make_stem(branch, in_channels)
+        self.patches = TOKENISERS[branch.tokeniser](branch, in_channels)
         self.class_token = (
             nn.Parameter(torch.zeros(1, 1, branch.dim)) if branch.class_token else None
         )
