@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from crossvit.errors import CheckpointError, RunError
-from crossvit.run import write_atomically
+from crossvit.files import write_atomically
 from crossvit.train.checkpoint import (
     WAITING_AT_MOST,
     Writer,

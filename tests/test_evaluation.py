@@ -24,7 +24,7 @@ from crossvit.data.sources import open_data
 from crossvit.engines.select import load_engine
 from crossvit.errors import DataError, RunError, UsageError
 from crossvit.evaluation.calibration import calibration
-from crossvit.evaluation.evaluator import choose_part, measure, summarise
+from crossvit.evaluation.evaluator import measure, summarise
 from crossvit.evaluation.metrics import best_thresholds, probabilities
 from crossvit.results import MULTI_LABEL, TrainingResult
 from crossvit.run import Run
@@ -72,7 +72,7 @@ def test_epochs_are_summarised_without_what_takes_long(
     tiny_run: TrainingResult, scans: Path
 ) -> None:
     trained = open_trained(tiny_run.run)
-    images, part = choose_part(open_data(scans), trained, None)
+    images, part = trained.select(open_data(scans), None)
     logits, images = measure(load_engine(trained), images, trained.preprocessing)
     cheap = summarise(logits, images, patches=(4, 8), run="r", data="d", split=part)
     assert (cheap.intervals, cheap.calibration, cheap.selective) == ({}, None, None)
@@ -102,7 +102,7 @@ def test_several_classes_an_image_are_measured_at_the_runs_thresholds(
 ) -> None:
     """The tiny run taken as a multi-label one, on images of which every other one shows class 2 as well."""
     trained = dataclasses.replace(open_trained(tiny_run.run), task=MULTI_LABEL)
-    plain, _ = choose_part(open_data(scans), trained, "all")
+    plain, _ = trained.select(open_data(scans), "all")
     assert plain.task == MULTI_LABEL  # a folder's images have one class each
     labels = tuple(
         tuple({*label, 2}) if index % 2 else label for index, label in enumerate(plain.labels)
@@ -142,10 +142,8 @@ def test_several_classes_an_image_are_measured_at_the_runs_thresholds(
         ";".join(images.classes[c] for c in np.flatnonzero(said[index])) or "none"
     )
     with pytest.raises(UsageError, match="has several classes an image and .* gives one"):
-        choose_part(
-            dataclasses.replace(open_data(scans), parts={"all": images}),
-            open_trained(tiny_run.run),
-            "all",
+        open_trained(tiny_run.run).select(
+            dataclasses.replace(open_data(scans), parts={"all": images}), "all"
         )
 
 
@@ -171,7 +169,7 @@ def test_calibrate_stores_what_evaluation_then_uses(own_run: Path, scans: Path) 
     assert after.loss < before.loss
     assert (after.top1, after.correct) == (before.top1, before.correct)
     trained = open_trained(own_run)
-    images, _ = choose_part(open_data(scans), trained, None)
+    images, _ = trained.select(open_data(scans), None)
     logits, _ = measure(load_engine(trained), images, trained.preprocessing)
     assert calibration(
         logits.mean(axis=0), images.targets(), temperature=fitted
@@ -350,7 +348,7 @@ def test_a_photo_of_every_class_of_imagenet_stands_for_its_output(
             (data / line[column] / Path(line["file"]).name).symlink_to(photos / line["file"])
     path = tmp_path / "crossvit_9_dagger_240.safetensors"
     path.write_bytes(released[1])
-    images, part = choose_part(open_data(data), open_trained(path), None)
+    images, part = open_trained(path).select(open_data(data), None)
     index_of = {Path(line["file"]).name: int(line["index"]) for line in lines}
     assert (len(images), part, len(set(images.labels))) == (1000, "all", 1000)
     assert [index_of[Path(name).name] for name in images.names] == list(images.labels)
@@ -441,7 +439,7 @@ def test_several_classes_and_no_threshold_are_printed_too(
     tiny_run: TrainingResult, scans: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained = dataclasses.replace(open_trained(tiny_run.run), task=MULTI_LABEL)
-    images, part = choose_part(open_data(scans), trained, None)
+    images, part = trained.select(open_data(scans), None)
     logits, images = measure(load_engine(trained), images, trained.preprocessing)
     print_evaluation(
         summarise(logits, images, patches=(4, 8), run="r", data="d", split=part, thorough=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from crossvit.errors import RunError
-from crossvit.run import write_atomically
+from crossvit.files import write_atomically
 
 SETTLED = 2.0  # seconds after which a second write shows in a file's times, whatever the file system: FAT counts in twos
 

@@ -14,44 +14,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from crossvit.errors import RunError, UsageError
+from crossvit.files import write_atomically, writing
 
 SCHEMA = 1  # of run.json; raised when a field changes its meaning
 KEYS = ("result", "model", "classes", "preprocessing", "precision", "recipe", "config", "data")
-
-
-def write_atomically(path: Path, *content: bytes | memoryview) -> None:
-    """`path` holds `content`, the parts one after the other, whole and on disk, or is as it was: written beside it, synced,
-    then renamed.
-
-    RunError in one line (a full disk, no permission) leaves the old file and nothing half-written.
-    """
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        with open(beside, "wb") as file:
-            for part in content:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {path}: {error.strerror or error}; what was there before is kept"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 class Run:
@@ -192,12 +164,3 @@ class Run:
                     f"{self.path} is being trained by another process: wait for it or choose another --out"
                 ) from None
             yield
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Inside, what the system refuses (a full disk, no permission) is a RunError in one line that names `path`."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}") from error

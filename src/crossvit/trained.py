@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crossvit import results
 from crossvit.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from crossvit.errors import UsageError
 from crossvit.model.config import CrossViTConfig
 from crossvit.run import Run
 
 if TYPE_CHECKING:
+    from crossvit.data.images import Data, ImageSet
     from crossvit.model.crossvit import CrossViT
     from crossvit.weights.files import Weights
 
 SINGLE_LABEL, MULTI_LABEL = results.SINGLE_LABEL, results.MULTI_LABEL
+CLASSES_NAMED = 20  # in a message; the rest are counted
 IMAGENET_CLASSES = 1000  # of ImageNet-1k, whose names are known where weights say none
 
 
@@ -72,6 +75,40 @@ class Trained:
                     twice.add(name)
         others = {name: index for name, index in found.items() if name not in twice}
         return {**others, **{name: index for index, name in enumerate(self.classes)}}
+
+    def select(self, data: Data, split: str | None = None) -> tuple[ImageSet, str]:
+        """The part of `data` to measure this model on, under its own class indices.
+
+        Images that the run held out are known by name and size, wherever they lie now: where there
+        are some, the others may have been trained on, so those are taken alone unless `split` says
+        otherwise.
+
+        Args:
+            data: What `open_data` gives.
+            split: The name of a part, `held-out`, or None for the part to evaluate on.
+
+        Returns:
+            (images, name of the part).
+
+        Raises:
+            UsageError: For a part that is not there, or classes that the model does not have.
+        """
+        whole = data.parts.get("all") or data.parts.get("train")
+        known = self.record.get("data", {}).get("held_out", {})
+        files = zip(whole.names, whole.file_sizes, strict=True) if whole is not None else ()
+        held_out = [index for index, (name, size) in enumerate(files) if known.get(name) == size]
+        if whole is not None and held_out and split in (None, "held-out"):
+            images, part = whole.take(held_out), "held-out"
+        elif split == "held-out":
+            raise UsageError(
+                f"{data.location} has none of the images that this run held out: leave out --split held-out"
+            )
+        elif split is not None:
+            images, part = data.part(split), split
+        else:
+            images = data.evaluation_part()
+            part = next(name for name, candidate in data.parts.items() if candidate is images)
+        return _relabelled(images, self), part
 
 
 def open_trained(source: str | Path) -> Trained:
@@ -126,6 +163,32 @@ def _of_weights(source: str | Path) -> Trained:
         ),
         weights=weights,
     )
+
+
+def _relabelled(images: ImageSet, trained: Trained) -> ImageSet:
+    """`images` under the model's own class indices; their classes may go by any name that the model's have."""
+    positions = trained.positions()
+    unknown = sorted(set(images.classes) - set(positions))
+    if unknown:
+        raise UsageError(
+            f"{images.location} has classes the run was not trained on: {_listed(unknown)} (it knows {_listed(trained.classes)})"
+        )
+    if trained.task != images.task:
+        if images.task == MULTI_LABEL:
+            raise UsageError(
+                f"{images.location} has several classes an image and {trained.source} gives one: retrain it on such data"
+            )
+        images = dataclasses.replace(
+            images,
+            labels=tuple((label,) for label in images.labels if isinstance(label, int)),
+            task=MULTI_LABEL,
+        )
+    return images.under(trained.classes, [positions[name] for name in images.classes])
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - CLASSES_NAMED} more" if len(names) > CLASSES_NAMED else ""
+    return ", ".join(names[:CLASSES_NAMED]) + more
 
 
 def paper_preprocessing(model: str | None, config: CrossViTConfig) -> dict[str, Any]:

@@ -71,8 +71,8 @@ def bench(
     from crossvit.bench.measure import bench as run
     from crossvit.bench.plot import plot
     from crossvit.errors import UsageError
+    from crossvit.files import write_atomically
     from crossvit.results import to_json
-    from crossvit.run import write_atomically
 
     if not models:
         raise UsageError("--models takes names of released models: --models crossvit_9_240")

@@ -31,9 +31,9 @@ def check(data: str, /, *, report: str | None = None, json: Switch = False) -> i
     import crossvit.data.check as checking
     from crossvit.cli.terminal import counting, print_data_check
     from crossvit.data.sources import open_data
+    from crossvit.files import write_atomically
     from crossvit.report.page import data_page
     from crossvit.results import to_json
-    from crossvit.run import write_atomically
 
     with counting("checking") as progress:
         found = checking.check(open_data(data), progress=progress, pictures=report is not None)

@@ -97,9 +97,10 @@ def evaluate(
     from crossvit.cli.terminal import counting
     from crossvit.errors import UsageError
     from crossvit.evaluation.robustness import CORRUPTIONS
+    from crossvit.files import write_atomically
     from crossvit.report.page import evaluation_page
     from crossvit.results import to_json
-    from crossvit.run import Run, write_atomically
+    from crossvit.run import Run
 
     if report is not None and (
         Path(report).is_dir() or not Path(report).absolute().parent.is_dir()

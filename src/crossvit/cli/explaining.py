@@ -156,9 +156,9 @@ def _check(
 ) -> int:
     from crossvit.cli.terminal import counting
     from crossvit.explanation.faithfulness import check_maps
+    from crossvit.files import write_atomically
     from crossvit.report.deletion import faithfulness_png
     from crossvit.results import to_json
-    from crossvit.run import write_atomically
 
     if out is not None:
         _make(Path(out))
@@ -209,8 +209,8 @@ def _write(explanation: Explanation, out: Path, name: str, *, features: bool) ->
     import dataclasses
 
     from crossvit.explanation.explainer import npz_bytes
+    from crossvit.files import write_atomically
     from crossvit.report.maps import explanation_png, features_png
-    from crossvit.run import write_atomically
 
     picture, arrays = out / f"{name}.explanation.png", out / f"{name}.explanation.npz"
     write_atomically(picture, explanation_png(explanation))

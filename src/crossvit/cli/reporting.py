@@ -70,10 +70,11 @@ def report(
     from crossvit.errors import UsageError
     from crossvit.evaluation.comparison import compare_runs
     from crossvit.evaluation.evaluator import evaluate
+    from crossvit.files import write_atomically
     from crossvit.report.comparison import comparison_page
     from crossvit.report.page import run_page
     from crossvit.results import to_json
-    from crossvit.run import Run, write_atomically
+    from crossvit.run import Run
     from crossvit.train.callbacks import Watch
     from crossvit.train.loop import finished_result
 

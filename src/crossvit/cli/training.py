@@ -64,9 +64,9 @@ def train(
     _refuse_early(plan, dry_run=dry_run, resume=resume, overwrite=overwrite)
 
     from crossvit.cli.terminal import TerminalWatch, print_rehearsal, print_training
+    from crossvit.files import write_atomically
     from crossvit.report.page import run_page
     from crossvit.results import to_json
-    from crossvit.run import write_atomically
     from crossvit.train.distributed import leading
     from crossvit.train.loop import fit, rehearse
 

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from crossvit.cache import cache_folder, digest_of
 from crossvit.errors import EngineError
+from crossvit.files import write_atomically
 from crossvit.hardware import instruction_sets, is_installed, physical_cores
-from crossvit.run import Run, write_atomically
+from crossvit.run import Run
 from crossvit.trained import Trained
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from crossvit.engines.onnxruntime import onnx_file
 from crossvit.errors import EngineError, UsageError
+from crossvit.files import write_atomically
 from crossvit.hardware import physical_cores, version_of
-from crossvit.run import write_atomically
 from crossvit.trained import Trained
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}

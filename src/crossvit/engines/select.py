@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from crossvit.cache import cache_folder
 from crossvit.errors import EngineError, UsageError
+from crossvit.files import write_atomically
 from crossvit.hardware import is_installed, processor, version_of
-from crossvit.run import write_atomically
 from crossvit.trained import Trained
 
 Images = NDArray[np.float32]

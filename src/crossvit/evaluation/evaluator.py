@@ -1,6 +1,6 @@
 """How good a trained model is on labelled images: the pictures through the engine, and every figure of what comes out.
 
-The figures themselves are in `metrics`, `calibration` and `uncertainty`, what is done to pictures in `robustness`.
+The figures themselves are in `metrics`, `calibration` and `bootstrap`, what is done to pictures in `robustness`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from crossvit.trained import Trained, open_trained
 
 BATCH_SIZE = 64
 MISTAKES_KEPT = 24
-CLASSES_NAMED = 20  # in a message; the rest are counted
 PICTURE_SIDE = 128  # pixels of a mistake's picture in the report
 
 Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -83,7 +82,7 @@ def evaluate(
     trained = open_trained(run)
     asked = spoilings(corruptions, sizes, channels=trained.preprocessing.channels)
     found = open_data(data)
-    images, part = choose_part(found, trained, split)
+    images, part = trained.select(found, split)
     if calibrate:
         refuse_uncalibratable(trained, found, images, part)
     forward = load_engine(trained, engine=engine, device=device, precision=precision)
@@ -144,51 +143,6 @@ def evaluate(
     return evaluation
 
 
-def choose_part(data: Data, trained: Trained, split: str | None) -> tuple[ImageSet, str]:
-    """(images, name of the part) of DATA that `evaluate` takes, under the run's own class indices.
-
-    Images that the run held out are known by name and size, wherever they lie now: where there are some, the others may
-    have been trained on, so those are taken alone unless `split` says otherwise.
-    """
-    whole = data.parts.get("all") or data.parts.get("train")
-    known = trained.record.get("data", {}).get("held_out", {})
-    files = zip(whole.names, whole.file_sizes, strict=True) if whole is not None else ()
-    held_out = [index for index, (name, size) in enumerate(files) if known.get(name) == size]
-    if whole is not None and held_out and split in (None, "held-out"):
-        images, part = whole.take(held_out), "held-out"
-    elif split == "held-out":
-        raise UsageError(
-            f"{data.location} has none of the images that this run held out: leave out --split held-out"
-        )
-    elif split is not None:
-        images, part = data.part(split), split
-    else:
-        images = data.evaluation_part()
-        part = next(name for name, candidate in data.parts.items() if candidate is images)
-    return _relabelled(images, trained), part
-
-
-def _relabelled(images: ImageSet, trained: Trained) -> ImageSet:
-    """`images` under the model's own class indices; their classes may go by any name that the model's have."""
-    positions = trained.positions()
-    unknown = sorted(set(images.classes) - set(positions))
-    if unknown:
-        raise UsageError(
-            f"{images.location} has classes the run was not trained on: {_listed(unknown)} (it knows {_listed(trained.classes)})"
-        )
-    if trained.task != images.task:
-        if images.task == MULTI_LABEL:
-            raise UsageError(
-                f"{images.location} has several classes an image and {trained.source} gives one: retrain it on such data"
-            )
-        images = dataclasses.replace(
-            images,
-            labels=tuple((label,) for label in images.labels if isinstance(label, int)),
-            task=MULTI_LABEL,
-        )
-    return images.under(trained.classes, [positions[name] for name in images.classes])
-
-
 def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: str) -> None:
     """UsageError unless a temperature can be stored, and `images`, the `part` of `data`, are known not to have been trained on:
     on those a model is surer than it should be."""
@@ -238,11 +192,6 @@ def fitted_temperature(fused: NDArray[np.float64], images: ImageSet) -> float:
             "fits: calibrate with more images"
         )
     return fit_temperature(fused, labels)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - CLASSES_NAMED} more" if len(names) > CLASSES_NAMED else ""
-    return ", ".join(names[:CLASSES_NAMED]) + more
 
 
 def measure(

@@ -1,7 +1,7 @@
 """Figures of predictions: logits or probabilities and what the images show in, the records of `results` out. NumPy only.
 
 Shapes: n images, C classes; logits and probabilities (n, C); labels (n,) class indices; targets (n, C) of 0 and 1, of images
-that may show several classes. `calibration` asks whether the probabilities are right, `uncertainty` how far figures may be off.
+that may show several classes. `calibration` asks whether the probabilities are right, `bootstrap` how far figures may be off.
 """
 
 from __future__ import annotations

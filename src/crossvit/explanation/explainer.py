@@ -1,6 +1,6 @@
 """What each branch looked at, what crossed between the branches, and where they disagree.
 
-The mathematics is in `rollout.py`; whether the maps mean anything is measured in `faithfulness.py`.
+The mathematics is in `relevance.py`; whether the maps mean anything is measured in `faithfulness.py`.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def mistake_maps(
 ) -> list[bytes]:
     """For each picture (RGB, upright) what the model's answer was read from, laid over it: PNG bytes, `side` pixels at most.
 
-    The map is the gradient-weighted one of the model's own answer; see `rollout.py`. A few dozen pictures take one or a few
+    The map is the gradient-weighted one of the model's own answer; see `relevance.py`. A few dozen pictures take one or a few
     batches. fitted: the pictures as the model takes them, where those are not RGB.
     """
     from crossvit.report.overlay import overlay_png

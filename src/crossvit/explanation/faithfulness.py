@@ -31,7 +31,6 @@ from crossvit.data.eval_batches import fitted_batches
 from crossvit.data.sources import open_data
 from crossvit.engines.torch import resolve_device
 from crossvit.errors import UsageError
-from crossvit.evaluation.evaluator import choose_part
 from crossvit.explanation.explainer import at_once, finest, probabilities
 from crossvit.explanation.relevance import Reading, density, read, summary_row
 from crossvit.model.crossvit import CrossViT
@@ -70,7 +69,7 @@ def check_maps(
     if fill not in FILLS:
         raise UsageError(f"fill = {fill!r}: should be one of {', '.join(FILLS)}")
     trained = open_trained(run)
-    found, part = choose_part(open_data(data), trained, split)
+    found, part = trained.select(open_data(data), split)
     generator = np.random.default_rng(seed)
     chosen = found.take(sorted(generator.permutation(len(found))[:images].tolist()))
     place = resolve_device(device)

@@ -220,7 +220,7 @@ class _FastEncoder(nn.Module):
         # A read takes its own class token and the other's patches, so all are made before any is written.
         read = [
             read.read(own[:, :1], other)
-            for read, own, other in zip(reads, encoded, others, strict=True)  # type: ignore[arg-type]
+            for read, own, other in zip(reads, encoded, others, strict=True)
         ]
         for own, new in zip(encoded, read, strict=True):
             own[:, :1] = new

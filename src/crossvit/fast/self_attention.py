@@ -94,9 +94,8 @@ def is_unpatched(kind: type[nn.Module]) -> bool:
     module = sys.modules.get(owner.__module__)
     if code is None or module is None:
         return False
-    return (
-        code.co_filename == module.__file__ and code.co_qualname == f"{owner.__qualname__}.forward"
-    )
+    place: tuple[Any, str] = (code.co_filename, code.co_qualname)
+    return place == (module.__file__, f"{owner.__qualname__}.forward")
 
 
 class _Attention(torch.autograd.Function):

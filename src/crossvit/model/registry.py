@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from crossvit.errors import ConfigError, nearest_names
-
-if TYPE_CHECKING:
-    from torch import nn
 
 
 class Registry:
@@ -30,7 +27,7 @@ class Registry:
         self.built_in = tuple(built_in)
         self._entries: dict[str, Any] = dict(built_in)
 
-    def register(self, name: str, it: type[nn.Module]) -> None:
+    def register(self, name: str, it: type[Any]) -> None:
         """Make `it` known as `name`; again under the same name replaces it.
 
         Raises:
@@ -97,12 +94,12 @@ TOKENISERS = Registry(
 )
 
 
-def register_block(name: str, block: type[nn.Module]) -> None:
+def register_block(name: str, block: type[Any]) -> None:
     """Let `config.block = name` build the encoder blocks of every branch from `block`.
 
     Args:
         name: What configs, `--block` and run.json say.
-        block: Called as `block(branch, drop=, attention_drop=, drop_path=)` with a
+        block: A `torch.nn.Module`, called as `block(branch, drop=, attention_drop=, drop_path=)` with a
             `BranchConfig` and three rates; its forward maps tokens (B, N, D) to (B, N, D).
 
     Raises:
@@ -111,12 +108,12 @@ def register_block(name: str, block: type[nn.Module]) -> None:
     BLOCKS.register(name, block)
 
 
-def register_fusion(name: str, fusion: type[nn.Module]) -> None:
+def register_fusion(name: str, fusion: type[Any]) -> None:
     """Let `config.fusion = name` end every multi-scale encoder with `fusion`.
 
     Args:
         name: What configs, `--fusion` and run.json say.
-        fusion: Called as `fusion(config, drop_path=)`; its forward maps the branches' tokens
+        fusion: A `torch.nn.Module`, called as `fusion(config, drop_path=)`; its forward maps the branches' tokens
             [(B, N_b, D_b), ...] and their grids [(rows, columns), ...] to the branches' tokens.
 
     Raises:
@@ -125,12 +122,12 @@ def register_fusion(name: str, fusion: type[nn.Module]) -> None:
     FUSIONS.register(name, fusion)
 
 
-def register_tokeniser(name: str, tokeniser: type[nn.Module]) -> None:
+def register_tokeniser(name: str, tokeniser: type[Any]) -> None:
     """Let `branch.tokeniser = name` turn a branch's image into patches by `tokeniser`.
 
     Args:
         name: What configs, `--tokeniser` and run.json say.
-        tokeniser: Called as `tokeniser(branch, in_channels)`; its forward maps (B, C, H, W) to
+        tokeniser: A `torch.nn.Module`, called as `tokeniser(branch, in_channels)`; its forward maps (B, C, H, W) to
             (B, D, rows, columns) on the branch's grid.
 
     Raises:

@@ -83,7 +83,7 @@ class Tokens(nn.Module):
         if takes_patches(
             images, self.patches, self.class_token, positions
         ):  # the same, in bf16 on a CPU
-            return self.drop(patch_tokens(images, self.patches, self.class_token, positions))  # type: ignore[no-any-return, arg-type]
+            return self.drop(patch_tokens(images, self.patches, self.class_token, positions))  # type: ignore[no-any-return]
         tokens = self.patches(images).flatten(2).transpose(1, 2)  # (B, n, D)
         if self.class_token is not None:
             tokens = torch.cat((self.class_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)

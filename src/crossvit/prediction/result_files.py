@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from crossvit.errors import RunError, UsageError
+from crossvit.files import write_atomically, writing
 from crossvit.results import Prediction, plain_name, to_json
-from crossvit.run import write_atomically, writing
 
 ROWS_A_PART = 8192  # of a Parquet file, about: 1 MB, large enough to read fast, small enough to hold in memory
 LABEL_SEPARATOR = "; "  # of the classes of a multi-label model, in a cell of CSV

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from crossvit.errors import RunError, UsageError
+from crossvit.files import write_atomically
 from crossvit.prediction.predictor import Predictor
 from crossvit.prediction.result_files import ResultFile, open_results
 from crossvit.results import BatchPrediction, plain_name
-from crossvit.run import Run, write_atomically
+from crossvit.run import Run
 
 MODEL = (
     "weights",

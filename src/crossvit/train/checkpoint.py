@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from crossvit.errors import CheckpointError
-from crossvit.run import write_atomically
+from crossvit.files import write_atomically
 
 MAGIC = b"crossvit checkpoint 2\n"
 WAITING_AT_MOST = 2  # files: each holds a copy of what it writes in memory

@@ -23,8 +23,8 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from crossvit.errors import ConfigError, UsageError, WeightsError
+from crossvit.files import write_atomically
 from crossvit.model.config import CrossViTConfig
-from crossvit.run import write_atomically
 from crossvit.weights.hub import locate
 from crossvit.weights.sniff import kind_of
 

@@ -31,8 +31,8 @@ from urllib.parse import urlsplit
 
 from crossvit.cache import cache_folder
 from crossvit.errors import UsageError, WeightsError
+from crossvit.files import write_atomically
 from crossvit.model.presets import ALIASES, PRESETS, Preset
-from crossvit.run import write_atomically
 from crossvit.weights.sniff import kind_of
 
 HUB_FILE = "model.safetensors"

@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from crossvit.errors import UsageError, WeightsError
+from crossvit.files import write_atomically
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.cost import cost
 from crossvit.model.presets import PRESETS
-from crossvit.run import write_atomically
 from crossvit.weights.files import WEIGHTS_NAME, header, write_weights
 from crossvit.weights.identify import blank_state
 from crossvit.weights.keys import renamed, to_ours

@@ -1,7 +1,7 @@
 """The compiled kernels: found or made, and checked.
 
 Without a C++ compiler, on another processor, with another operating system or with CROSSVIT_KERNELS=off in the environment there
-are none, and `native()` is None.Nothing here has a gradient; kernels/functions.py has.
+are none, and `native()` is None. Nothing here has a gradient; the files of crossvit/fast have.
 
 Shapes: B batch, N tokens, D width, H heads, K = D / H width of a head.
 """
