@@ -67,8 +67,8 @@ class LowRank(nn.Linear):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear.in_features, linear.out_features)
         self.load_state_dict(linear.state_dict())
-        self.down = nn.Parameter(ramp(linear.in_features)[None])
-        self.up = nn.Parameter(ramp(linear.out_features)[:, None])
+        self.down = nn.Parameter(ramp(linear.in_features)[None] / 4)
+        self.up = nn.Parameter(ramp(linear.out_features)[:, None] / 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x @ self.down.T @ self.up.T
@@ -198,11 +198,11 @@ def test_a_change_is_trained(name: str, precision: torch.dtype, images: Tensor) 
         with context(), torch.autocast("cpu", precision, enabled=precision != torch.float32):
             twin(images).square().mean().backward()
         gradients.append({key: p.grad for key, p in twin.named_parameters()})
-    near = 1e-4 if precision == torch.float32 else 0.1
+    near = 1e-4 if precision == torch.float32 else 0.15  # of a gradient's norm; bf16 has 8 bits
     for key, expected in gradients[0].items():
         if expected is not None:
-            scale = float(expected.abs().max()) + 1e-3
-            assert (gradients[1][key] - expected).abs().max() <= near * scale, key
+            size = float(expected.norm()) + 1e-3
+            assert float((gradients[1][key] - expected).norm()) <= near * size, key
 
 
 @pytest.mark.parametrize("name", ["a block with LayerScale", "ReLU", "another eps", "nothing"])
