@@ -8,6 +8,9 @@ native kernels. Only a file for an engine may refuse a change, in one line.
 from __future__ import annotations
 
 import copy
+import dataclasses
+import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,7 @@ from torch.nn.utils import parametrizations, parametrize
 import crossvit
 from conftest import lively
 from crossvit import CrossViTConfig
+from crossvit.engines.onnxruntime import fingerprint
 from crossvit.engines.torch import TorchEngine
 from crossvit.errors import ConfigError, EngineError
 from crossvit.explanation.relevance import read
@@ -29,6 +33,8 @@ from crossvit.fast.native.build import without_kernels
 from crossvit.model.cost import cost
 from crossvit.model.crossvit import CrossViT, EncoderBlock
 from crossvit.model.registry import BLOCKS
+from crossvit.results import TrainingResult
+from crossvit.trained import open_trained
 
 Change = Callable[[CrossViT], object]
 
@@ -258,6 +264,31 @@ def test_a_registered_block_goes_through_a_config(
         )
     assert why_not(model) == "encoders.0.blocks.0.0 is a LayerScaleBlock, which is not built in"
     assert read(model, images).rollout.shape[1] == len(images)  # it is an EncoderBlock
+
+
+def test_a_kept_graph_goes_by_the_code_of_a_registered_block(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_run: TrainingResult
+) -> None:
+    """The same weights and names, another forward: another graph."""
+    monkeypatch.setattr(BLOCKS, "_entries", dict(BLOCKS._entries))
+    trained = open_trained(tiny_run.run)
+    digests = []
+    for body in ("return x", "return 2 * x", "return x"):
+        file = tmp_path / "somebody.py"
+        file.write_text(f"class Block:\n    def forward(self, x):\n        {body}\n")
+        spec = importlib.util.spec_from_file_location("somebody", file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "somebody", module)
+        sys.dont_write_bytecode, before = True, sys.dont_write_bytecode
+        spec.loader.exec_module(module)
+        sys.dont_write_bytecode = before
+        crossvit.register_block("somebody's", module.Block)
+        config = dataclasses.replace(trained.config, block="somebody's")
+        digests.append(fingerprint(dataclasses.replace(trained, config=config)))
+    assert digests[0] == digests[2] != digests[1]
+    assert fingerprint(trained) not in digests
 
 
 def test_a_block_that_is_no_encoder_block_has_no_relevance(images: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -19,12 +20,15 @@ from crossvit.cache import cache_folder, digest_of
 from crossvit.errors import EngineError
 from crossvit.files import write_atomically
 from crossvit.hardware import instruction_sets, is_installed, physical_cores
+from crossvit.model.config import CrossViTConfig
+from crossvit.model.registry import BLOCKS, FUSIONS, TOKENISERS
 from crossvit.run import Run
 from crossvit.trained import Trained
 
 if TYPE_CHECKING:
     from torch import nn
 
+PACKAGE = Path(__file__).parents[1]
 EXPORT_FORM = 2  # raised when the graph that is exported changes
 MAPPED_BYTES = 1024  # a weight from this size on lies apart from the kept graph, where it is mapped into memory and not parsed
 
@@ -123,7 +127,8 @@ def onnx_file(trained: Trained) -> Path:
 
 
 def fingerprint(trained: Trained) -> str:
-    """Digest of the weights' bytes and the config."""
+    """Digest of the weights' bytes, the config, and the code that a graph is made from: an edited block never finds the graph
+    of before. Imports no torch unless the model has parts of somebody's own."""
     source = (
         trained.weights.path if trained.weights is not None else Run(trained.source).weights_path
     )
@@ -131,7 +136,29 @@ def fingerprint(trained: Trained) -> str:
         json.dumps([EXPORT_FORM, trained.config.to_dict()], sort_keys=True).encode()
     )
     digest.update(bytes.fromhex(digest_of(source)))
+    for file in [
+        *sorted((PACKAGE / "model").glob("*.py")),
+        *sorted((PACKAGE / "fast").glob("*.py")),
+    ]:
+        digest.update(file.read_bytes())
+    for part in _registered_parts(trained.config):
+        digest.update(_source_of(part))
     return digest.hexdigest()[:32]
+
+
+def _registered_parts(config: CrossViTConfig) -> list[Any]:
+    """The classes that a config's names stand for, of those that are not built in."""
+    tokenisers = [(TOKENISERS, branch.tokeniser) for branch in config.branches]
+    named = [(BLOCKS, config.block), (FUSIONS, config.fusion), *tokenisers]
+    return [registry[name] for registry, name in named if name not in registry.built_in]
+
+
+def _source_of(part: Any) -> bytes:
+    """The file that a class is written in; of one that has none, something that is never the same."""
+    try:
+        return Path(inspect.getfile(part)).read_bytes()
+    except (OSError, TypeError):
+        return os.urandom(16)
 
 
 def export(trained: Trained, path: Path) -> None:
