@@ -25,12 +25,12 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
     """
     beside = path.with_name(f".{path.name}.partial")
     try:
-        with beside.open("wb") as file:
+        with open(beside, "wb") as file:
             for part in content:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        os.replace(beside, path)
         _sync_folder(path.parent)
     except OSError as error:
         reason = error.strerror or error
