@@ -322,7 +322,7 @@ SAVE = """
 import errno, os, sys
 from pathlib import Path
 import torch
-import crossvit.run as run
+import crossvit.files as files
 from crossvit.train.checkpoint import save_checkpoint
 
 fault, how, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
@@ -378,7 +378,7 @@ def faulty_os_open(*arguments, **more):
     return fail() if fault == "folder open" else real_os_open(*arguments, **more)
 
 
-run.open = faulty_open
+files.open = faulty_open
 os.fsync, os.replace, os.open = faulty_fsync, faulty_replace, faulty_os_open
 save_checkpoint(folder, {"step": 2, "x": torch.ones(1000)}, step=2)
 """
