@@ -69,7 +69,7 @@ def main() -> None:
             )  # fmt: skip
             result = crossvit.fit(tuned, overwrite=True)
             scores[name].append(100 * result.top1)
-            settled.setdefault(name, result.record["recipe"])
+            settled.setdefault(name, result.record.recipe)
         if not options.no_scratch:
             scratch = crossvit.load_recipe(
                 "small", data=photos, out=str(options.out / f"scratch-{seed}"), model=model, seed=seed,

@@ -19,6 +19,7 @@ from crossvit.results import (
     ComparedRun,
     CorruptionScore,
     DataCheck,
+    DataRecord,
     Epoch,
     Evaluation,
     ImagePair,
@@ -28,8 +29,10 @@ from crossvit.results import (
     MultiLabel,
     PartCheck,
     ReliabilityBin,
+    ResultRecord,
     RiskPoint,
     Robustness,
+    RunRecord,
     RunsCompared,
     Selective,
     SizeScore,
@@ -165,8 +168,8 @@ def made_epochs(count: int, *, reaches: float = 0.85) -> tuple[Epoch, ...]:
     )
 
 
-def made_record(classes: Sequence[str], **changes: Any) -> dict[str, Any]:
-    """run.json as training writes it."""
+def made_record(classes: Sequence[str], **changes: Any) -> RunRecord:
+    """run.json as training writes it; `changes` are of its fields."""
     branch = {
         "patch": 12,
         "dim": 96,
@@ -175,31 +178,37 @@ def made_record(classes: Sequence[str], **changes: Any) -> dict[str, Any]:
         "mlp_ratio": 3.0,
         "tokeniser": "linear",
     }
-    return {
-        "crossvit": "0.1.0",
-        "model": "crossvit_nano_64",
-        "result": {"top1": 0.85, "n": 400, "seconds": 131.0},
-        "classes": list(classes),
-        "precision": "bf16",
-        "device": "cpu",
-        "threads": 2,
-        "processes": 1,
-        "versions": {"python": "3.11.7", "torch": "2.14.1"},
-        "recipe": {
+    record = RunRecord(
+        crossvit="0.1.0",
+        model="crossvit_nano_64",
+        result=ResultRecord(top1=0.85, n=400, loss=0.6123, seconds=131.0),
+        classes=tuple(classes),
+        preprocessing={"image_size": [64, 64]},
+        precision="bf16",
+        device="cpu",
+        threads=2,
+        versions={"python": "3.11.7", "torch": "2.14.1"},
+        recipe={
             "data": "/data/ocean creatures",
             "epochs": 10,
             "label_smoothing": 0.1,
             "optimiser": {"lr": 0.001},
         },
-        "config": {"branches": [branch, branch | {"patch": 16, "dim": 192}]},
-        "data": {
-            "train": 1662,
-            "notes": ["left out 3 files of kinds that are not read: 3 .heic"],
-            "warnings": [
-                "2 identical images stand on both sides of the split, such as train/crab/1.png and val/crab/7.png"
-            ],
-        },
-    } | changes
+        config={"branches": [branch, branch | {"patch": 16, "dim": 192}]},
+        data=DataRecord(
+            location="/data/ocean creatures",
+            fingerprint="0" * 64,
+            train=1662,
+            held_out_part="val",
+            held_out_n=400,
+            held_out={},
+            notes=("left out 3 files of kinds that are not read: 3 .heic",),
+            warnings=(
+                "2 identical images stand on both sides of the split, such as train/crab/1.png and val/crab/7.png",
+            ),
+        ),
+    )
+    return dataclasses.replace(record, **changes)
 
 
 def _class_scores(confusion: np.ndarray, classes: Sequence[str]) -> list[ClassScore]:

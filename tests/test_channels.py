@@ -395,7 +395,7 @@ def test_grey_runs_start_from_weights_of_colour(scans: Path, tmp_path: Path) -> 
     torch.testing.assert_close(
         weights_of(grey.run)[name], dict(model.named_parameters())[name].detach(), atol=1e-5, rtol=0
     )
-    assert len(Run(grey.run).record()["preprocessing"]["mean"]) == 1
+    assert len(Run(grey.run).record().preprocessing["mean"]) == 1
 
 
 def test_the_check_looks_at_them_too(banded: Path) -> None:

@@ -158,9 +158,7 @@ def test_calibrate_stores_what_evaluation_then_uses(own_run: Path, scans: Path) 
     assert stored.calibration is not None
     fitted = before.calibration.suggested_temperature
     assert (
-        Run(own_run).record()["temperature"]
-        == stored.calibration.temperature
-        == pytest.approx(fitted)
+        Run(own_run).record().temperature == stored.calibration.temperature == pytest.approx(fitted)
     )
     assert fitted != 1.0
     assert stored.calibration.replaced == before.calibration
@@ -186,7 +184,7 @@ def test_calibrate_refuses_images_that_were_trained_on(
     ):
         crossvit.evaluate(own_run, scans, split="all", calibrate=True)
     record = Run(own_run).record()
-    held_out = set(record["data"]["held_out"])
+    held_out = set(record.data.held_out)
     learnt = tmp_path / "learnt"
     for path in scans.rglob("*.png"):  # what was trained on, moved
         if path.relative_to(scans).as_posix() not in held_out:
@@ -194,9 +192,7 @@ def test_calibrate_refuses_images_that_were_trained_on(
             shutil.copy(path, learnt / path.parent.name)
     with pytest.raises(UsageError, match="48 of the 48 images"):
         crossvit.evaluate(own_run, learnt, calibrate=True)
-    Run(own_run).write_record(
-        {**record, "data": {**record["data"], "location": str(tmp_path / "gone")}}
-    )
+    Run(own_run).amend(data=dataclasses.replace(record.data, location=str(tmp_path / "gone")))
     for path in list(own_scans.rglob("*.png")):
         path.rename(path.with_name(f"new-{path.name}"))
     with pytest.raises(UsageError, match="those it was trained on are not to be found"):
@@ -215,15 +211,14 @@ def test_calibrate_takes_the_held_out_part_of_the_runs_own_data(
         shutil.copytree(scans, parts / part)
     found = open_data(parts)
     run = Run(own_run)
-    record = run.record()
-    own = {
-        **record["data"],
-        "location": str(parts),
-        "fingerprint": found.fingerprint,
-        "held_out": {},
-        "held_out_part": "val",
-    }
-    run.write_record({**record, "data": own})
+    data = dataclasses.replace(
+        run.record().data,
+        location=str(parts),
+        fingerprint=found.fingerprint,
+        held_out={},
+        held_out_part="val",
+    )
+    run.amend(data=data)
     assert crossvit.evaluate(own_run, parts, calibrate=True).split == "val"
     with pytest.raises(UsageError, match="may have been trained on"):
         crossvit.evaluate(own_run, parts, split="train", calibrate=True)
@@ -235,7 +230,7 @@ def test_calibrate_refuses_what_it_cannot_store(own_run: Path, scans: Path, tmp_
         crossvit.evaluate(weights, scans, calibrate=True)
     run = Run(own_run)
     record = run.record()
-    run.write_record({**record, "task": MULTI_LABEL})
+    run.amend(task=MULTI_LABEL)
     with pytest.raises(
         UsageError, match="gives several classes an image, and a temperature is of one"
     ):
@@ -257,7 +252,7 @@ def test_nothing_is_stored_where_everything_is_right(own_run: Path, own_scans: P
         DataError, match="all 3 images of .* are answered right, so the surer the better"
     ):
         crossvit.evaluate(own_run, alone, calibrate=True)
-    assert "temperature" not in Run(own_run).record()
+    assert Run(own_run).record().temperature is None
 
 
 # ---------------------------------------------------------------- weights from a hub
@@ -406,7 +401,7 @@ def test_the_command_prints_every_figure_and_says_what_it_stored(
         "4 pixels",
     ):
         assert line in out
-    temperature = Run(own_run).record()["temperature"]
+    temperature = Run(own_run).record().temperature
     assert (
         f"stored       temperature {temperature:.4g} in {own_run}/run.json, in place of 1\n" in out
     )

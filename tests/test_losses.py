@@ -198,7 +198,7 @@ def test_a_run_teaches_a_run_and_resume_is_exact(
     alone = fit(recipe(scans, tmp_path / "alone", epochs=2))
     assert not same_bits(weights_of(taught.run), weights_of(alone.run))
     assert fit(recipe(scans, tmp_path / "again", **plan)).epochs[-1].loss == taught.epochs[-1].loss
-    assert Run(taught.run).record()["recipe"]["distillation"]["teacher"] == tiny_run.run
+    assert Run(taught.run).record().recipe["distillation"]["teacher"] == tiny_run.run
 
 
 def test_a_callable_teaches_and_must_be_given_again(scans: Path, tmp_path: Path) -> None:
@@ -207,15 +207,12 @@ def test_a_callable_teaches_and_must_be_given_again(scans: Path, tmp_path: Path)
 
     settings = {"distil": "hard", "distil_weight": 1.0, "epochs": 3, "label_smoothing": 0.0}
     result = fit(recipe(scans, tmp_path / "run", **settings), teacher=always_first)
-    assert result.record["recipe"]["distillation"]["teacher"] == "a callable"
+    assert result.record.recipe["distillation"]["teacher"] == "a callable"
     assert all(
         found.label == "0"
         for found in crossvit.Predictor(result.run)(list(scans.glob("*/*.png"))[:9])
     )
-    record = Run(result.run).record()
-    Run(result.run).write_record(
-        {key: value for key, value in record.items() if key != "schema"} | {"result": None}
-    )
+    Run(result.run).amend(result=None)
     with pytest.raises(
         UsageError, match=r"this run's teacher was given in Python: go on with crossvit\.fit\("
     ):

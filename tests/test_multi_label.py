@@ -304,7 +304,7 @@ def test_a_run_learns_and_records_what_it_is(taught: TrainingResult) -> None:
     assert (
         evaluation.multi_label.map > 0.8
     )  # 0.5 by chance: the shares of the classes are 2/3 and 1/3
-    assert taught.record["result"]["map"] == evaluation.multi_label.map == taught.epochs[-1].val_map
+    assert taught.record.result.map == evaluation.multi_label.map == taught.epochs[-1].val_map
     assert taught.epochs[-1].loss < taught.epochs[0].loss
     trained = open_trained(taught.run)
     assert (trained.task, trained.classes, len(trained.thresholds)) == (
@@ -319,14 +319,10 @@ def test_a_run_learns_and_records_what_it_is(taught: TrainingResult) -> None:
 
 
 def test_its_score_is_scikit_learns_on_the_same_images(taught: TrainingResult) -> None:
-    table = taught.record["data"]["location"]
+    table = taught.record.data.location
     held = open_data(table).part("all")
     held = held.take(
-        [
-            index
-            for index, name in enumerate(held.names)
-            if name in taught.record["data"]["held_out"]
-        ]
+        [index for index, name in enumerate(held.names) if name in taught.record.data.held_out]
     )
     model = crossvit.create_model(open_trained(taught.run).config, weights=taught.run).eval()
     preprocessing = open_trained(taught.run).preprocessing
@@ -347,8 +343,8 @@ def test_best_and_patience_go_by_map(table: Path, tmp_path: Path) -> None:
     )
     scores = [(entry.val_map or 0.0, -entry.val_loss) for entry in watch.epochs]
     best = max(range(len(scores)), key=lambda index: scores[index])
-    assert result.record["result"]["selected_epoch"] == best + 1
-    assert result.record["result"]["map"] == watch.epochs[best].val_map
+    assert result.record.result.selected_epoch == best + 1
+    assert result.record.result.map == watch.epochs[best].val_map
     assert any("several labels an image (8 images have none)" in line for line in watch.lines)
 
 
@@ -383,11 +379,11 @@ def test_what_needs_one_label_an_image_is_refused(
 
 
 def test_the_command_evaluates_it(taught: TrainingResult, command: Command) -> None:
-    status, out, err = command("evaluate", taught.run, taught.record["data"]["location"], "--json")
+    status, out, err = command("evaluate", taught.run, taught.record.data.location, "--json")
     assert status == 0, err
     found = json.loads(out)
     assert (found["task"], found["split"]) == (MULTI_LABEL, "held-out")
-    assert found["multi_label"]["map"] == pytest.approx(taught.record["result"]["map"])
+    assert found["multi_label"]["map"] == pytest.approx(taught.record.result.map)
 
 
 def test_the_command_trains_on_a_list_and_writes_its_page(

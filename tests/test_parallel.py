@@ -106,12 +106,9 @@ def test_two_processes_train_as_one_does(scans: Path, tmp_path: Path) -> None:
     assert "fp32 on cpu with 2 processes of 1 thread" in said
     assert apart(tmp_path / "one", tmp_path / "two") == {}
     one, two = (Run(tmp_path / name).record() for name in ("one", "two"))
-    assert (one["processes"], two["processes"]) == (1, 2)
-    assert (one["result"]["top1"], one["result"]["n"]) == (
-        two["result"]["top1"],
-        two["result"]["n"],
-    )
-    assert two["result"]["loss"] == pytest.approx(one["result"]["loss"], abs=1e-5)
+    assert (one.processes, two.processes) == (1, 2)
+    assert (one.result.top1, one.result.n) == (two.result.top1, two.result.n)
+    assert two.result.loss == pytest.approx(one.result.loss, abs=1e-5)
     for before, after in zip(
         Run(tmp_path / "one").entries(), Run(tmp_path / "two").entries(), strict=True
     ):

@@ -33,7 +33,7 @@ def test_hands_from_scratch_reach_97_percent(pack: Callable[[str], Path], tmp_pa
     result = crossvit.fit(
         crossvit.load_recipe("small", data=str(pack("sign_digits_64")), out=str(tmp_path / "run"))
     )
-    assert (result.record["model"], result.n) == ("crossvit_nano_64", 400)
+    assert (result.record.model, result.n) == ("crossvit_nano_64", 400)
     assert result.top1 >= 0.97
 
 

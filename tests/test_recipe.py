@@ -104,7 +104,7 @@ def test_bad_recipes_say_what_is_wrong(tmp_path: Path) -> None:
 
 def test_a_run_is_a_recipe(tiny_run: TrainingResult, tmp_path: Path) -> None:
     again = load_recipe(tiny_run.run, out=str(tmp_path / "again"))
-    assert again.to_dict() == {**tiny_run.record["recipe"], "out": str(tmp_path / "again")}
+    assert again.to_dict() == {**tiny_run.record.recipe, "out": str(tmp_path / "again")}
 
 
 def test_changes_are_laid_over_a_recipe() -> None:

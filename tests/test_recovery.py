@@ -186,7 +186,7 @@ def test_the_best_of_a_way_that_was_left_is_not_taken(
         ),
     )
     result = fit(recipe(scans, tmp_path / "run", epochs=9, every="3 epochs", select="best"))
-    assert result.record["result"]["selected_epoch"] == 2
+    assert result.record.result.selected_epoch == 2
     assert same_bits(weights_of(result.run), scored.weights[6])
 
 
@@ -205,7 +205,7 @@ def test_a_torn_file_of_the_best_weights_ends_at_the_same_bits(
     result = fit(recipe(scans, tmp_path / "cut", **settings), resume=True, watch=watch)
     assert any("names best weights that are lost" in line for line in watch.lines)
     assert "going on after epoch 2 of 4" in watch.lines
-    assert result.record["result"]["selected_epoch"] == 3
+    assert result.record.result.selected_epoch == 3
     assert same_bits(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
 
 

@@ -6,6 +6,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from html import unescape
 from html.parser import HTMLParser
@@ -21,7 +23,7 @@ from crossvit.evaluation.comparison import common_data, compare_runs, differing,
 from crossvit.report.comparison import Axis, comparison_page
 from crossvit.report.matrix import ALL_SHOWN, MOST_CONFUSED, matrix_of
 from crossvit.report.page import PICTURE_BYTES, evaluation_page, run_page
-from crossvit.results import ClassScore, Evaluation, Interval, TrainingResult
+from crossvit.results import ClassScore, Evaluation, Interval, RunRecord, TrainingResult
 from crossvit.run import Run
 from evaluations import (
     class_names,
@@ -273,13 +275,59 @@ def test_a_run_page_says_when_the_best_epoch_was_chosen_on_these_images() -> Non
     names = class_names(3)
     evaluation = made_evaluation(names)
     result = run_of(evaluation, names)
-    chosen = dataclasses.replace(
-        result, record=made_record(names, result={"seconds": 5.0, "selected_epoch": 7})
-    )
+    record = result.record
+    best = dataclasses.replace(record.result, selected_epoch=7)
+    chosen = dataclasses.replace(result, record=dataclasses.replace(record, result=best))
     assert "the last epoch's" in words(run_page(result, evaluation))
     assert "those of epoch 7, the best on these very images: expect a little less" in words(
         run_page(chosen, evaluation)
     )
+
+
+# ---------------------------------------------------------------- what a page needs
+
+DRAWN_ALONE = """
+import sys
+from crossvit.report.comparison import comparison_page
+from crossvit.report.page import run_page
+from crossvit.results import TrainingResult
+from crossvit.results.run_record import RunRecord
+from evaluations import made_comparison, made_epochs, made_evaluation, made_record
+evaluation = made_evaluation(["crab", "lobster"])
+record = RunRecord.from_dict(made_record(["crab", "lobster"]).to_dict())
+log = [vars(epoch) for epoch in made_epochs(3)]
+assert "How it learned" in run_page(TrainingResult.of_finished("run", record, log), evaluation)
+assert "McNemar" in comparison_page(made_comparison(accuracies=(0.8, 0.9)), command="crossvit")
+print(*sys.modules)
+"""
+
+
+def modules_of(script: str, *words: object) -> set[str]:
+    """Returns the modules that a process has imported when `script` is done."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, words)],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_pages_are_drawn_without_torch_or_the_training_room() -> None:
+    modules = modules_of(DRAWN_ALONE)
+    rooms = {name.split(".")[1] for name in modules if name.startswith("crossvit.")}
+    assert "torch" not in modules
+    assert rooms <= {"report", "results", "errors", "evaluation"}  # bootstrap, for what is drawn
+
+
+def test_the_verb_report_does_without_the_training_room(
+    tiny_run: TrainingResult, tmp_path: Path
+) -> None:
+    script = "import sys; from crossvit.cli import run; assert run(sys.argv[1:]) == 0; print(*sys.modules)"
+    modules = modules_of(script, "report", tiny_run.run, "--out", tmp_path / "page.html")
+    assert [name for name in modules if name.startswith("crossvit.train.")] == []
+    assert "crossvit.report.page" in modules
 
 
 # ---------------------------------------------------------------- runs side by side
@@ -302,7 +350,7 @@ def two_runs(
     }
     assert any(not np.array_equal(rolled[name], weights[name]) for name in weights)
     save_file(rolled, second / "model.safetensors")
-    record = Run(second).record()
+    record = Run(second).record().to_dict()
     record["recipe"]["optimiser"]["lr"] = 0.125
     record["recipe"]["epochs"] = 2
     (second / "run.json").write_text(json.dumps(record))
@@ -365,7 +413,7 @@ def test_runs_that_held_out_different_images_are_refused_with_the_way_out(
 ) -> None:
     first, _ = two_runs
     other = Path(shutil.copytree(first, tmp_path / "other"))
-    record = Run(other).record()
+    record = Run(other).record().to_dict()
     held_out = record["data"]["held_out"]
     kept = dict(list(held_out.items())[:-1])
     (other / "run.json").write_text(
@@ -391,11 +439,11 @@ def test_runs_that_held_out_different_images_are_refused_with_the_way_out(
 
 
 def test_data_with_a_part_to_hold_out_is_told_apart_by_its_fingerprint() -> None:
-    def record(part: str, fingerprint: str, location: str = "photos") -> dict[str, object]:
-        return {
-            "data": {"held_out_part": part, "fingerprint": fingerprint, "held_out": {}},
-            "recipe": {"data": location},
-        }
+    made = made_record(class_names(3))
+
+    def record(part: str, fingerprint: str, location: str = "photos") -> RunRecord:
+        data = dataclasses.replace(made.data, held_out_part=part, fingerprint=fingerprint)
+        return dataclasses.replace(made, data=data, recipe={"data": location})
 
     assert (
         common_data({"a": record("val", "1"), "b": record("val", "1", "moved/photos")}) == "photos"

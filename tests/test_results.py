@@ -23,7 +23,8 @@ from crossvit.errors import DataError, RunError, UnknownNameError, UsageError
 from crossvit.evaluation.evaluator import summarise
 from crossvit.prediction.predictor import find_images
 from crossvit.results import TrainingResult, to_json
-from crossvit.run import SCHEMA, Run
+from crossvit.results.run_record import SCHEMA
+from crossvit.run import Run
 
 
 def image_set(labels: list[int], classes: int) -> ImageSet:
@@ -169,7 +170,7 @@ def test_runs_that_cannot_be_read_are_refused_with_the_fix(
     with pytest.raises(UsageError, match=r"is not a run folder \(no run\.json\)"):
         Run(tmp_path).record()
     run = Run(shutil.copytree(tiny_run.run, tmp_path / "copy"))
-    record = run.record()
+    record = run.record().to_dict()
     for text, error, says in (
         (json.dumps({**record, "schema": SCHEMA + 1}), RunError, "was made by a newer crossvit"),
         ("{", RunError, r"run\.json is damaged"),
@@ -178,7 +179,7 @@ def test_runs_that_cannot_be_read_are_refused_with_the_fix(
         (
             '{"schema": 1, "result": {"top1": 1}}',
             RunError,
-            r"run\.json is damaged \(no model, classes, preprocessing",
+            r"run\.json is damaged \(no crossvit, model, classes, preprocessing",
         ),
         (
             json.dumps({**record, "result": None}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -117,7 +118,7 @@ def test_threads_and_precision_are_the_runs_own(
     finally:
         torch.set_num_threads(before)
     record = Run(tmp_path / "run").record()
-    assert (record["threads"], record["precision"]) == (1, "fp32")
+    assert (record.threads, record.precision) == (1, "fp32")
 
 
 @pytest.fixture
@@ -148,16 +149,16 @@ def test_kernels_are_the_runs_own(
     with contextlib.nullcontext() if had else without_kernels():
         fit(recipe(scans, tmp_path / "whole", **plan))
         cut(recipe(scans, run.path, **plan), after=2)
-    assert run.record()["kernels"] is had
+    assert run.record().kernels is had
     if record == "of before":
-        run.write_record(
-            {key: value for key, value in run.record().items() if key not in ("schema", "kernels")}
-        )
+        older = run.record().to_dict()
+        del older["kernels"]
+        run.record_path.write_text(json.dumps(older))
     monkeypatch.setattr(Training, "train_step", looked_at)
     watch = Heard()
     result = fit(recipe(scans, run.path, **plan), resume=True, watch=watch)
     assert set(seen) == {had}
-    assert result.record["kernels"] is had
+    assert result.record.kernels is had
     assert native() is not None
     assert not [line for line in watch.lines if line.startswith("warn") and "kernels" in line]
     assert same_bits(weights_of(run.path), weights_of(tmp_path / "whole"))
@@ -170,7 +171,7 @@ def test_a_run_whose_kernels_are_not_here_is_warned_about_and_goes_on(
     plan = recipe(scans, tmp_path / "run")
     cut(plan, after=1)
     run = Run(tmp_path / "run")
-    assert run.record()["kernels"] is False
+    assert run.record().kernels is False
     run.amend(kernels=True)
     watch = Heard()
     result = fit(plan, resume=True, watch=watch)
@@ -180,12 +181,12 @@ def test_a_run_whose_kernels_are_not_here_is_warned_about_and_goes_on(
     assert [line for line in watch.lines if "kernels" in line] == [
         f"warn   {problem}: its last bits become others"
     ]
-    assert result.record["kernels"] is False
+    assert result.record.kernels is False
 
 
 def test_a_run_of_the_first_schema_is_read_as_one_without_kernels() -> None:
     old = Run(Path(__file__).parent / "fixtures" / "run_schema_1").record()
-    assert "kernels" not in old
+    assert old.kernels is False
     with same_kernels(old, torch.device("cpu"), Heard(), Team()):
         assert native() is None
 
@@ -199,7 +200,8 @@ def test_kernels_compute_where_every_process_has_them(
         monkeypatch.setattr(Team, "gather", lambda team, own, reasons=reasons: reasons)
         with same_kernels(None, torch.device("cpu"), Heard(), Team(size=2)):
             assert (native() is not None) == there
-        with same_kernels({"device": "cpu"}, torch.device("cuda"), Heard(), Team(size=2)):
+        old = Run(Path(__file__).parent / "fixtures" / "run_schema_1").record()
+        with same_kernels(old, torch.device("cuda"), Heard(), Team(size=2)):
             assert (native() is not None) == here
 
 
@@ -262,19 +264,19 @@ def test_the_same_recipe_goes_on_though_the_run_has_changed_it(scans: Path, tmp_
     )
     cut(plan, after=1)
     recorded = Run(tmp_path / "run").record()
-    assert recorded["given"] == plan.to_dict() != recorded["recipe"]
+    assert recorded.given == plan.to_dict() != recorded.recipe
     with pytest.raises(UsageError, match=r"--resume cannot change --lr 0\.5 \("):
         fit(plan.changed(lr=0.5), resume=True)
     with pytest.raises(KeyboardInterrupt):
         fit(plan, resume=True, watch=StopAfter(0))
     fit(load_recipe(str(tmp_path / "run"), workers=0), resume=True)  # `--resume` and nothing else
-    assert Run(tmp_path / "run").record()["given"] == plan.to_dict()
+    assert Run(tmp_path / "run").record().given == plan.to_dict()
 
 
 def test_zero_epochs_leave_the_runs_own(scans: Path, tmp_path: Path) -> None:
     cut(recipe(scans, tmp_path / "run", epochs=2), after=1)
     result = fit(recipe(scans, tmp_path / "run", epochs=0), resume=True)
-    assert len(result.epochs) == result.record["recipe"]["epochs"] == 2
+    assert len(result.epochs) == result.record.recipe["epochs"] == 2
 
 
 def test_a_teacher_is_the_same_however_its_path_is_written(
@@ -297,11 +299,10 @@ def test_a_run_that_has_recorded_patience_as_taking_the_best_goes_on(
     )
     cut(plan, after=1)
     run = Run(tmp_path / "run")
-    record = run.record()
-    record["recipe"]["checkpoints"]["select"] = "best"
-    run.write_record(
-        {key: value for key, value in record.items() if key not in ("schema", "given")}
-    )
+    older = run.record().to_dict()
+    older["recipe"]["checkpoints"]["select"] = "best"
+    del older["given"]
+    run.record_path.write_text(json.dumps(older))
     with pytest.raises(
         UsageError,
         match=r"--resume cannot change --patience 0 epochs \(the run has 20 %\), --select last \(",
@@ -354,7 +355,7 @@ def test_the_weights_of_a_finished_run_are_made_again_from_its_last_checkpoint(
     again = fit(plan, resume=True, watch=heard)
     assert same_bits(weights_of(tmp_path / "run"), before)
     assert not heard.epochs, "nothing was trained again"
-    assert Run(tmp_path / "run").finished_record()["result"]["top1"] == again.top1
+    assert Run(tmp_path / "run").finished_record().result.top1 == again.top1
 
 
 def test_a_report_that_a_kill_has_taken_is_written(

@@ -80,7 +80,7 @@ def test_a_full_disk_ends_training_with_one_line_and_the_last_checkpoint(
     assert last.startswith("crossvit: cannot write")
     assert "File too large" in last
     assert not list((out / "checkpoints").iterdir())  # nothing half-written
-    assert Run(out).record()["result"] is None
+    assert Run(out).record().result is None
 
 
 def test_a_run_has_everything_and_is_the_same_to_the_bit_when_repeated(
@@ -96,11 +96,11 @@ def test_a_run_has_everything_and_is_the_same_to_the_bit_when_repeated(
     assert same_bits(weights_of(tmp_path / "one"), weights_of(tmp_path / "two"))
     assert results[0].evaluation.loss == results[1].evaluation.loss
     record = Run(tmp_path / "one").record()
-    assert record["schema"] == 1
-    assert record["classes"] == ["0", "1", "2"]
-    assert record["result"]["n"] == 12
-    assert len(record["data"]["held_out"]) == 12
-    assert record["precision"] == "fp32"
+    assert record.schema == 1
+    assert record.classes == ("0", "1", "2")
+    assert record.result.n == 12
+    assert len(record.data.held_out) == 12
+    assert record.precision == "fp32"
     assert len(Run(tmp_path / "one").entries()) == 1
 
 
@@ -251,7 +251,7 @@ def test_a_folder_that_is_taken_is_refused_or_replaced(scans: Path, tmp_path: Pa
     ):
         fit(recipe(scans, out))
     fit(recipe(scans, out, seed=1), overwrite=True)
-    assert Run(out).record()["recipe"]["seed"] == 1
+    assert Run(out).record().recipe["seed"] == 1
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "dear.txt").write_text("keep me")
     for how in ({}, {"overwrite": True}, {"resume": True}):
@@ -277,7 +277,7 @@ def test_starting_from_another_runs_weights_takes_its_model(
     (own_scans / "2").rmdir()
     watch = Stop(epochs=99)
     result = fit(recipe(own_scans, tmp_path / "run", model=None, weights=tiny_run.run), watch=watch)
-    assert result.record["model"] == "crossvit_pico_32"
+    assert result.record.model == "crossvit_pico_32"
     assert any("new classifier: 2 classes in place of 3" in line for line in watch.lines)
     started, before = weights_of(tmp_path / "run"), weights_of(tiny_run.run)
     assert len(started["heads.0.weight"]) == 2
@@ -304,11 +304,11 @@ def test_bad_images_stop_training_before_it_starts_or_are_skipped(
     skipped = " ".join(line for line in watch.lines if "skipped: 2 of 26" in line)
     assert "zero.png: the file is empty (0 bytes)" in skipped
     assert "text.jpg: not an image" in skipped
-    assert result.record["data"]["train"] + result.n == 24
+    assert result.record.data.train + result.n == 24
     for name in ("0/zero.png", "1/text.jpg"):
         (own_scans / name).unlink()  # what was skipped is no part of the data
     record = Run(tmp_path / "run").record()
-    assert open_data(own_scans).fingerprint == record["data"]["fingerprint"]
+    assert open_data(own_scans).fingerprint == record.data.fingerprint
 
 
 def test_a_run_inside_its_images_is_refused(own_scans: Path) -> None:

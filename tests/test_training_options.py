@@ -117,11 +117,11 @@ def test_training_stops_when_the_score_no_longer_rises_and_takes_the_best(
     )
     scores = [(entry.val_top1, -entry.val_loss) for entry in watch.epochs]
     best = max(range(len(scores)), key=lambda index: scores[index])
-    assert result.record["result"]["selected_epoch"] == best + 1
+    assert result.record.result.selected_epoch == best + 1
     assert result.top1 == watch.epochs[best].val_top1
     assert len(watch.epochs) == min(best + 1 + 3, 40)
     last = fit(recipe(scans, tmp_path / "last", epochs=2, lr=0.05, warmup="0"))
-    assert "selected_epoch" not in last.record["result"]
+    assert last.record.result.selected_epoch is None
 
 
 def test_patience_may_be_a_share_of_the_run(scans: Path, tmp_path: Path) -> None:
@@ -353,7 +353,7 @@ def test_epochs_are_chosen_by_the_number_of_images_and_stay(scans: Path, tmp_pat
     plan = recipe(scans, tmp_path / "run", epochs=0, batch_size=0, lr=0.0001)
     with pytest.raises(KeyboardInterrupt):
         fit(plan, watch=Stop(at=2))
-    recorded = Run(tmp_path / "run").record()["recipe"]
+    recorded = Run(tmp_path / "run").record().recipe
     assert (recorded["epochs"], recorded["batch_size"]) == (240, 16)
     with pytest.raises(KeyboardInterrupt):  # what was chosen is not a change
         fit(plan, resume=True, watch=Stop(at=4))

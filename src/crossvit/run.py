@@ -12,6 +12,7 @@ Files are written whole or not at all. The lock is an flock, so a killed process
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import shutil
@@ -21,9 +22,7 @@ from typing import Any
 
 from crossvit.errors import RunError, UsageError
 from crossvit.files import write_atomically, writing
-
-SCHEMA = 1  # of run.json; raised when a field changes its meaning
-KEYS = ("result", "model", "classes", "preprocessing", "precision", "recipe", "config", "data")
+from crossvit.results.run_record import RunRecord
 
 
 class Run:
@@ -40,34 +39,29 @@ class Run:
     def exists(self) -> bool:
         return self.record_path.is_file()
 
-    def record(self) -> dict[str, Any]:
-        """run.json. UsageError if this is not a run folder; RunError if the file is damaged or newer than this version."""
+    def record(self) -> RunRecord:
+        """Read run.json.
+
+        Raises:
+            UsageError: If this is not a run folder.
+            RunError: If the file is damaged or of a newer version.
+        """
         if not self.exists():
             raise UsageError(
                 f"{self.path} is not a run folder (no run.json): give one made by `crossvit train DATA --out RUN`"
             )
         try:
-            record: dict[str, Any] = json.loads(self.record_path.read_text(encoding="utf-8"))
-            newer = record["schema"] > SCHEMA
-            missing = [key for key in KEYS if key not in record]
-        except (ValueError, KeyError, TypeError) as error:
+            values = json.loads(self.record_path.read_text(encoding="utf-8"))
+        except ValueError as error:
             raise RunError(
                 f"{self.record_path} is damaged ({error}): train again with --overwrite"
             ) from error
-        if newer:
-            raise RunError(
-                f"{self.path} was made by a newer crossvit ({record.get('crossvit', 'unknown')}): upgrade crossvit"
-            )
-        if missing:
-            raise RunError(
-                f"{self.record_path} is damaged (no {', '.join(missing)}): train again with --overwrite"
-            )
-        return record
+        return RunRecord.from_dict(values, path=self.record_path)
 
-    def finished_record(self) -> dict[str, Any]:
-        """`record()` of a run whose training has ended, so that it has weights."""
+    def finished_record(self) -> RunRecord:
+        """`record()` of a run whose training has ended, so that it has weights; UsageError for others."""
         record = self.record()
-        if not record.get("result"):
+        if record.result is None:
             raise UsageError(
                 f"{self.path} has not finished training: go on with `crossvit train ... --out {self.path} --resume`"
             )
@@ -90,7 +84,7 @@ class Run:
             )
             raise UsageError(f"{self.path} exists: {fix}")
 
-    def prepare(self, record: dict[str, Any], *, overwrite: bool) -> None:
+    def prepare(self, record: RunRecord, *, overwrite: bool) -> None:
         """Make a run folder that holds `record` alone. UsageError if something is there already (unless `overwrite`, and it
         is a run). An old run's checkpoints go first and its weights after the new record is on disk, so that whatever
         happens between, the folder is the old run or the new one and never a mixture."""
@@ -121,14 +115,15 @@ class Run:
             or (entry.name == "checkpoints" and not any(entry.iterdir()))
         )
 
-    def write_record(self, record: dict[str, Any]) -> None:
-        text = json.dumps({"schema": SCHEMA, **record}, indent=1, allow_nan=False)
+    def write_record(self, record: RunRecord) -> None:
+        """Replace run.json, whole or not at all."""
+        text = json.dumps(record.to_dict(), indent=1, allow_nan=False)
         write_atomically(self.record_path, f"{text}\n".encode())
 
     def amend(self, **fields: Any) -> None:
         """Set fields of run.json, the others staying as they are; under the lock."""
         with self.lock():
-            self.write_record({**self.record(), **fields})
+            self.write_record(dataclasses.replace(self.record(), **fields))
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""

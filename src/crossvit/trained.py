@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from crossvit import results
 from crossvit.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from crossvit.errors import UsageError
 from crossvit.model.config import CrossViTConfig
+from crossvit.results.run_record import UNKNOWN_SIZE, RunRecord
 from crossvit.run import Run
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Trained:
     aliases: of each class, other names that data may have for it (WordNet ids and numbers of ImageNet-1k); may be empty.
     task: `single-label` (softmax) or `multi-label` (a sigmoid a class).  temperature: what logits are divided by before either.
     thresholds: of a multi-label model, the probability from which each class is said; empty where none were set.
-    record: run.json, empty for what is not a run.
+    record: run.json, None for what is not a run.
     """
 
     source: str
@@ -47,7 +48,7 @@ class Trained:
     task: str = SINGLE_LABEL
     temperature: float = 1.0
     thresholds: tuple[float, ...] = ()
-    record: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    record: RunRecord | None = None
     weights: Weights | None = None  # where they have been read already
 
     def build(self) -> CrossViT:
@@ -94,9 +95,13 @@ class Trained:
             UsageError: For a part that is not there, or classes that the model does not have.
         """
         whole = data.parts.get("all") or data.parts.get("train")
-        known = self.record.get("data", {}).get("held_out", {})
+        known = {} if self.record is None else self.record.data.held_out
         files = zip(whole.names, whole.file_sizes, strict=True) if whole is not None else ()
-        held_out = [index for index, (name, size) in enumerate(files) if known.get(name) == size]
+        held_out = [
+            index
+            for index, (name, size) in enumerate(files)
+            if known.get(name) in (size, UNKNOWN_SIZE)
+        ]
         if whole is not None and held_out and split in (None, "held-out"):
             images, part = whole.take(held_out), "held-out"
         elif split == "held-out":
@@ -132,13 +137,13 @@ def _of_run(run: Run) -> Trained:
     record = run.finished_record()
     return Trained(
         source=str(run.path),
-        model=record["model"],
-        config=CrossViTConfig.from_dict(record["config"]),
-        classes=tuple(record["classes"]),
-        preprocessing=Preprocessing.from_dict(record["preprocessing"]),
-        task=record.get("task", SINGLE_LABEL),
-        temperature=record.get("temperature", 1.0),
-        thresholds=tuple(record.get("thresholds", ())),
+        model=record.model,
+        config=CrossViTConfig.from_dict(record.config),
+        classes=record.classes,
+        preprocessing=Preprocessing.from_dict(record.preprocessing),
+        task=record.task,
+        temperature=1.0 if record.temperature is None else record.temperature,
+        thresholds=record.thresholds or (),
         record=record,
     )
 

@@ -29,7 +29,8 @@ def check(data: str, /, *, report: str | None = None, json: Switch = False) -> i
     from pathlib import Path
 
     import crossvit.data.check as checking
-    from crossvit.cli.terminal import counting, print_data_check
+    from crossvit.cli.progress import counting
+    from crossvit.cli.terminal import print_data_check
     from crossvit.data.sources import open_data
     from crossvit.files import write_atomically
     from crossvit.report.page import data_page
@@ -68,7 +69,7 @@ def shard(
     json
         Print one JSON object on stdout.
     """
-    from crossvit.cli.terminal import counting
+    from crossvit.cli.progress import counting
     from crossvit.data.shard_writing import write_shards
     from crossvit.data.sources import open_data
     from crossvit.errors import UsageError

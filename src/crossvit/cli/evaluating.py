@@ -94,7 +94,7 @@ def evaluate(
     from pathlib import Path
 
     import crossvit
-    from crossvit.cli.terminal import counting
+    from crossvit.cli.progress import counting
     from crossvit.errors import UsageError
     from crossvit.evaluation.robustness import CORRUPTIONS
     from crossvit.files import write_atomically
@@ -139,7 +139,7 @@ def evaluate(
             + ["--skip-bad"] * skip_bad
         )
         command = shlex.join(["crossvit", "evaluate", run, data, *words, "--report", report])
-        record = Run(run).record() if Run(run).exists() else {}
+        record = Run(run).record() if Run(run).exists() else None
         page = evaluation_page(result, command=command, record=record)
         write_atomically(Path(report), page.encode("utf-8", "surrogateescape"))
     if json:

@@ -107,7 +107,7 @@ def explain(
 def _explain(
     run: str, images: tuple[str, ...], out: Path, *, class_name: str | None, features: bool, device: str, json: bool
 ) -> int:  # fmt: skip
-    from crossvit.cli.terminal import counting
+    from crossvit.cli.progress import counting
     from crossvit.explanation.explainer import Explainer
     from crossvit.prediction.predictor import find_images
     from crossvit.results import to_json
@@ -154,7 +154,7 @@ def _check(
     skip_bad: bool,
     json: bool,
 ) -> int:
-    from crossvit.cli.terminal import counting
+    from crossvit.cli.progress import counting
     from crossvit.explanation.faithfulness import check_maps
     from crossvit.files import write_atomically
     from crossvit.report.deletion import faithfulness_png

@@ -66,17 +66,15 @@ def report(
     from pathlib import Path
 
     from crossvit.cli.evaluating import print_evaluation
-    from crossvit.cli.terminal import counting
+    from crossvit.cli.progress import counting
     from crossvit.errors import UsageError
     from crossvit.evaluation.comparison import compare_runs
     from crossvit.evaluation.evaluator import evaluate
     from crossvit.files import write_atomically
     from crossvit.report.comparison import comparison_page
     from crossvit.report.page import run_page
-    from crossvit.results import to_json
+    from crossvit.results import TrainingResult, to_json
     from crossvit.run import Run
-    from crossvit.train.callbacks import Watch
-    from crossvit.train.loop import finished_result
 
     page = Path(out) if out else Path(PAGE) if others else Run(run).report_path
     if page.is_dir() or (out and not page.absolute().parent.is_dir()):
@@ -95,12 +93,14 @@ def report(
             compared, command=shlex.join(["crossvit", "report", run, *others, *options])
         )
     else:
-        record = Run(run).finished_record()
+        folder = Run(run)
+        record = folder.finished_record()
         with counting("evaluating") as progress:
             evaluation = evaluate(
-                run, data or record["recipe"]["data"], maps=True, progress=progress, **how
+                run, data or record.recipe["data"], maps=True, progress=progress, **how
             )
-        text = run_page(finished_result(Run(run), record, Watch()), evaluation)
+        result = TrainingResult.of_finished(str(folder.path), record, folder.entries())
+        text = run_page(result, evaluation)
     write_atomically(page, text.encode("utf-8", "surrogateescape"))
     if json:
         print(

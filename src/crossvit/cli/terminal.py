@@ -1,9 +1,8 @@
-"""What people see in the terminal: progress on stderr, results on stdout."""
+"""What people see of training in the terminal, progress on stderr, and tables of results on stdout."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -112,24 +111,10 @@ class TerminalWatch(Watch):
         )
 
 
-@contextlib.contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr for work that calls back with (done, total)."""
-    console = Console(stderr=True, highlight=False)
-    columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        task = progress.add_task(what, total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
 def print_training(result: TrainingResult) -> None:
-    part, epoch = (
-        result.record["data"]["held_out_part"],
-        result.record["result"].get("selected_epoch"),
-    )
-    precision = result.record["result"].get("map")  # of several labels an image
+    part, outcome = result.record.data.held_out_part, result.record.result
+    epoch = outcome.selected_epoch if outcome else None
+    precision = outcome.map if outcome else None  # of several labels an image
     score = (
         f"top-1  {_percent(result.top1)} of"
         if precision is None

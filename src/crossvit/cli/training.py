@@ -138,7 +138,7 @@ def _evaluated_anew(result: TrainingResult) -> Evaluation | None:
 
     if Run(result.run).report_path.is_file():
         return None
-    recipe = result.record["recipe"]
+    recipe = result.record.recipe
     try:
         return evaluate(
             result.run,

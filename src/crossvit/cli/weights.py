@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json as json_module
 from pathlib import Path
-from typing import Any
 
 from cyclopts import App
 
@@ -167,13 +166,14 @@ def _facts(source: str) -> dict[str, str]:
     run = Run(source)
     if not run.exists():
         return {}
-    record: dict[str, Any] = run.finished_record()
-    data, result, recipe = record["data"], record["result"], record["recipe"]
+    record = run.finished_record()
+    data, result, recipe = record.data, record.result, record.recipe
+    assert result is not None
     where = {"held-out": "held-out images", "val": "images of val/", "test": "images of test/"}[
-        data["held_out_part"]
+        data.held_out_part
     ]
     return {
-        "Trained on": f"{Path(data['location']).name} ({data['train']:,} images), {recipe['epochs']} epochs, from "
+        "Trained on": f"{Path(data.location).name} ({data.train:,} images), {recipe['epochs']} epochs, from "
         + (f"the weights of {recipe['weights']}" if recipe["weights"] else "scratch"),
-        "Top-1": f"{100 * result['top1']:.1f} % of {result['n']:,} {where}",
+        "Top-1": f"{100 * result.top1:.1f} % of {result.n:,} {where}",
     }

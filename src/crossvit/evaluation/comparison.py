@@ -12,7 +12,7 @@ from crossvit.evaluation.bootstrap import compare
 from crossvit.evaluation.evaluator import evaluate
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.cost import cost
-from crossvit.results import ComparedRun, Epoch, Evaluation, RunsCompared
+from crossvit.results import ComparedRun, DataRecord, Epoch, Evaluation, RunRecord, RunsCompared
 from crossvit.run import Run
 
 OF_THE_MACHINE = frozenset(
@@ -75,14 +75,14 @@ def compare_runs(
             )
         ),
         tests=tuple(compare(first, other) for other in evaluations[1:]),
-        differing=differing([{**record["recipe"], "model": record["model"]} for record in records]),
+        differing=differing([{**record.recipe, "model": record.model} for record in records]),
     )
 
 
-def common_data(records: Mapping[str, Mapping[str, Any]]) -> str:
+def common_data(records: Mapping[str, RunRecord]) -> str:
     """Where the held-out images of all of these runs (run.json by name) are. UsageError unless they are the same images: by name
     and size where the run held them out itself, by the fingerprint of the data where that has a part for them."""
-    held_out = {name: _held_out(record["data"]) for name, record in records.items()}
+    held_out = {name: _held_out(record.data) for name, record in records.items()}
     first = next(iter(records))
     for name, own in held_out.items():
         if own != held_out[first]:
@@ -90,15 +90,15 @@ def common_data(records: Mapping[str, Mapping[str, Any]]) -> str:
                 f"{first} and {name} held out different images, so their scores cannot be compared: give images that are new to "
                 "both with --data DATA"
             )
-    location: str = records[first]["recipe"]["data"]
+    location: str = records[first].recipe["data"]
     return location
 
 
-def _held_out(data: Mapping[str, Any]) -> tuple[Any, ...]:
+def _held_out(data: DataRecord) -> tuple[Any, ...]:
     """What tells the held-out images of one run from those of another."""
-    if data["held_out_part"] in HELD_OUT_PARTS:
-        return data["held_out_part"], data["fingerprint"]
-    return data["held_out_part"], frozenset(dict(data["held_out"]).items())
+    if data.held_out_part in HELD_OUT_PARTS:
+        return data.held_out_part, data.fingerprint
+    return data.held_out_part, frozenset(data.held_out.items())
 
 
 def _refuse_other_images(first: str, own: Evaluation, name: str, other: Evaluation) -> None:
@@ -110,15 +110,16 @@ def _refuse_other_images(first: str, own: Evaluation, name: str, other: Evaluati
         )
 
 
-def _compared(name: str, run: Run, record: dict[str, Any], evaluation: Evaluation) -> ComparedRun:
-    total = cost(CrossViTConfig.from_dict(record["config"]))["total"]
+def _compared(name: str, run: Run, record: RunRecord, evaluation: Evaluation) -> ComparedRun:
+    assert record.result is not None
+    total = cost(CrossViTConfig.from_dict(record.config))["total"]
     return ComparedRun(
         name=name,
         run=str(run.path),
-        model=record["model"],
+        model=record.model,
         parameters=total.parameters,
         macs=total.macs,
-        seconds=record["result"]["seconds"],
+        seconds=record.result.seconds,
         evaluation=evaluation,
         record=record,
         epochs=tuple(Epoch(**entry) for entry in run.entries()),

@@ -146,7 +146,7 @@ def evaluate(
 def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: str) -> None:
     """UsageError unless a temperature can be stored, and `images`, the `part` of `data`, are known not to have been trained on:
     on those a model is surer than it should be."""
-    if not trained.record:
+    if trained.record is None:
         raise UsageError(
             f"{trained.source} is not a run, so no temperature can be stored in it: leave out --calibrate"
         )
@@ -154,27 +154,23 @@ def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: 
         raise UsageError(
             f"{trained.source} gives several classes an image, and a temperature is of one: leave out --calibrate"
         )
-    recorded = trained.record["data"]
-    if part == "held-out" or (
-        data.fingerprint == recorded["fingerprint"] and part in HELD_OUT_PARTS
-    ):
+    recorded = trained.record.data
+    if part == "held-out" or (data.fingerprint == recorded.fingerprint and part in HELD_OUT_PARTS):
         return
-    fix = f"give {recorded['location']} itself, or images that are new to it"
+    fix = f"give {recorded.location} itself, or images that are new to it"
     if part == "train":
         raise UsageError(
             f"{images.location} may have been trained on, and --calibrate needs images that were not: {fix}"
         )
     try:
-        source = open_data(recorded["location"])
+        source = open_data(recorded.location)
     except CrossViTError as error:
         raise UsageError(
             f"--calibrate needs images that {trained.source} was not trained on, and those it was trained on are not to be "
             f"found ({error})"
         ) from error
     learnt = source.parts.get("train") or source.part("all")
-    known = set(zip(learnt.names, learnt.file_sizes, strict=True)) - set(
-        recorded["held_out"].items()
-    )
+    known = set(zip(learnt.names, learnt.file_sizes, strict=True)) - set(recorded.held_out.items())
     seen = sum(own in known for own in zip(images.names, images.file_sizes, strict=True))
     if seen:
         raise UsageError(

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from crossvit.report import plots
 from crossvit.report.matrix import Matrix, matrix_of
 from crossvit.report.templates import environment, spoken_seconds
-from crossvit.results import DataCheck, Evaluation, Mistake, TrainingResult
+from crossvit.results import DataCheck, Evaluation, Mistake, RunRecord, TrainingResult
 
 PICTURE_BYTES = 2_500_000  # of pictures and maps of mistakes that a page takes; as base64 a third more, of 5 MB in all
 
@@ -26,7 +26,7 @@ def run_page(result: TrainingResult, evaluation: Evaluation) -> str:
     again = [
         "crossvit",
         "train",
-        record["recipe"]["data"],
+        record.recipe["data"],
         "--recipe",
         result.run,
         "--out",
@@ -46,12 +46,12 @@ def run_page(result: TrainingResult, evaluation: Evaluation) -> str:
 
 
 def evaluation_page(
-    evaluation: Evaluation, *, command: str, record: Mapping[str, Any] | None = None
+    evaluation: Evaluation, *, command: str, record: RunRecord | None = None
 ) -> str:
     """The HTML of an evaluation. command: the one that made it; record: run.json, where what was evaluated is a run."""
     kind, again = "evaluation", "Measure it again"
     return _evaluated(
-        "evaluation.html", evaluation, record or {}, kind=kind, again=again, command=command
+        "evaluation.html", evaluation, record, kind=kind, again=again, command=command
     )
 
 
@@ -61,9 +61,7 @@ def data_page(found: DataCheck) -> str:
     return environment().get_template("data.html").render(found=found, largest=max(largest, 1))
 
 
-def _evaluated(
-    template: str, evaluation: Evaluation, record: Mapping[str, Any], **more: Any
-) -> str:
+def _evaluated(template: str, evaluation: Evaluation, record: RunRecord | None, **more: Any) -> str:
     matrix = matrix_of(evaluation)
     calibration, selective, robustness = (
         evaluation.calibration,
@@ -77,27 +75,24 @@ def _evaluated(
         if robustness and robustness.sizes
         else None,
     }
-    data = record.get("data", {})
+    whole = {} if record is None else record.to_dict()
+    whole.pop("data", None)  # as long as the list of held-out images
     return (
         environment(script=True)
         .get_template(template)
         .render(
             evaluation=evaluation,
             record=record,
-            model=record.get("model") or evaluation.run.rstrip("/").split("/")[-1],
+            model=record.model if record else evaluation.run.rstrip("/").split("/")[-1],
             headline=evaluation.multi_label.map if evaluation.multi_label else evaluation.top1,
-            notes=[*data.get("warnings", ()), *data.get("notes", ())],
+            notes=[*record.data.warnings, *record.data.notes] if record else [],
             matrix=matrix,
             hardest=sorted(evaluation.classes, key=lambda score: (score.f1, score.label)),
             mistakes=_within_budget(evaluation.mistakes),
             sections=_sections(evaluation, matrix, curves=bool(more.get("curves"))),
             facts=_facts(evaluation, record),
-            recipe=_flat(record.get("recipe", {})),
-            whole=json.dumps(
-                {key: value for key, value in record.items() if key != "data"},
-                indent=2,
-                ensure_ascii=False,
-            ),
+            recipe=_flat(record.recipe) if record else [],
+            whole=json.dumps(whole, indent=2, ensure_ascii=False),
             **{name: svg and Markup(svg) for name, svg in drawn.items()},  # noqa: S704  # our own SVGs
             **more,
         )
@@ -122,7 +117,7 @@ def _sections(
     return [section for section, shown in there.items() if shown]
 
 
-def _facts(evaluation: Evaluation, record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(evaluation: Evaluation, record: RunRecord | None) -> list[tuple[str, str]]:
     """What was measured and trained, how long it took and on what."""
     facts = [("measured on", f"{evaluation.n:,} {evaluation.split} images of {evaluation.data}")]
     if evaluation.seconds:
@@ -137,20 +132,15 @@ def _facts(evaluation: Evaluation, record: Mapping[str, Any]) -> list[tuple[str,
             f"{evaluation.loss:.4f} nats, mean cross-entropy{' of each decision' * bool(evaluation.multi_label)}",
         )
     )
-    if record.get("result"):
-        processes = record.get("processes", 1)
-        several = f", {processes} processes" if processes > 1 else ""
-        threads = f"{record['threads']} thread{'s' * (record['threads'] != 1)}"
-        where = f"{record['device']}, {record['precision']}, {threads}{several}"
-        facts.append(("training", f"{spoken_seconds(record['result']['seconds'])} on {where}"))
-    if record.get("versions"):
-        versions = {"crossvit": record.get("crossvit"), **record["versions"]}
-        facts.append(
-            (
-                "versions",
-                ", ".join(f"{name} {version}" for name, version in versions.items() if version),
-            )
-        )
+    if record is None:
+        return facts
+    if record.result is not None:
+        several = f", {record.processes} processes" if record.processes > 1 else ""
+        threads = f"{record.threads} thread{'s' * (record.threads != 1)}"
+        where = f"{record.device}, {record.precision}, {threads}{several}"
+        facts.append(("training", f"{spoken_seconds(record.result.seconds)} on {where}"))
+    versions = {"crossvit": record.crossvit, **record.versions}
+    facts.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))
     return facts
 
 

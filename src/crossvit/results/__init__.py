@@ -39,12 +39,13 @@ if TYPE_CHECKING:
         TokenMap,
     )
     from crossvit.results.prediction import BatchPrediction, Label, Prediction
-    from crossvit.results.records import (
+    from crossvit.results.records import branch_names, plain_name, to_json
+    from crossvit.results.run_record import (
         MULTI_LABEL,
         SINGLE_LABEL,
-        branch_names,
-        plain_name,
-        to_json,
+        DataRecord,
+        ResultRecord,
+        RunRecord,
     )
     from crossvit.results.training import Epoch, Rehearsal, ScaledRun, TrainingResult
 
@@ -56,7 +57,8 @@ _NAMES = {  # of each module
     "Mistake MultiLabel ReliabilityBin RiskPoint Robustness Selective SizeScore",
     "explanation": "BranchAnswer Curve Explanation Faithfulness MapScore TokenMap",
     "prediction": "BatchPrediction Label Prediction",
-    "records": "MULTI_LABEL SINGLE_LABEL branch_names plain_name to_json",
+    "records": "branch_names plain_name to_json",
+    "run_record": "MULTI_LABEL SINGLE_LABEL DataRecord ResultRecord RunRecord",
     "training": "Epoch Rehearsal ScaledRun TrainingResult",
 }
 _HOMES = {
@@ -79,6 +81,7 @@ __all__ = [
     "CorruptionScore",
     "Curve",
     "DataCheck",
+    "DataRecord",
     "Epoch",
     "Evaluation",
     "Explanation",
@@ -95,8 +98,10 @@ __all__ = [
     "Prediction",
     "Rehearsal",
     "ReliabilityBin",
+    "ResultRecord",
     "RiskPoint",
     "Robustness",
+    "RunRecord",
     "RunsCompared",
     "ScaledRun",
     "Selective",

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from crossvit.results.evaluation import Comparison, Evaluation
+from crossvit.results.run_record import RunRecord
 from crossvit.results.training import Epoch
 
 
@@ -21,9 +22,7 @@ class ComparedRun:
     macs: int
     seconds: float
     evaluation: Evaluation
-    record: dict[str, Any] = dataclasses.field(
-        default_factory=dict, repr=False, metadata={"json": False}
-    )
+    record: RunRecord = dataclasses.field(repr=False, metadata={"json": False})
     epochs: tuple[Epoch, ...] = dataclasses.field(default=(), repr=False, metadata={"json": False})
 
 

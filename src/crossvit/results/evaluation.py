@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from numpy.typing import NDArray
 
-from crossvit.results.records import SINGLE_LABEL
+from crossvit.results.run_record import SINGLE_LABEL
 
 
 @dataclasses.dataclass(frozen=True)

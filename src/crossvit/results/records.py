@@ -1,4 +1,4 @@
-"""What all records have in common: how they become JSON, and the words that are in several."""
+"""What all records have in common: how they become JSON, and names that are in several."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any
 
 import numpy as np
 
-SINGLE_LABEL, MULTI_LABEL = (
-    "single-label",
-    "multi-label",
-)  # one class an image, or any number of them
+from crossvit.results.run_record import RunRecord
 
 
 def to_json(record: Any) -> Any:
     """A record, nested as it may be, as dicts, lists, numbers and strings in the order of its fields. Bytes are left out."""
+    if isinstance(record, RunRecord):
+        record = record.to_dict()
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
         shown = (field for field in dataclasses.fields(record) if field.metadata.get("json", True))
         fields = ((field.name, getattr(record, field.name)) for field in shown)

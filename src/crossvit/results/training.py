@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from crossvit.results.evaluation import Evaluation
+from crossvit.results.run_record import RunRecord
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +38,25 @@ class TrainingResult:
     top1: float
     n: int
     seconds: float
-    record: dict[str, Any]
+    record: RunRecord
     epochs: tuple[Epoch, ...]
     evaluation: Evaluation | None
+
+    @classmethod
+    def of_finished(
+        cls, run: str, record: RunRecord, log: Sequence[Mapping[str, Any]]
+    ) -> TrainingResult:
+        """The result of a run that ended before.
+
+        Args:
+            run: Its folder.
+            record: Its run.json, with a result.
+            log: The entries of its log.jsonl.
+        """
+        ended = record.result
+        assert ended is not None
+        epochs = tuple(Epoch(**entry) for entry in log)
+        return cls(run, ended.top1, ended.n, ended.seconds, record, epochs, None)
 
 
 @dataclasses.dataclass(frozen=True)

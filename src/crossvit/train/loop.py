@@ -8,11 +8,10 @@ import math
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from crossvit.engines.torch import resolve_device
 from crossvit.errors import UsageError
-from crossvit.results import Epoch, Rehearsal, TrainingResult
+from crossvit.results import Rehearsal, RunRecord, TrainingResult
 from crossvit.run import Run
 from crossvit.train.callbacks import Watch
 from crossvit.train.distributed import ALONE, Team, assembled
@@ -56,14 +55,15 @@ def fit(
         recorded = team.tell(
             recorded_run(recipe, run, resume=resume, overwrite=overwrite) if team.leads else None
         )
-        if recorded is not None and recorded["result"]:
-            return finished_result(run, recorded, watch)
+        if recorded is not None and recorded.result:
+            watch.say(f"{run.path} has finished training already")
+            return TrainingResult.of_finished(str(run.path), recorded, run.entries())
         if run.exists() and team.leads:
             held.enter_context(
                 run.lock()
             )  # before the images are read; a new run's folder is made only after them
         if recorded is not None:
-            held.enter_context(threads(recorded["threads"]))
+            held.enter_context(threads(recorded.threads))
         held.enter_context(same_kernels(recorded, device, watch, team))
         training = prepare(recipe, run, watch, recorded=recorded, teacher=teacher, team=team)
         if recorded is None and team.leads:
@@ -133,7 +133,7 @@ def prepare(
     run: Run,
     watch: Watch,
     *,
-    recorded: dict[str, Any] | None = None,
+    recorded: RunRecord | None = None,
     teacher: Teacher | None = None,
     team: Team = ALONE,
 ) -> Training:
@@ -144,18 +144,18 @@ def prepare(
     if recorded is not None:
         given, recipe = (
             as_given(recorded),
-            gone_on_with(recipe, Recipe.from_dict(recorded["recipe"])),
+            gone_on_with(recipe, Recipe.from_dict(recorded.recipe)),
         )
-        if recorded["device"] != device.type:
+        if recorded.device != device.type:
             watch.say(
-                f"note   the run was on {recorded['device']} and goes on on {device.type}: its last bits become others"
+                f"note   the run was on {recorded.device} and goes on on {device.type}: its last bits become others"
             )
     plan = make_plan(recipe, watch, recorded=recorded, team=team)
     if plan.recipe.accumulate == 0:
         share = math.ceil(plan.recipe.batch_size / team.size)
         parts = suitable_parts(plan.config, images=share, device=device.type)
         plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, accumulate=parts))
-    if recorded is not None and recorded["data"]["fingerprint"] != plan.data.fingerprint:
+    if recorded is not None and recorded.data.fingerprint != plan.data.fingerprint:
         fix = "put them back, or train anew with --overwrite"
         raise UsageError(
             f"the files in {recipe.data} are not those {run.path} was trained on: {fix}"
@@ -166,7 +166,7 @@ def prepare(
         teacher = load_teacher(
             plan.recipe.distillation.teacher, plan, watch, device=team.device(device)
         )
-    precision = recorded["precision"] if recorded else recipe.precision
+    precision = recorded.precision if recorded else recipe.precision
     training = Training(
         plan, run, watch, precision=precision, given=given.to_dict(), teacher=teacher, team=team
     )
@@ -179,13 +179,3 @@ def prepare(
             + (f" and {batch} steps" if batch else "")
         )
     return training
-
-
-def finished_result(run: Run, record: dict[str, Any], watch: Watch) -> TrainingResult:
-    """The result of a run that has ended before; nothing is read but its record and log."""
-    watch.say(f"{run.path} has finished training already")
-    result = record["result"]
-    epochs = tuple(Epoch(**entry) for entry in run.entries())
-    return TrainingResult(
-        str(run.path), result["top1"], result["n"], result["seconds"], record, epochs, None
-    )

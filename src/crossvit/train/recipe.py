@@ -399,7 +399,7 @@ def load_recipe(name_or_path: str, **changes: Any) -> Recipe:
     """A shipped recipe by name, a TOML file by path, or the recipe of a run folder, with `changes` laid over it as in
     `Recipe.changed`."""
     if Run(name_or_path).exists():
-        return Recipe.from_dict(Run(name_or_path).record()["recipe"]).changed(**changes)
+        return Recipe.from_dict(Run(name_or_path).record().recipe).changed(**changes)
     if name_or_path.endswith(".toml"):
         path = Path(name_or_path)
         if not path.is_file():

@@ -6,15 +6,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
 
 import numpy as np
 import torch
 
 from crossvit.fast.native.build import native, why_none, without_kernels
+from crossvit.results import RunRecord
 from crossvit.train.callbacks import Watch
 from crossvit.train.distributed import Team
-from crossvit.train.resume import had_kernels
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # without a fixed workspace cuBLAS may add in another order; see its documentation
 
@@ -36,14 +35,14 @@ def computes_with_kernels(device: torch.device) -> bool:
 
 
 def same_kernels(
-    recorded: dict[str, Any] | None, device: torch.device, watch: Watch, team: Team
+    recorded: RunRecord | None, device: torch.device, watch: Watch, team: Team
 ) -> AbstractContextManager[None]:
     """Inside, our kernels compute if they did in the run that is gone on with (`recorded`, None for a new one), and only where
     every process of `team` has them. A run whose kernels are not to be had is warned about."""
     if device.type != "cpu":
         return nullcontext()
-    goes_on = recorded is not None and recorded["device"] == "cpu"
-    if goes_on and not had_kernels(recorded or {}):
+    goes_on = recorded is not None and recorded.device == "cpu"
+    if recorded is not None and goes_on and not recorded.kernels:
         return without_kernels()
     missing = next(filter(None, team.gather(why_none())), "")
     if missing and goes_on:

@@ -3,10 +3,12 @@ that a wrong call is refused before torch is loaded."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 from crossvit.errors import UsageError
+from crossvit.results.run_record import RunRecord
 from crossvit.run import Run
 from crossvit.train.recipe import Recipe
 
@@ -23,9 +25,7 @@ def refuse_contradiction(*, resume: bool, overwrite: bool) -> None:
         )
 
 
-def recorded_run(
-    recipe: Recipe, run: Run, *, resume: bool, overwrite: bool
-) -> dict[str, Any] | None:
+def recorded_run(recipe: Recipe, run: Run, *, resume: bool, overwrite: bool) -> RunRecord | None:
     """run.json of the run that is gone on with, None for a new one; without its result where its weights are lost, so that they
     are made again from the last checkpoint. UsageError for a place or a change that cannot be."""
     if Path(recipe.data).expanduser().resolve() in run.path.resolve().parents:
@@ -36,18 +36,14 @@ def recorded_run(
         run.refuse_occupied(overwrite=overwrite)
         return None
     recorded = run.record()
-    refuse_changes(recipe, Recipe.from_dict(recorded["recipe"]), as_given(recorded))
-    return recorded if run.weights_path.is_file() else recorded | {"result": None}
+    refuse_changes(recipe, Recipe.from_dict(recorded.recipe), as_given(recorded))
+    has_weights = run.weights_path.is_file()
+    return recorded if has_weights else dataclasses.replace(recorded, result=None)
 
 
-def had_kernels(recorded: dict[str, Any]) -> bool:
-    """Whether our kernels took part in a run. Those of before they were recorded were computed without."""
-    return bool(recorded.get("kernels", False))
-
-
-def as_given(recorded: dict[str, Any]) -> Recipe:
+def as_given(recorded: RunRecord) -> Recipe:
     """The recipe that a run was begun with, before the images decided what it leaves open. Older runs have the latter alone."""
-    return Recipe.from_dict(recorded.get("given", recorded["recipe"]))
+    return Recipe.from_dict(recorded.recipe if recorded.given is None else recorded.given)
 
 
 def refuse_changes(recipe: Recipe, recorded: Recipe, given: Recipe) -> None:

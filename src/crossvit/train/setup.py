@@ -21,7 +21,7 @@ from crossvit.errors import DataError, UsageError
 from crossvit.factory import model_config
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.presets import preset
-from crossvit.results import MULTI_LABEL, SINGLE_LABEL
+from crossvit.results import MULTI_LABEL, SINGLE_LABEL, DataRecord, RunRecord
 from crossvit.train.callbacks import Watch
 from crossvit.train.distributed import ALONE, Team
 from crossvit.train.durations import STEP_UNITS, parse_duration
@@ -87,25 +87,24 @@ class Plan:
         bytes_a_pixel = 4 * self.preprocessing.channels or 3  # float32, or 8-bit RGB
         return {} if len(self.held_out) * height * width * bytes_a_pixel <= CACHE_BYTES else None
 
-    def data_record(self) -> dict[str, Any]:
+    def data_record(self) -> DataRecord:
         """For run.json: what was trained on, and by name and size what was held out where the data had no part for it."""
+        images = self.held_out
         split_here = self.held_out_part == "held-out"
-        return {
-            "location": self.data.location,
-            "fingerprint": self.data.fingerprint,
-            "train": len(self.train),
-            "held_out_part": self.held_out_part,
-            "held_out_n": len(self.held_out),
-            "held_out": dict(zip(self.held_out.names, self.held_out.file_sizes, strict=True))
-            if split_here
-            else {},
-            "notes": list(self.data.notes),
-            "warnings": list(self.warnings),
-        }
+        return DataRecord(
+            location=self.data.location,
+            fingerprint=self.data.fingerprint,
+            train=len(self.train),
+            held_out_part=self.held_out_part,
+            held_out_n=len(images),
+            held_out=dict(zip(images.names, images.file_sizes, strict=True)) if split_here else {},
+            notes=tuple(self.data.notes),
+            warnings=tuple(self.warnings),
+        )
 
 
 def make_plan(
-    recipe: Recipe, watch: Watch, *, recorded: dict[str, Any] | None = None, team: Team = ALONE
+    recipe: Recipe, watch: Watch, *, recorded: RunRecord | None = None, team: Team = ALONE
 ) -> Plan:
     """Open the data, look at every image, choose the model and say what was found.
 
@@ -148,7 +147,7 @@ def make_plan(
         drop_path=recipe.drop_path,
     )
     preprocessing = (
-        Preprocessing.from_dict(recorded["preprocessing"])
+        Preprocessing.from_dict(recorded.preprocessing)
         if recorded is not None
         else fitting_preprocessing(
             train,
@@ -233,12 +232,12 @@ def _one_batch(recipe: Recipe, train: ImageSet) -> tuple[Recipe, ImageSet]:
 
 
 def _chosen_model(
-    recipe: Recipe, recorded: dict[str, Any] | None
+    recipe: Recipe, recorded: RunRecord | None
 ) -> tuple[str, CrossViTConfig, str] | None:
     """(name, config, why) where they are given: by the run that is gone on with, by `model`, or by the weights that are the
     start; None where the images decide. What cannot work is an error before the images are read."""
     if recorded is not None:
-        return recorded["model"], CrossViTConfig.from_dict(recorded["config"]), ""
+        return recorded.model, CrossViTConfig.from_dict(recorded.config), ""
     if recipe.model:
         if recipe.weights:
             weight_file(recipe.weights)

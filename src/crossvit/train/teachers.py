@@ -13,7 +13,6 @@ from crossvit.data.preprocess import Preprocessing
 from crossvit.errors import UsageError, WeightsError, unknown_name
 from crossvit.factory import create_model
 from crossvit.model.config import CrossViTConfig
-from crossvit.results import SINGLE_LABEL
 from crossvit.run import Run
 from crossvit.train.callbacks import Watch
 from crossvit.train.losses import NormalisedAnew, Teacher
@@ -39,13 +38,13 @@ def load_teacher(name: str, plan: Plan, watch: Watch, *, device: torch.device) -
     elif Run(name).exists():
         run = Run(name)
         record = run.finished_record()
-        model = create_model(CrossViTConfig.from_dict(record["config"]), weights=run.path)
-        own = Preprocessing.from_dict(record["preprocessing"])
-        fits = tuple(record["classes"]) == plan.train.classes
-        known = ", ".join(record["classes"][:5])
-        if record.get("task", SINGLE_LABEL) != plan.train.task:
+        model = create_model(CrossViTConfig.from_dict(record.config), weights=run.path)
+        own = Preprocessing.from_dict(record.preprocessing)
+        fits = record.classes == plan.train.classes
+        known = ", ".join(record.classes[:5])
+        if record.task != plan.train.task:
             raise UsageError(
-                f"the teacher {name} is {record.get('task', SINGLE_LABEL)} and {plan.data.location} {plan.train.task}"
+                f"the teacher {name} is {record.task} and {plan.data.location} {plan.train.task}"
             )
     elif name == A_CALLABLE:
         raise UsageError(

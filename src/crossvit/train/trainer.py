@@ -20,7 +20,7 @@ import crossvit
 from crossvit.engines.torch import TorchEngine
 from crossvit.errors import TrainingError
 from crossvit.explanation.explainer import with_maps
-from crossvit.results import Epoch, Evaluation, TrainingResult, to_json
+from crossvit.results import Epoch, Evaluation, ResultRecord, RunRecord, TrainingResult, to_json
 from crossvit.run import Run
 from crossvit.train.callbacks import Watch
 from crossvit.train.checkpoint import Writer
@@ -272,19 +272,16 @@ class Training(Learner):
         if self.team.leads:
             write_weights(self.run.weights_path, self.evaluated.state_dict(), described)
         seconds = sum(entry.seconds for entry in self.epochs)
-        result = {
-            "top1": evaluation.top1,
-            "n": evaluation.n,
-            "loss": evaluation.loss,
-            "seconds": seconds,
-        }
-        if evaluation.multi_label is not None:
-            result["map"] = evaluation.multi_label.map
-        if self._keeps_best and self.best is not None:
-            result["selected_epoch"] = self.best[2]
-        record = self.record(result=result) | (
-            {"thresholds": list(thresholds)} if thresholds else {}
+        several = evaluation.multi_label
+        result = ResultRecord(
+            top1=evaluation.top1,
+            n=evaluation.n,
+            loss=evaluation.loss,
+            seconds=seconds,
+            map=None if several is None else several.map,
+            selected_epoch=self.best[2] if self._keeps_best and self.best is not None else None,
         )
+        record = self.record(result=result, thresholds=thresholds)
         if self.team.leads:
             self.run.write_record(record)
         return TrainingResult(
@@ -305,27 +302,30 @@ class Training(Learner):
             TorchEngine(self.evaluated, device=self.device), thorough=thorough
         )
 
-    def record(self, *, result: dict[str, Any] | None) -> dict[str, Any]:
+    def record(
+        self, *, result: ResultRecord | None, thresholds: tuple[float, ...] = ()
+    ) -> RunRecord:
         """What run.json holds."""
-        return {
-            "crossvit": crossvit.__version__,
-            "model": self.plan.model_name,
-            "result": result,
-            "task": self.plan.train.task,
-            "classes": list(self.plan.train.classes),
-            "preprocessing": self.plan.preprocessing.to_dict(),
-            "precision": self.precision,
-            "device": self.device.type,
-            "threads": torch.get_num_threads(),
-            "kernels": self.kernels,
-            "processes": self.team.size,
-            "versions": {
+        return RunRecord(
+            crossvit=crossvit.__version__,
+            model=self.plan.model_name,
+            result=result,
+            task=self.plan.train.task,
+            classes=tuple(self.plan.train.classes),
+            preprocessing=self.plan.preprocessing.to_dict(),
+            precision=self.precision,
+            device=self.device.type,
+            threads=torch.get_num_threads(),
+            kernels=self.kernels,
+            processes=self.team.size,
+            versions={
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "numpy": np.__version__,
             },
-            "recipe": self.recipe.to_dict(),
-            "given": self.given,
-            "config": self.plan.config.to_dict(),
-            "data": self.plan.data_record(),
-        }
+            recipe=self.recipe.to_dict(),
+            given=self.given,
+            config=self.plan.config.to_dict(),
+            data=self.plan.data_record(),
+            thresholds=thresholds or None,
+        )
