@@ -6,8 +6,10 @@ import csv
 import dataclasses
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,16 +21,21 @@ from timm import create_model as timm_model
 
 import crossvit
 import crossvit.weights.hub
+from conftest import TINY
 from crossvit.cli.evaluating import print_evaluation
+from crossvit.data import preprocess
+from crossvit.data.images import ImageSet
 from crossvit.data.sources import open_data
 from crossvit.engines.select import load_engine
 from crossvit.errors import DataError, RunError, UsageError
 from crossvit.evaluation.calibration import calibration
 from crossvit.evaluation.evaluator import measure, summarise
 from crossvit.evaluation.metrics import best_thresholds, probabilities
-from crossvit.results import MULTI_LABEL, TrainingResult
+from crossvit.results import MULTI_LABEL, Evaluation, TrainingResult
 from crossvit.run import Run
-from crossvit.trained import open_trained
+from crossvit.train.loop import fit
+from crossvit.train.recipe import load_recipe
+from crossvit.trained import Trained, open_trained
 from loopback import serve_hub
 
 Command = Callable[..., tuple[int, str, str]]
@@ -145,6 +152,55 @@ def test_several_classes_an_image_are_measured_at_the_runs_thresholds(
         open_trained(tiny_run.run).select(
             dataclasses.replace(open_data(scans), parts={"all": images}), "all"
         )
+
+
+# ---------------------------------------------------------------- maps of mistakes
+
+
+@pytest.mark.parametrize("maps", [False, True])
+def test_the_model_is_built_once_and_a_shown_mistake_decoded_once_more(
+    maps: bool, tiny_run: TrainingResult, scans: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+    decoded: Counter[str] = Counter()
+    build, decode = Trained.build, preprocess.decode
+
+    def counted_build(trained: Trained) -> Any:
+        built.append(trained.source)
+        return build(trained)
+
+    def counted_decode(source: Any, *rest: Any, **options: Any) -> Any:
+        decoded[str(source)] += 1
+        return decode(source, *rest, **options)
+
+    monkeypatch.setattr(Trained, "build", counted_build)
+    monkeypatch.setattr(preprocess, "decode", counted_decode)
+    result = crossvit.evaluate(tiny_run.run, scans, device="cpu", maps=maps)
+    shown = {mistake.image for mistake in result.mistakes}
+    assert built == [tiny_run.run]
+    assert shown
+    assert len(decoded) == result.n
+    assert {path for path, times in decoded.items() if times == 2} == shown
+    assert max(decoded.values()) == 2
+    assert all(mistake.picture and bool(mistake.map) is maps for mistake in result.mistakes)
+
+
+def test_an_epoch_of_training_decodes_no_mistake_for_show(
+    scans: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only the last evaluation, which the report shows, has pictures."""
+    with_pictures: list[int] = []
+
+    def counted(evaluation: Evaluation, *rest: Any, **options: Any) -> Evaluation:
+        with_pictures.append(evaluation.n)
+        return evaluation
+
+    monkeypatch.setattr("crossvit.train.trainer.with_pictures", counted)
+    read: list[int] = []
+    monkeypatch.setattr(ImageSet, "read", lambda images, index: read.append(index))
+    settings = TINY | {"epochs": 2}
+    fit(load_recipe("small", data=str(scans), out=str(tmp_path / "run"), **settings))
+    assert (with_pictures, read) == ([12], [])
 
 
 # ---------------------------------------------------------------- calibrate

@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from crossvit.errors import EngineError, UsageError
 from crossvit.files import write_atomically
 from crossvit.hardware import is_installed, processor, version_of
 from crossvit.trained import Trained
+
+if TYPE_CHECKING:
+    from crossvit.model.crossvit import CrossViT
 
 Images = NDArray[np.float32]
 Logits = NDArray[np.float32]
@@ -57,10 +60,16 @@ class Engine(Protocol):
 
 
 def load_engine(
-    trained: Trained, *, engine: str = "torch", device: str = "auto", precision: str = "auto"
+    trained: Trained,
+    *,
+    engine: str = "torch",
+    device: str = "auto",
+    precision: str = "auto",
+    model: CrossViT | None = None,
 ) -> Engine:
     """The engine for `trained`.
 
+    model: `trained.build()`, for a caller that has it already; the torch engine's form is made of it, on its device.
     engine: torch, onnxruntime, openvino, or auto: the fastest here, by trial. The others than torch compute on the CPU.
     precision: auto is fp32, so that results do not depend on the processor.
     Where the engine is not installed or cannot compute the model, torch does, and the log has one line. UsageError for an
@@ -73,12 +82,12 @@ def load_engine(
             f"engine {engine} computes in {' or '.join(PRECISIONS[engine])}, not {precision!r}"
         )
     if engine == "auto":
-        return _Halving(_fastest(trained, device=device, precision=precision))
+        return _Halving(_fastest(trained, device=device, precision=precision, model=model))
     try:
-        return _Halving(_load(trained, engine, device=device, precision=precision))
+        return _Halving(_load(trained, engine, device=device, precision=precision, model=model))
     except EngineError as error:
         log.warning("%s; torch computes instead", error)
-        return _Halving(_load(trained, "torch", device=device, precision=precision))
+        return _Halving(_load(trained, "torch", device=device, precision=precision, model=model))
 
 
 def installed_engines() -> list[str]:
@@ -86,7 +95,9 @@ def installed_engines() -> list[str]:
     return [engine for engine in ENGINES if is_installed(engine)]
 
 
-def _load(trained: Trained, engine: str, *, device: str, precision: str) -> Engine:
+def _load(
+    trained: Trained, engine: str, *, device: str, precision: str, model: CrossViT | None = None
+) -> Engine:
     """EngineError if it is not installed or does not load."""
     if not is_installed(engine):
         raise EngineError(
@@ -95,7 +106,7 @@ def _load(trained: Trained, engine: str, *, device: str, precision: str) -> Engi
     if engine == "torch":
         from crossvit.engines.torch import TorchEngine
 
-        return TorchEngine.load(trained, device=device, precision=precision)
+        return TorchEngine.load(trained, device=device, precision=precision, model=model)
     if device not in ("auto", "cpu"):
         raise UsageError(
             f"engine {engine} computes on the CPU here, not on {device!r}: leave out --device, or take --engine torch"
@@ -113,9 +124,9 @@ def _load(trained: Trained, engine: str, *, device: str, precision: str) -> Engi
 # ---------------------------------------------------------------- auto
 
 
-def _fastest(trained: Trained, *, device: str, precision: str) -> Engine:
+def _fastest(trained: Trained, *, device: str, precision: str, model: CrossViT | None) -> Engine:
     """The fastest engine that agrees, from memory or by trial. Where torch would take a GPU there is nothing to try."""
-    reference = _load(trained, "torch", device=device, precision=precision)
+    reference = _load(trained, "torch", device=device, precision=precision, model=model)
     if getattr(reference, "on_gpu", False):
         return reference
     resolved = reference.precision
@@ -141,7 +152,9 @@ def _fastest(trained: Trained, *, device: str, precision: str) -> Engine:
         ) as error:  # UsageError: a precision that it has not on this processor
             log.warning("%s; left out", error)
     exact = (
-        reference if resolved == "fp32" else _load(trained, "torch", device="cpu", precision="fp32")
+        reference
+        if resolved == "fp32"
+        else _load(trained, "torch", device="cpu", precision="fp32", model=model)
     )
     height, width = trained.config.image_size
     images = np.random.default_rng(0).standard_normal(

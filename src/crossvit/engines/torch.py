@@ -44,9 +44,17 @@ class TorchEngine:
 
     @classmethod
     def load(
-        cls, trained: Trained, *, device: str = "auto", precision: str = "auto"
+        cls,
+        trained: Trained,
+        *,
+        device: str = "auto",
+        precision: str = "auto",
+        model: CrossViT | None = None,
     ) -> TorchEngine:
-        """The engine of a trained model. `precision` auto is fp32, so that results do not depend on the processor."""
+        """The engine of a trained model. `precision` auto is fp32, so that results do not depend on the processor.
+
+        model: `trained.build()`, where that has been called; it is moved to the device.
+        """
         place = resolve_device(device)
         chosen = "fp32" if precision == "auto" else resolve_precision(precision, place)
         if chosen == "bf16" and resolve_precision("auto", place) != "bf16":
@@ -56,9 +64,10 @@ class TorchEngine:
             )
         if place.type == "cpu":
             torch.set_num_threads(min(torch.get_num_threads(), physical_cores()))
+        plain = trained.build() if model is None else model
         # Compiling takes a minute: `crossvit.optimize` does it for whoever computes for longer.
         return cls(
-            optimize(trained.build().to(place), precision=chosen, compile=False),
+            optimize(plain.to(place), precision=chosen, compile=False),
             device=place,
             precision=chosen,
         )

@@ -10,7 +10,7 @@ import io
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ from crossvit.evaluation.robustness import measure_robustness, spoilings
 from crossvit.results import MULTI_LABEL, ClassScore, Evaluation, Mistake
 from crossvit.run import Run
 from crossvit.trained import Trained, open_trained
+
+if TYPE_CHECKING:
+    from crossvit.model.crossvit import CrossViT
 
 BATCH_SIZE = 64
 MISTAKES_KEPT = 24
@@ -85,7 +88,8 @@ def evaluate(
     images, part = trained.select(found, split)
     if calibrate:
         refuse_uncalibratable(trained, found, images, part)
-    forward = load_engine(trained, engine=engine, device=device, precision=precision)
+    model = trained.build() if maps else None
+    forward = load_engine(trained, engine=engine, device=device, precision=precision, model=model)
     total = len(images) + (len(asked) + 1) * min(len(images), robustness_images) * bool(asked)
     started = time.perf_counter()
     logits, images = measure(
@@ -134,13 +138,43 @@ def evaluate(
             progress=lambda done, own: progress(total - own + done, total),
         )
         evaluation = dataclasses.replace(evaluation, robustness=measured)
-    if maps:
-        from crossvit.explanation.explainer import (
-            with_maps,  # imports torch, which an engine may do without
-        )
+    return with_pictures(evaluation, images, trained.preprocessing, model=model)
 
-        evaluation = with_maps(evaluation, images, trained.build(), trained.preprocessing)
-    return evaluation
+
+def with_pictures(
+    evaluation: Evaluation,
+    images: ImageSet,
+    preprocessing: Preprocessing,
+    *,
+    model: CrossViT | None = None,
+) -> Evaluation:
+    """Add a small picture of each of the most confident mistakes, for which it is decoded once more.
+
+    Args:
+        evaluation: What was measured.
+        images: The images that it was measured on.
+        preprocessing: The model's.
+        model: Lays what this model read its answer from over the picture, too (`Mistake.map`).
+    """
+    index_of = {images.path(index): index for index in range(len(images))}
+    indices = [index_of[mistake.image] for mistake in evaluation.mistakes]
+    pictures = [images.read(index) for index in indices]
+    maps = [b""] * len(indices)
+    if model is not None:
+        from crossvit.explanation.explainer import mistake_maps  # imports torch
+
+        seen = (  # of other channels than RGB, a decoding of its own
+            pictures
+            if preprocessing.channels == 0
+            else [images.picture(index, preprocessing) for index in indices]
+        )
+        fitted = [preprocessing.fit(picture) for picture in seen]
+        maps = mistake_maps(model, preprocessing, pictures, fitted=fitted)
+    mistakes = (
+        dataclasses.replace(mistake, picture=_png(picture), map=overlaid)
+        for mistake, picture, overlaid in zip(evaluation.mistakes, pictures, maps, strict=True)
+    )
+    return dataclasses.replace(evaluation, mistakes=tuple(mistakes))
 
 
 def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: str) -> None:
@@ -350,9 +384,7 @@ def _surest_mistakes(
     """The wrong answers the model was surest of. named: of an image, what it shows and what was said."""
     wrong = np.flatnonzero(~correct)
     surest = wrong[np.argsort(-sure[wrong], kind="stable")][:MISTAKES_KEPT].tolist()
-    return tuple(
-        Mistake(images.path(i), *named(i), float(sure[i]), _png(images.read(i))) for i in surest
-    )
+    return tuple(Mistake(images.path(i), *named(i), float(sure[i])) for i in surest)
 
 
 def _png(image: Image.Image) -> bytes:

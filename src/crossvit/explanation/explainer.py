@@ -5,7 +5,6 @@ The mathematics is in `relevance.py`; whether the maps mean anything is measured
 
 from __future__ import annotations
 
-import dataclasses
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,14 +16,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from crossvit.data.images import ImageSet
 from crossvit.data.preprocess import ImageSource, Preprocessing, read_image, source_name
 from crossvit.engines.torch import resolve_device
 from crossvit.errors import DataError, unknown_name
 from crossvit.explanation.relevance import Reading, density, read, token_counts
 from crossvit.model.attention import AttentionMap
 from crossvit.model.crossvit import CrossViT
-from crossvit.results import BranchAnswer, Evaluation, Explanation, Label, TokenMap, branch_names
+from crossvit.results import BranchAnswer, Explanation, Label, TokenMap, branch_names
 from crossvit.trained import MULTI_LABEL, Trained, open_trained
 
 PHOTO_SIDE = 640  # pixels of the longer side of the picture kept with an explanation
@@ -51,15 +49,15 @@ class Explainer:
         self.model = self.trained.build().to(self.device)
 
     def __call__(self, source: ImageSource) -> Explanation:
-        name = source_name(source)
+        name, preprocessing = source_name(source), self.trained.preprocessing
         try:
-            picture = read_image(source)  # as people see it; the model may take other channels
-            pixels = self.trained.preprocessing.fit(self.trained.preprocessing.read(source))
+            taken = preprocessing.read(source)
+            # as people see it, where the model takes other channels than RGB
+            picture = taken if isinstance(taken, Image.Image) else read_image(source)
+            pixels = preprocessing.fit(taken)
         except DataError as error:
             return Explanation(name, error=str(error))
-        images = torch.from_numpy(self.trained.preprocessing.normalise(pixels)[None]).to(
-            self.device
-        )
+        images = torch.from_numpy(preprocessing.normalise(pixels)[None]).to(self.device)
         targets = None if self.target is None else torch.tensor([self.target], device=self.device)
         return _assemble(name, picture, read(self.model, images, targets), self.trained)
 
@@ -75,23 +73,6 @@ def explain(
     if explanation.error is not None:
         raise DataError(explanation.error)
     return explanation
-
-
-def with_maps(
-    evaluation: Evaluation, images: ImageSet, model: CrossViT, preprocessing: Preprocessing
-) -> Evaluation:
-    """`evaluation`, made on `images`, with what `model` read its answer from laid over each of the surest mistakes."""
-    places = {images.path(index): index for index in range(len(images))}
-    shown = [places[mistake.image] for mistake in evaluation.mistakes]
-    fitted = [preprocessing.fit(images.picture(index, preprocessing)) for index in shown]
-    maps = mistake_maps(
-        model, preprocessing, [images.read(index) for index in shown], fitted=fitted
-    )
-    mistakes = (
-        dataclasses.replace(mistake, map=own)
-        for mistake, own in zip(evaluation.mistakes, maps, strict=True)
-    )
-    return dataclasses.replace(evaluation, mistakes=tuple(mistakes))
 
 
 def mistake_maps(

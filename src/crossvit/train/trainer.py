@@ -19,7 +19,7 @@ import torch
 import crossvit
 from crossvit.engines.torch import TorchEngine
 from crossvit.errors import TrainingError
-from crossvit.explanation.explainer import with_maps
+from crossvit.evaluation.evaluator import with_pictures
 from crossvit.results import Epoch, Evaluation, ResultRecord, RunRecord, TrainingResult, to_json
 from crossvit.run import Run
 from crossvit.train.callbacks import Watch
@@ -291,7 +291,9 @@ class Training(Learner):
             seconds=seconds,
             record=self.team.tell(self.run.record() if self.team.leads else record),
             epochs=tuple(self.epochs),
-            evaluation=with_maps(evaluation, plan.held_out, self.evaluated, plan.preprocessing)
+            evaluation=with_pictures(
+                evaluation, plan.held_out, plan.preprocessing, model=self.evaluated
+            )
             if self.team.leads
             else evaluation,
         )
