@@ -17,7 +17,7 @@ from crossvit.evaluation.calibration import (
     reliability,
     selective,
 )
-from crossvit.evaluation.metrics import cross_entropy, hits, probabilities
+from crossvit.evaluation.metrics import cross_entropy, probabilities, topk_correct
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_the_suggested_error_is_crossed_and_does_not_flatter() -> None:
         ).max(axis=1)
     found = calibration(logits, labels)
     assert found.suggested_ece == pytest.approx(
-        expected_error(reliability(sure, hits(logits, labels)))
+        expected_error(reliability(sure, topk_correct(logits, labels)))
     )
 
 

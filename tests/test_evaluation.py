@@ -305,7 +305,7 @@ def test_nothing_is_stored_where_everything_is_right(own_run: Path, own_scans: P
         (alone / str(only)).mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8 + index)).save(alone / str(only) / f"black {index}.png")
     with pytest.raises(
-        DataError, match="all 3 images of .* are answered right, so the surer the better"
+        DataError, match="all 3 images of .* are predicted correctly, so no temperature is the best"
     ):
         crossvit.evaluate(own_run, alone, calibrate=True)
     assert Run(own_run).record().temperature is None

@@ -43,7 +43,7 @@ def test_accuracies_are_scikit_learns_and_torchmetrics(
 ) -> None:
     logits, labels = single
     for k in (1, 2, 5):
-        share = metrics.hits(logits, labels, k=k).mean()
+        share = metrics.topk_correct(logits, labels, k=k).mean()
         assert share == pytest.approx(theirs.top_k_accuracy_score(labels, logits, k=k))
         tensors = torch.from_numpy(logits), torch.from_numpy(labels)
         assert share == pytest.approx(
@@ -140,8 +140,8 @@ def test_classes_at_literal_values() -> None:
 
 def test_of_equal_scores_the_first_is_the_answer() -> None:
     scores = np.array([[0.5, 0.5, 0.1], [0.5, 0.5, 0.1]])
-    assert metrics.hits(scores, np.array([0, 1])).tolist() == [True, False]
-    assert metrics.hits(scores, np.array([1, 2]), k=2).tolist() == [True, False]
+    assert metrics.topk_correct(scores, np.array([0, 1])).tolist() == [True, False]
+    assert metrics.topk_correct(scores, np.array([1, 2]), k=2).tolist() == [True, False]
 
 
 # ---------------------------------------------------------------- several classes an image
@@ -235,5 +235,5 @@ def test_no_threshold_has_a_better_f1_than_the_best(
 def test_an_image_is_right_if_its_surest_class_is_one_of_its_own() -> None:
     scores = np.array([[0.9, 0.8, 0.1], [0.9, 0.8, 0.1], [0.9, 0.8, 0.1], [0.9, 0.8, 0.1]])
     targets = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 1], [0, 0, 0]])
-    assert metrics.hits(scores, targets).tolist() == [True, False, False, False]
-    assert metrics.hits(scores, targets, k=2).tolist() == [True, True, False, False]
+    assert metrics.topk_correct(scores, targets).tolist() == [True, False, False, False]
+    assert metrics.topk_correct(scores, targets, k=2).tolist() == [True, True, False, False]

@@ -20,7 +20,7 @@ from crossvit.evaluation.robustness import (
     Corruption,
     Shrunk,
     measure_robustness,
-    spoilings,
+    transforms,
 )
 
 GREY = Preprocessing(image_size=(8, 8))
@@ -52,7 +52,7 @@ def test_the_fifteen_are_the_packages_common_ones_in_the_papers_order() -> None:
     from imagecorruptions import get_corruption_names
 
     assert list(CORRUPTIONS) == get_corruption_names("common")
-    assert len(spoilings(CORRUPTIONS, ())) == 75
+    assert len(transforms(CORRUPTIONS, ())) == 75
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -97,7 +97,7 @@ def test_shrinking_leaves_small_pictures_alone(photo: Image.Image) -> None:
 def test_what_is_measured_at_literal_values() -> None:
     """Contrast 0.4 leaves the mean of a plain picture as it is; brightness adds up to a half: dark ones become bright."""
     images = plain(90, 40, 200, 230)
-    asked = spoilings(("brightness", "contrast"), (4, 32))
+    asked = transforms(("brightness", "contrast"), (4, 32))
     seen: list[tuple[int, int]] = []
     found = measure_robustness(
         brightness, images, GREY, asked, batch_size=3, progress=lambda *count: seen.append(count)
@@ -119,13 +119,13 @@ def test_what_is_measured_at_literal_values() -> None:
 def test_a_sample_is_spread_over_the_images() -> None:
     images = plain(*([10] * 50), *([250] * 50))
     wrong = dataclasses.replace(images, labels=(0,) * 100)
-    found = measure_robustness(brightness, wrong, GREY, spoilings((), (8,)), sample=10)
+    found = measure_robustness(brightness, wrong, GREY, transforms((), (8,)), sample=10)
     assert (found.n, found.unspoilt, found.mean) == (10, 0.5, None)
 
 
 def test_other_processes_give_the_same_figures(scans: Path) -> None:
     images = open_data(scans).part("all")
-    asked = spoilings(("impulse_noise", "glass_blur", "frost"), (4,))
+    asked = transforms(("impulse_noise", "glass_blur", "frost"), (4,))
     spread = np.random.default_rng(0).normal(size=(8 * 8 * 3, 3)).astype(np.float32)
 
     def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -142,14 +142,14 @@ def test_what_cannot_be_asked_is_said_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with pytest.raises(UnknownNameError, match="unknown corruption 'fogg': did you mean fog"):
-        spoilings(("fogg",), ())
+        transforms(("fogg",), ())
     with pytest.raises(
         UsageError, match="sizes has 0: each should be a shorter side of 1 pixel or more"
     ):
-        spoilings((), (32, 0))
-    with pytest.raises(UsageError, match="pictures of 6 channels cannot be spoilt"):
-        spoilings((), (8,), channels=6)
-    assert spoilings((), (), channels=6) == ()
+        transforms((), (32, 0))
+    with pytest.raises(UsageError, match="pictures of 6 channels cannot be corrupted"):
+        transforms((), (8,), channels=6)
+    assert transforms((), (), channels=6) == ()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match=r"pip install 'crossvit\[robustness\]'"):
-        spoilings(("fog",), ())
+        transforms(("fog",), ())

@@ -17,7 +17,7 @@ from crossvit.evaluation.bootstrap import (
     multi_label_intervals,
     single_label_intervals,
 )
-from crossvit.evaluation.metrics import hits
+from crossvit.evaluation.metrics import topk_correct
 from crossvit.results import Evaluation
 
 
@@ -60,7 +60,7 @@ def test_intervals_of_several_classes_are_scipys() -> None:
     images = np.arange(120)
     options = {"vectorized": False, "n_resamples": 1000, "method": "percentile", "rng": 1}
     for name, figure in (
-        ("top1", lambda drawn: hits(scores[drawn], targets[drawn]).mean()),
+        ("top1", lambda drawn: topk_correct(scores[drawn], targets[drawn]).mean()),
         (
             "macro_f1",
             lambda drawn: f1_score(targets[drawn], scores[drawn] >= limits, average="macro"),

@@ -1,4 +1,4 @@
-"""How far figures may be off for the images being these: bootstrap intervals, and a paired test of two runs. NumPy only."""
+"""Uncertainty of metrics: bootstrap intervals, and a paired test of two runs. NumPy only."""
 
 from __future__ import annotations
 
@@ -9,41 +9,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossvit.errors import UsageError
-from crossvit.evaluation.metrics import Booleans, Floats, Integers, hits, macro_f1, rankings
+from crossvit.evaluation.metrics import Booleans, Floats, Integers, macro_f1, rankings, topk_correct
 from crossvit.results import Comparison, Evaluation, Interval
 
 RESAMPLINGS = 1000
-WORK = (
-    10**9
-)  # scores sorted in all resamplings of a multi-label model together: some seconds; fewer resamplings of more
-FEWEST = 200
+WORK = 10**9  # scores in all resamplings of a multi-label model together, which take some seconds
+FEWEST = 200  # resamplings, however many scores there are
 
 
 def single_label_intervals(
     labels: Integers,
     predicted: Integers,
-    among_five: Booleans,
+    top5_correct: Booleans,
     *,
     resamplings: int = RESAMPLINGS,
     seed: int = 0,
 ) -> dict[str, Interval]:
     """95 % percentile bootstrap intervals of top1, top5 and macro_f1.
 
-    Images are drawn with replacement, as many as there are, `resamplings` times; low and high are the 2.5th and the 97.5th
-    percentile of the figure over the draws (Efron 1979). labels, predicted: (n,) class indices; among_five: (n,).
+    Images are drawn with replacement, as many as there are, `resamplings` times; low and high are
+    the 2.5th and the 97.5th percentile of the metric over the draws (Efron 1979).
+
+    Args:
+        labels: (n,) class indices.
+        predicted: (n,) class indices.
+        top5_correct: (n,), whether the label is among the five highest scores.
+        resamplings: Number of draws.
+        seed: Of the draws.
+
+    Returns:
+        The interval of each metric by its name.
     """
     classes = int(max(labels.max(), predicted.max())) + 1
-    right = labels == predicted
-    own = np.where(right, labels, classes)  # where it is right its class, else one more
+    correct_class = np.where(labels == predicted, labels, classes)  # `classes`: not correct
     figures = np.empty((resamplings, 3))
     for row, drawn in enumerate(_draws(len(labels), resamplings, seed)):
-        hits_of = np.bincount(own[drawn], minlength=classes + 1)[:classes]
-        true = np.bincount(labels[drawn], minlength=classes)
-        guessed = np.bincount(predicted[drawn], minlength=classes)
+        tp = np.bincount(correct_class[drawn], minlength=classes + 1)[:classes]
+        support = np.bincount(labels[drawn], minlength=classes)
+        n_predicted = np.bincount(predicted[drawn], minlength=classes)
         figures[row] = (
-            hits_of.sum() / len(labels),
-            among_five[drawn].mean(),
-            macro_f1(hits_of, true, guessed),
+            tp.sum() / len(labels),
+            top5_correct[drawn].mean(),
+            macro_f1(tp, support, n_predicted),
         )
     return {
         name: percentiles(figures[:, column])
@@ -59,27 +66,37 @@ def multi_label_intervals(
     resamplings: int = RESAMPLINGS,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """As `single_label_intervals`, and of map, of probabilities and targets (n, C). thresholds: (C,).
+    """As `single_label_intervals`, of a multi-label model and with map.
 
-    Each resampling takes time in proportion to n · C: of more than WORK scores in all there are fewer, FEWEST at the least.
+    Each resampling takes time in proportion to n · C, so there are fewer where that is large: WORK
+    scores in all, but FEWEST resamplings at least.
+
+    Args:
+        scores: Probabilities, (n, C).
+        targets: (n, C) of 0 and 1.
+        thresholds: Decision threshold of each class, (C,).
+        resamplings: Number of draws.
+        seed: Of the draws.
     """
     resamplings = max(min(resamplings, FEWEST), min(resamplings, WORK // scores.size))
-    shown, said = targets > 0, scores >= thresholds
-    counts = np.stack([shown & said, shown, said]).astype(np.float32)  # (3, n, C)
-    first, five = hits(scores, targets), hits(scores, targets, k=5)
+    positive, predicted = targets > 0, scores >= thresholds
+    counts = np.stack([positive & predicted, positive, predicted]).astype(np.float32)  # (3, n, C)
+    top1_correct, top5_correct = topk_correct(scores, targets), topk_correct(scores, targets, k=5)
     ranked = rankings(scores, targets)
     figures = np.empty((resamplings, 4))
     for row, drawn in enumerate(_draws(len(scores), resamplings, seed)):
         weights = np.bincount(drawn, minlength=len(scores))
-        right, true, guessed = (weights.astype(np.float32) @ counts).astype(np.int64)
-        precise = [
-            ranking.average_precision(weights) for ranking, n in zip(ranked, true, strict=True) if n
+        tp, support, n_predicted = (weights.astype(np.float32) @ counts).astype(np.int64)
+        ap = [
+            ranking.average_precision(weights)
+            for ranking, n in zip(ranked, support, strict=True)
+            if n
         ]
         figures[row] = (
-            first[drawn].mean(),
-            five[drawn].mean(),
-            macro_f1(right, true, guessed),
-            np.mean(precise or [0.0]),
+            top1_correct[drawn].mean(),
+            top5_correct[drawn].mean(),
+            macro_f1(tp, support, n_predicted),
+            np.mean(ap or [0.0]),
         )
     return {
         name: percentiles(figures[:, column])
@@ -88,12 +105,13 @@ def multi_label_intervals(
 
 
 def percentiles(figures: NDArray[np.float64]) -> Interval:
-    """The middle 95 % of a figure's values over the draws."""
+    """The middle 95 % of a metric's values over the draws."""
     low, high = np.percentile(figures, (2.5, 97.5))
     return Interval(float(low), float(high))
 
 
 def _draws(n: int, resamplings: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Indices of n images drawn with replacement, once for each resampling."""
     rng = np.random.default_rng(seed)
     for _ in range(resamplings):
         yield rng.integers(n, size=n)
@@ -102,16 +120,25 @@ def _draws(n: int, resamplings: int, seed: int) -> Iterator[NDArray[np.int64]]:
 def compare(
     first: Evaluation, second: Evaluation, *, resamplings: int = 10_000, seed: int = 0
 ) -> Comparison:
-    """A paired test of two evaluations on the images both have, told apart by name. See `Comparison`.
+    """A paired test of two evaluations on the images that both have, matched by name.
 
-    p is McNemar's, exact: of images that one run alone gets right, each is a fair coin if the runs are equally good. The interval
-    is the percentile bootstrap's over images. UsageError where they have no image in common.
+    Args:
+        first: The run that is compared with.
+        second: The run whose gain is measured.
+        resamplings: Number of draws for the percentile bootstrap interval over images.
+        seed: Of the draws.
+
+    Returns:
+        The difference in accuracy with its interval and the p-value of McNemar's exact test.
+
+    Raises:
+        UsageError: Where they have no image in common.
     """
-    theirs = dict(zip(second.images, second.correct, strict=True))
+    second_correct = dict(zip(second.images, second.correct, strict=True))
     pairs = [
-        (right, theirs[name])
-        for name, right in zip(first.images, first.correct, strict=True)
-        if name in theirs
+        (correct, second_correct[name])
+        for name, correct in zip(first.images, first.correct, strict=True)
+        if name in second_correct
     ]
     if not pairs:
         raise UsageError(
@@ -121,9 +148,8 @@ def compare(
     a, b = np.array(pairs, dtype=bool).T
     n, only_first, only_second = len(pairs), int((a & ~b).sum()), int((b & ~a).sum())
     shares = np.array([only_first, only_second, n - only_first - only_second]) / n
-    drawn = np.random.default_rng(seed).multinomial(
-        n, shares, size=resamplings
-    )  # all that a resampling changes
+    # of a resampling only these three counts matter
+    drawn = np.random.default_rng(seed).multinomial(n, shares, size=resamplings)
     return Comparison(
         runs=(first.run, second.run),
         n=n,
@@ -137,9 +163,14 @@ def compare(
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """The chance that of `only_first` + `only_second` fair coins one side comes up as rarely as the rarer here, or more rarely.
+    """p-value of McNemar's exact test (1947): min(1, 2 Σ_{k ≤ min} C(m, k) / 2^m).
 
-    min(1, 2 Σ_{k ≤ min} C(m, k) / 2^m), the exact test of McNemar 1947.
+    Args:
+        only_first: Number of images that the first run alone gets right.
+        only_second: Number of images that the second run alone gets right.
+
+    Returns:
+        Probability of counts at least as uneven if the runs were equally good, 0 to 1.
     """
     m, rarer = only_first + only_second, min(only_first, only_second)
     logs = [

@@ -15,9 +15,7 @@ from crossvit.model.cost import cost
 from crossvit.results import ComparedRun, DataRecord, Epoch, Evaluation, RunRecord, RunsCompared
 from crossvit.run import Run
 
-OF_THE_MACHINE = frozenset(
-    {"out", "workers", "skip_bad"}
-)  # fields of a recipe that say nothing of the model it makes
+OF_THE_MACHINE = frozenset({"out", "workers", "skip_bad"})  # fields without effect on the model
 
 
 def compare_runs(
@@ -33,9 +31,18 @@ def compare_runs(
 ) -> RunsCompared:
     """Evaluate two or more finished runs on the same images and compare them.
 
-    data: without it the images that all of them held out, where those are the same. split, batch_size, device, precision,
-    skip_bad: as for `evaluate`. progress: called with (images done, images in all), each counted once for every run.
-    Raises UsageError where the runs held out different images or are measured on different images of `data`.
+    Args:
+        runs: Run folders.
+        data: By default the images that all of them held out, where those are the same.
+        split: As for `evaluate`.
+        batch_size: As for `evaluate`.
+        device: As for `evaluate`.
+        precision: As for `evaluate`.
+        skip_bad: As for `evaluate`.
+        progress: Called with (images done, images in all), each image counted for every run.
+
+    Raises:
+        UsageError: Where the runs held out different images or are measured on different ones.
     """
     folders = [Run(run) for run in runs]
     names = short_names([str(run.path) for run in folders])
@@ -74,18 +81,27 @@ def compare_runs(
                 names, folders, records, evaluations, strict=True
             )
         ),
-        tests=tuple(compare(first, other) for other in evaluations[1:]),
+        tests=tuple(compare(first, second) for second in evaluations[1:]),
         differing=differing([{**record.recipe, "model": record.model} for record in records]),
     )
 
 
 def common_data(records: Mapping[str, RunRecord]) -> str:
-    """Where the held-out images of all of these runs (run.json by name) are. UsageError unless they are the same images: by name
-    and size where the run held them out itself, by the fingerprint of the data where that has a part for them."""
+    """Where the held-out images of all of these runs are.
+
+    They are the same by name and size where the run split them off, and by the fingerprint of the
+    data where that has a part for them.
+
+    Args:
+        records: run.json of each run, by its name.
+
+    Raises:
+        UsageError: Unless all held out the same images.
+    """
     held_out = {name: _held_out(record.data) for name, record in records.items()}
     first = next(iter(records))
-    for name, own in held_out.items():
-        if own != held_out[first]:
+    for name, identity in held_out.items():
+        if identity != held_out[first]:
             raise UsageError(
                 f"{first} and {name} held out different images, so their scores cannot be compared: give images that are new to "
                 "both with --data DATA"
@@ -95,18 +111,20 @@ def common_data(records: Mapping[str, RunRecord]) -> str:
 
 
 def _held_out(data: DataRecord) -> tuple[Any, ...]:
-    """What tells the held-out images of one run from those of another."""
+    """What is equal for two runs only if they held out the same images."""
     if data.held_out_part in HELD_OUT_PARTS:
         return data.held_out_part, data.fingerprint
     return data.held_out_part, frozenset(data.held_out.items())
 
 
-def _refuse_other_images(first: str, own: Evaluation, name: str, other: Evaluation) -> None:
-    if set(own.images) != set(other.images):
-        common = len(set(own.images) & set(other.images))
+def _refuse_other_images(
+    first_name: str, first: Evaluation, second_name: str, second: Evaluation
+) -> None:
+    if set(first.images) != set(second.images):
+        common = len(set(first.images) & set(second.images))
         raise UsageError(
-            f"{first} and {name} were measured on different images of {own.data} ({own.n:,} and {other.n:,}, {common:,} in "
-            "common), because each leaves out what it was trained on: give --data that is new to both"
+            f"{first_name} and {second_name} were measured on different images of {first.data} ({first.n:,} and {second.n:,}, "
+            f"{common:,} in common), because each leaves out what it was trained on: give --data that is new to both"
         )
 
 
@@ -127,23 +145,17 @@ def _compared(name: str, run: Run, record: RunRecord, evaluation: Evaluation) ->
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The shortest ends of the paths that tell them apart. UsageError for a path that is there twice."""
-    parts = [Path(path).parts for path in paths]
-    for index, own in enumerate(parts):
-        if own in parts[:index]:
+    """The shortest distinct ends of the paths; UsageError for a path that is given twice."""
+    all_parts = [Path(path).parts for path in paths]
+    for index, parts in enumerate(all_parts):
+        if parts in all_parts[:index]:
             raise UsageError(f"{paths[index]} is given twice: leave one out")
     names = []
-    for own in parts:
-        others = [other for other in parts if other != own]
-        length = next(
-            (
-                size
-                for size in range(1, len(own) + 1)
-                if all(other[-size:] != own[-size:] for other in others)
-            ),
-            len(own),
-        )
-        names.append(str(Path(*own[-length:])))
+    for parts in all_parts:
+        rest = [path for path in all_parts if path != parts]
+        sizes = range(1, len(parts) + 1)
+        distinct = (size for size in sizes if all(path[-size:] != parts[-size:] for path in rest))
+        names.append(str(Path(*parts[-next(distinct, len(parts)) :])))
     return names
 
 
@@ -156,15 +168,15 @@ def differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]
         for field in fields
         if field not in OF_THE_MACHINE
     }
-    return {field: own for field, own in values.items() if any(value != own[0] for value in own)}
+    return {field: row for field, row in values.items() if any(value != row[0] for value in row)}
 
 
 def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for field, value in recipe.items():
-        found |= (
-            {f"{field}.{inner}": own for inner, own in value.items()}
+        flat |= (
+            {f"{field}.{inner}": nested for inner, nested in value.items()}
             if isinstance(value, Mapping)
             else {field: value}
         )
-    return found
+    return flat

@@ -1,6 +1,6 @@
-"""How good a trained model is on labelled images: the pictures through the engine, and every figure of what comes out.
+"""Evaluation of a trained model on labelled images: the engine's logits, and every metric of them.
 
-The figures themselves are in `metrics`, `calibration` and `bootstrap`, what is done to pictures in `robustness`.
+The metrics are in `metrics`, `calibration` and `bootstrap`, corrupted pictures in `robustness`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from crossvit.evaluation import metrics
 from crossvit.evaluation.bootstrap import multi_label_intervals, single_label_intervals
 from crossvit.evaluation.calibration import calibration, fit_temperature, selective
 from crossvit.evaluation.robustness import IMAGES as ROBUSTNESS_IMAGES
-from crossvit.evaluation.robustness import measure_robustness, spoilings
+from crossvit.evaluation.robustness import measure_robustness, transforms
 from crossvit.results import MULTI_LABEL, ClassScore, Evaluation, Mistake
 from crossvit.run import Run
 from crossvit.trained import Trained, open_trained
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from crossvit.model.crossvit import CrossViT
 
 BATCH_SIZE = 64
-MISTAKES_KEPT = 24
+MISTAKES_SHOWN = 24  # the most confident ones
 PICTURE_SIDE = 128  # pixels of a mistake's picture in the report
 
 Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
@@ -62,19 +62,30 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a trained model on labelled images.
 
-    run: a run folder, a weight file or a name on the hub.
-    data: as for training. Of DATA with val/ or test/ that part is taken; of DATA with images the run held out, those; otherwise
-    every image. `split` names a part instead (`train`, `val`, `test`, `all`, `held-out`).
-    target_risk: the share of answers that may be wrong, for the suggested threshold; None is half the error of always answering.
-    calibrate: store the temperature that fits these images in the run, whose logits are divided by it from then on; the figures
-    returned are with it.
-    corruptions: names of `robustness.CORRUPTIONS`, each at five severities; sizes: shorter sides in pixels. Both are measured on
-    `robustness_images` of the images, their pictures spoilt in `workers` processes (0: in this one).
-    maps: show what each of the surest mistakes was read from (`Mistake.map`).
-    progress: called with (images done, images in all).
+    Args:
+        run: A run folder, a weight file or a name on the hub.
+        data: As for training.
+        split: Part of `data`: train, val, test, all or held-out. By default val or test where there
+            is one, else the images that the run held out, else all.
+        batch_size: Images in a forward pass.
+        engine: torch, onnxruntime, openvino or auto.
+        device: auto, cpu, cuda or mps.
+        precision: auto (fp32), fp32 or bf16.
+        skip_bad: Leave out images that cannot be decoded.
+        target_risk: Share of wrong answers to stay below, 0 to 1, for the suggested confidence
+            threshold; None for half of the error rate.
+        calibrate: Store the temperature that fits these images in the run, and measure with it.
+        corruptions: Names of `robustness.CORRUPTIONS`, each at five severities.
+        sizes: Shorter sides in pixels to scale pictures down to.
+        robustness_images: Number of images for `corruptions` and `sizes`.
+        workers: Processes that corrupt pictures; 0 for this one.
+        maps: Show what each of the most confident mistakes was read from (`Mistake.map`).
+        progress: Called with (images done, images in all).
 
-    Raises UsageError where classes differ from the model's or what was asked cannot be, DataError for an image that cannot be
-    decoded (unless `skip_bad`), RunError where the temperature cannot be written.
+    Raises:
+        UsageError: For classes that the model does not have, and for a wrong call.
+        DataError: For an image that cannot be decoded (unless `skip_bad`).
+        RunError: Where the temperature cannot be written.
     """
     if batch_size < 1:
         raise UsageError(f"batch_size = {batch_size}: should be 1 or more")
@@ -83,14 +94,16 @@ def evaluate(
     if robustness_images < 1:
         raise UsageError(f"robustness_images = {robustness_images}: should be 1 or more")
     trained = open_trained(run)
-    asked = spoilings(corruptions, sizes, channels=trained.preprocessing.channels)
-    found = open_data(data)
-    images, part = trained.select(found, split)
+    requested = transforms(corruptions, sizes, channels=trained.preprocessing.channels)
+    opened = open_data(data)
+    images, part = trained.select(opened, split)
     if calibrate:
-        refuse_uncalibratable(trained, found, images, part)
+        refuse_uncalibratable(trained, opened, images, part)
     model = trained.build() if maps else None
     forward = load_engine(trained, engine=engine, device=device, precision=precision, model=model)
-    total = len(images) + (len(asked) + 1) * min(len(images), robustness_images) * bool(asked)
+    total = len(images) + (len(requested) + 1) * min(len(images), robustness_images) * bool(
+        requested
+    )
     started = time.perf_counter()
     logits, images = measure(
         forward,
@@ -126,16 +139,16 @@ def evaluate(
         evaluation = dataclasses.replace(
             evaluation, calibration=dataclasses.replace(evaluation.calibration, replaced=before)
         )
-    if asked:
+    if requested:
         measured = measure_robustness(
             forward,
             images,
             trained.preprocessing,
-            asked,
+            requested,
             sample=robustness_images,
             batch_size=batch_size,
             workers=workers,
-            progress=lambda done, own: progress(total - own + done, total),
+            progress=lambda done, all_done: progress(total - all_done + done, total),
         )
         evaluation = dataclasses.replace(evaluation, robustness=measured)
     return with_pictures(evaluation, images, trained.preprocessing, model=model)
@@ -178,8 +191,13 @@ def with_pictures(
 
 
 def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: str) -> None:
-    """UsageError unless a temperature can be stored, and `images`, the `part` of `data`, are known not to have been trained on:
-    on those a model is surer than it should be."""
+    """Refuse to calibrate where the temperature cannot be stored, or on images that were trained on.
+
+    A model is too confident on images that it was trained on.
+
+    Raises:
+        UsageError: With the fix.
+    """
     if trained.record is None:
         raise UsageError(
             f"{trained.source} is not a run, so no temperature can be stored in it: leave out --calibrate"
@@ -203,23 +221,25 @@ def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: 
             f"--calibrate needs images that {trained.source} was not trained on, and those it was trained on are not to be "
             f"found ({error})"
         ) from error
-    learnt = source.parts.get("train") or source.part("all")
-    known = set(zip(learnt.names, learnt.file_sizes, strict=True)) - set(recorded.held_out.items())
-    seen = sum(own in known for own in zip(images.names, images.file_sizes, strict=True))
-    if seen:
+    train = source.parts.get("train") or source.part("all")
+    trained_on = set(zip(train.names, train.file_sizes, strict=True))
+    trained_on -= set(recorded.held_out.items())
+    files = zip(images.names, images.file_sizes, strict=True)
+    count = sum(file in trained_on for file in files)
+    if count:
         raise UsageError(
-            f"{seen:,} of the {len(images):,} images of {images.location} were trained on, and --calibrate needs images that "
+            f"{count:,} of the {len(images):,} images of {images.location} were trained on, and --calibrate needs images that "
             f"were not: {fix}"
         )
 
 
 def fitted_temperature(fused: NDArray[np.float64], images: ImageSet) -> float:
-    """The temperature that fits. DataError where none does."""
+    """The temperature that fits; DataError where none does."""
     labels = images.targets()
-    if metrics.hits(fused, labels).all():
+    if metrics.topk_correct(fused, labels).all():
         raise DataError(
-            f"all {len(images):,} images of {images.location} are answered right, so the surer the better, and no temperature "
-            "fits: calibrate with more images"
+            f"all {len(images):,} images of {images.location} are predicted correctly, so no temperature is the best: "
+            "calibrate with more images"
         )
     return fit_temperature(fused, labels)
 
@@ -234,12 +254,22 @@ def measure(
     kept: dict[int, NDArray[Any]] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> tuple[NDArray[np.float32], ImageSet]:
-    """(branch logits of every image, (branches, n, classes); the images that are in them), a batch at a time.
+    """Branch logits of images, a batch at a time.
 
-    kept, and images that cannot be decoded: as `fitted_batches` has them.
+    Args:
+        forward: Normalised images (B, C, H, W) to branch logits (branches, B, classes).
+        images: The images.
+        preprocessing: The model's.
+        batch_size: Images in a forward pass.
+        skip_bad: Leave out images that cannot be decoded.
+        kept: Fitted pictures by index, to read from and to fill; see `fitted_batches`.
+        progress: Called with (images done, images in all).
+
+    Returns:
+        (logits (branches, n, classes), the n images that they are of).
     """
     logits: list[NDArray[np.float32]] = []
-    taken: list[int] = []
+    decoded: list[int] = []
     for indices, pixels in fitted_batches(
         images,
         preprocessing,
@@ -249,8 +279,8 @@ def measure(
         progress=progress,
     ):
         logits.append(forward(preprocessing.normalise(pixels)))
-        taken += indices
-    return np.concatenate(logits, axis=1), images.take(taken)
+        decoded += indices
+    return np.concatenate(logits, axis=1), images.take(decoded)
 
 
 def summarise(
@@ -266,25 +296,37 @@ def summarise(
     thorough: bool = False,
     target_risk: float | None = None,
 ) -> Evaluation:
-    """Figures of branch logits (branches, n, classes) against what the images show. See `Evaluation` for each one.
+    """The metrics of branch logits against the labels; see `Evaluation` for each one.
 
-    The answer is the class with the highest mean of the branches' logits; `temperature` changes how sure it is and never which.
-    thorough: with intervals, calibration and risk against coverage, which take seconds on many images.
+    The prediction is the class with the highest mean of the branches' logits; `temperature` changes
+    its confidence and never the class.
+
+    Args:
+        branch_logits: (branches, n, classes).
+        images: The n images.
+        patches: Patch size of each branch in pixels.
+        run: What was evaluated, for the record.
+        data: What it was evaluated on, for the record.
+        split: The part of it, for the record.
+        temperature: What the logits are divided by.
+        thresholds: Decision threshold of each class of a multi-label model.
+        thorough: With intervals, calibration and risk against coverage, which take seconds.
+        target_risk: See `evaluate`.
     """
     truth = images.targets()
     fused = branch_logits.mean(axis=0).astype(np.float64)  # (n, classes)
     shared: dict[str, Any] = {
-        "top1": float(metrics.hits(fused, truth).mean()),
+        "top1": float(metrics.topk_correct(fused, truth).mean()),
         "n": len(images),
         "run": run,
         "data": data,
         "split": split,
-        "top5": float(metrics.hits(fused, truth, k=5).mean()),
+        "top5": float(metrics.topk_correct(fused, truth, k=5).mean()),
         "branches": metrics.branch_scores(branch_logits, truth, patches),
         "images": images.names,
     }
     if images.task != MULTI_LABEL:
-        own = _single_label(
+        specific = _single_label(
             fused,
             truth,
             images,
@@ -293,10 +335,10 @@ def summarise(
             target_risk=target_risk,
         )
     else:
-        own = _multi_label(
+        specific = _multi_label(
             fused, truth, images, temperature=temperature, thresholds=thresholds, thorough=thorough
         )
-    return Evaluation(**shared, **own)
+    return Evaluation(**shared, **specific)
 
 
 def _single_label(
@@ -308,30 +350,31 @@ def _single_label(
     thorough: bool,
     target_risk: float | None,
 ) -> dict[str, Any]:
-    """The fields of `Evaluation` that differ where an image shows one class."""
-    answers = fused.argmax(axis=1)
-    correct = answers == labels
-    sure = metrics.confidence(fused, temperature)
-    confusion = metrics.confusion_matrix(labels, answers, len(images.classes))
-    right, true, guessed = confusion.diagonal(), confusion.sum(axis=1), confusion.sum(axis=0)
+    """The fields of `Evaluation` that are particular to single-label images."""
+    predicted = fused.argmax(axis=1)
+    correct = predicted == labels
+    confidences = metrics.confidence(fused, temperature)
+    confusion = metrics.confusion_matrix(labels, predicted, len(images.classes))
     names = images.classes
-    found = {
-        "macro_f1": metrics.macro_f1(right, true, guessed),
+    fields = {
+        "macro_f1": metrics.macro_f1(*metrics.class_counts(confusion)),
         "loss": metrics.cross_entropy(fused, labels, temperature=temperature),
         "classes": metrics.class_scores(confusion, names),
         "confusion": confusion,
-        "mistakes": _surest_mistakes(
-            sure, correct, images, lambda i: (names[labels[i]], names[answers[i]])
+        "mistakes": _confident_mistakes(
+            confidences, correct, images, lambda i: (names[labels[i]], names[predicted[i]])
         ),
         "correct": tuple(correct.tolist()),
     }
     if thorough:
-        found |= {
-            "intervals": single_label_intervals(labels, answers, metrics.hits(fused, labels, k=5)),
+        fields |= {
+            "intervals": single_label_intervals(
+                labels, predicted, metrics.topk_correct(fused, labels, k=5)
+            ),
             "calibration": calibration(fused, labels, temperature=temperature),
-            "selective": selective(sure, correct, target_risk=target_risk),
+            "selective": selective(confidences, correct, target_risk=target_risk),
         }
-    return found
+    return fields
 
 
 def _multi_label(
@@ -343,48 +386,49 @@ def _multi_label(
     thresholds: Sequence[float],
     thorough: bool,
 ) -> dict[str, Any]:
-    """The fields of `Evaluation` that differ where an image shows any number of classes."""
+    """The fields of `Evaluation` that are particular to multi-label images."""
     names = images.classes
     limits = np.array(thresholds or (metrics.THRESHOLD,) * len(names))
-    sure = metrics.probabilities(fused, task=MULTI_LABEL, temperature=temperature)
-    said, shown = sure >= limits, targets > 0
-    scores = metrics.multi_label_scores(sure, targets, limits, names)
-    correct = (said == shown).all(axis=1)
-    surest_wrong = np.where(said == shown, 0.0, np.where(said, sure, 1 - sure)).max(axis=1)
+    probabilities = metrics.probabilities(fused, task=MULTI_LABEL, temperature=temperature)
+    predicted, positive = probabilities >= limits, targets > 0
+    scores = metrics.multi_label_scores(probabilities, targets, limits, names)
+    wrong = predicted != positive
+    correct = ~wrong.any(axis=1)
+    confidences = np.where(predicted, probabilities, 1 - probabilities)  # of each decision
+    most_confident = np.where(wrong, confidences, 0.0).max(axis=1)
 
-    def named(i: int) -> tuple[str, str]:
-        return images.said(i) or "none", BETWEEN_LABELS.join(
-            names[c] for c in np.flatnonzero(said[i])
-        ) or "none"
+    def labels_of(i: int) -> tuple[str, str]:
+        answer = BETWEEN_LABELS.join(names[c] for c in np.flatnonzero(predicted[i]))
+        return images.said(i) or "none", answer or "none"
 
-    found = {
+    fields = {
         "task": MULTI_LABEL,
         "macro_f1": float(np.mean([score.f1 for score in scores.classes if score.n] or [0.0])),
         "loss": metrics.binary_cross_entropy(fused, targets, temperature=temperature),
         "classes": tuple(
-            ClassScore(one.label, one.n, one.precision, one.recall, one.f1)
-            for one in scores.classes
+            ClassScore(score.label, score.n, score.precision, score.recall, score.f1)
+            for score in scores.classes
         ),
         "confusion": np.zeros((0, 0), dtype=np.int64),
-        "mistakes": _surest_mistakes(surest_wrong, correct, images, named),
+        "mistakes": _confident_mistakes(most_confident, correct, images, labels_of),
         "correct": tuple(correct.tolist()),
         "multi_label": scores,
     }
     if thorough:
-        found["intervals"] = multi_label_intervals(sure, targets, limits)
-    return found
+        fields["intervals"] = multi_label_intervals(probabilities, targets, limits)
+    return fields
 
 
-def _surest_mistakes(
-    sure: NDArray[np.float64],
+def _confident_mistakes(
+    confidences: NDArray[np.float64],
     correct: NDArray[np.bool_],
     images: ImageSet,
-    named: Callable[[int], tuple[str, str]],
+    labels_of: Callable[[int], tuple[str, str]],
 ) -> tuple[Mistake, ...]:
-    """The wrong answers the model was surest of. named: of an image, what it shows and what was said."""
+    """The wrong predictions with the highest confidence. labels_of: index -> (true, predicted)."""
     wrong = np.flatnonzero(~correct)
-    surest = wrong[np.argsort(-sure[wrong], kind="stable")][:MISTAKES_KEPT].tolist()
-    return tuple(Mistake(images.path(i), *named(i), float(sure[i])) for i in surest)
+    first = wrong[np.argsort(-confidences[wrong], kind="stable")][:MISTAKES_SHOWN].tolist()
+    return tuple(Mistake(images.path(i), *labels_of(i), float(confidences[i])) for i in first)
 
 
 def _png(image: Image.Image) -> bytes:

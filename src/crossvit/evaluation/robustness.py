@@ -1,8 +1,9 @@
-"""How accuracy falls where pictures get worse: common corruptions at five severities, and low resolution.
+"""Robustness: accuracy under common corruptions at five severities, and at low resolution.
 
-The corruptions are those of Hendrycks and Dietterich (Benchmarking Neural Network Robustness to Common Corruptions and
-Perturbations, ICLR 2019) as the package `imagecorruptions-imaug` has them for pictures of any size. Pictures are spoilt as they
-are decoded, before the preprocessing; each from a seed of its own, so that figures do not depend on order or processes.
+The corruptions are those of Hendrycks and Dietterich (Benchmarking Neural Network Robustness to
+Common Corruptions and Perturbations, ICLR 2019) as the package `imagecorruptions-imaug` has them
+for pictures of any size. Pictures are corrupted after decoding, before the preprocessing, each with
+a seed from its name, so that results depend neither on order nor on processes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from PIL import Image
 from crossvit.data.images import ImageSet
 from crossvit.data.preprocess import Preprocessing
 from crossvit.errors import UsageError, unknown_name
-from crossvit.evaluation.metrics import hits
+from crossvit.evaluation.metrics import topk_correct
 from crossvit.results import CorruptionScore, Robustness, SizeScore
 
 CORRUPTIONS = (  # the paper's fifteen, in its order: noise, blur, weather, digital
@@ -34,16 +35,16 @@ CORRUPTIONS = (  # the paper's fifteen, in its order: noise, blur, weather, digi
     "contrast", "elastic_transform", "pixelate", "jpeg_compression",
 )  # fmt: skip
 SEVERITIES = (1, 2, 3, 4, 5)
-LARGEST_SIDE = 256  # the shorter side that the published severities, in pixels, are for; larger pictures are scaled down to it
+LARGEST_SIDE = 256  # shorter side, in pixels, that the published severities are for
+SMALLEST_SIDE = 32  # shorter side, in pixels, that the package takes at least
 COLOURS = (0, 1, 3, 4)  # channels (0: as RGB) that an 8-bit colour picture can become
-SMALLEST_SIDE = 32  # the least the package takes; smaller pictures are enlarged to it
-IMAGES = 1000  # that are measured: a share of them is right to about 3 %, and 75 times so many take minutes
+IMAGES = 1000  # measured by default: accuracy to about 3 %; 75 corruptions of them take minutes
 
 Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
-class Spoiling(Protocol):
-    """Something done to a picture before the preprocessing. Goes to other processes."""
+class Transform(Protocol):
+    """Makes a picture worse before the preprocessing. It is pickled for other processes."""
 
     def __call__(self, picture: Image.Image, *, seed: int) -> Image.Image: ...
 
@@ -60,15 +61,14 @@ class Corruption:
 
         shorter = min(picture.size)
         picture = _scaled(picture, min(max(shorter, SMALLEST_SIDE), LARGEST_SIDE) / shorter)
-        own = (
-            {"seed": seed} if self.name in ("glass_blur", "impulse_noise") else {}
-        )  # the others draw from NumPy's generator
+        # the others draw from NumPy's global generator
+        seeded = {"seed": seed} if self.name in ("glass_blur", "impulse_noise") else {}
         before = np.random.get_state()
         np.random.seed(seed)
         try:
             return Image.fromarray(
                 corrupt(
-                    np.asarray(picture), severity=self.severity, corruption_name=self.name, **own
+                    np.asarray(picture), severity=self.severity, corruption_name=self.name, **seeded
                 )
             )
         finally:
@@ -77,11 +77,11 @@ class Corruption:
 
 @dataclasses.dataclass(frozen=True)
 class Shrunk:
-    """Scaled down to a shorter side of `pixels`, bicubic; a picture that has no more than that is left as it is."""
+    """Scales down to a shorter side of `pixels`, bicubic; a smaller picture stays as it is."""
 
     pixels: int
 
-    def __call__(self, picture: Image.Image, *, seed: int) -> Image.Image:  # noqa: ARG002  # of every Spoiling
+    def __call__(self, picture: Image.Image, *, seed: int) -> Image.Image:  # noqa: ARG002  # of every Transform
         return _scaled(picture, min(1.0, self.pixels / min(picture.size)))
 
 
@@ -92,16 +92,23 @@ def _scaled(picture: Image.Image, factor: float) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.BICUBIC)
 
 
-def spoilings(
+def transforms(
     corruptions: Sequence[str], sizes: Sequence[int], *, channels: int = 0
-) -> tuple[Spoiling, ...]:
-    """Every corruption at every severity, then the sizes, for the pictures of a `Preprocessing` of `channels`.
+) -> tuple[Transform, ...]:
+    """Every corruption at every severity, then every size from the largest.
 
-    UsageError for a name, a size or a package that is not there, and for channels that no picture in colour has.
+    Args:
+        corruptions: Names, of CORRUPTIONS.
+        sizes: Shorter sides in pixels.
+        channels: Of the model's `Preprocessing`.
+
+    Raises:
+        UsageError: For an unknown name, a size below 1, a missing package, and channels that no
+            colour picture has.
     """
     if (corruptions or sizes) and channels not in COLOURS:
         raise UsageError(
-            f"pictures of {channels} channels cannot be spoilt: leave --corruptions and --sizes out"
+            f"pictures of {channels} channels cannot be corrupted: leave out --corruptions and --sizes"
         )
     for name in corruptions:
         if name not in CORRUPTIONS:
@@ -125,17 +132,24 @@ def measure_robustness(
     forward: Forward,
     images: ImageSet,
     preprocessing: Preprocessing,
-    asked: Sequence[Spoiling],
+    requested: Sequence[Transform],
     *,
     sample: int = IMAGES,
     batch_size: int = 64,
     workers: int = 0,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Robustness:
-    """Accuracy of `forward` on images made worse in the ways `asked`, and as they are.
+    """Accuracy on clean images, and on the same images after each transform.
 
-    sample: so many of the images are measured, evenly spread over them.  workers: processes that spoil pictures, 0 for this one.
-    progress is called with (pictures done, pictures in all).
+    Args:
+        forward: Normalised images (B, C, H, W) to branch logits (branches, B, classes).
+        images: Labelled images.
+        preprocessing: The model's.
+        requested: What `transforms` gives.
+        sample: Number of images to measure, spread evenly over `images`.
+        batch_size: Images in a forward pass.
+        workers: Processes that corrupt pictures; 0 for this one.
+        progress: Called with (pictures done, pictures in all).
     """
     chosen = images.take(
         np.unique(
@@ -143,70 +157,68 @@ def measure_robustness(
         ).tolist()
     )
     truth = chosen.targets()
-    total = len(chosen) * (len(asked) + 1)
-    accuracy: dict[Spoiling | None, float] = {}
+    total = len(chosen) * (len(requested) + 1)
+    accuracy: dict[Transform | None, float] = {}
     with _fitting(chosen, preprocessing, workers) as fit:
-        for spoiling in (None, *asked):
-            right = 0
+        for transform in (None, *requested):
+            n_correct = 0
             for start in range(0, len(chosen), batch_size):
                 indices = range(start, min(start + batch_size, len(chosen)))
                 logits = forward(
-                    preprocessing.normalise(np.stack(list(fit(spoiling, indices))))
+                    preprocessing.normalise(np.stack(list(fit(transform, indices))))
                 ).mean(axis=0)
-                right += int(hits(logits, truth[start : indices.stop]).sum())
+                n_correct += int(topk_correct(logits, truth[start : indices.stop]).sum())
                 progress(len(accuracy) * len(chosen) + indices.stop, total)
-            accuracy[spoiling] = right / len(chosen)
-    names = dict.fromkeys(spoiling.name for spoiling in asked if isinstance(spoiling, Corruption))
+            accuracy[transform] = n_correct / len(chosen)
+    names = dict.fromkeys(item.name for item in requested if isinstance(item, Corruption))
     corruptions = tuple(
         CorruptionScore(name, tuple(accuracy[Corruption(name, s)] for s in SEVERITIES))
         for name in names
     )
-    shrunk = (spoiling for spoiling in asked if isinstance(spoiling, Shrunk))
+    shrunk = (item for item in requested if isinstance(item, Shrunk))
     return Robustness(
         corruptions=corruptions,
-        sizes=tuple(SizeScore(spoiling.pixels, accuracy[spoiling]) for spoiling in shrunk),
+        sizes=tuple(SizeScore(item.pixels, accuracy[item]) for item in shrunk),
         mean=float(np.mean([score.top1 for score in corruptions])) if corruptions else None,
         n=len(chosen),
         unspoilt=accuracy[None],
     )
 
 
-Fit = Callable[[Spoiling | None, Sequence[int]], Iterator[NDArray[Any]]]
+Fit = Callable[[Transform | None, Sequence[int]], Iterator[NDArray[Any]]]
 
 
 @contextmanager
 def _fitting(images: ImageSet, preprocessing: Preprocessing, workers: int) -> Iterator[Fit]:
-    """fit(spoiling, indices): the fitted pictures, in this process or in others that hold `images` too."""
+    """fit(transform, indices): the fitted pictures, computed here or in worker processes."""
     if not workers:
-        yield lambda spoiling, indices: map(
-            functools.partial(_fitted, images, preprocessing, spoiling), indices
+        yield lambda transform, indices: map(
+            functools.partial(_fitted, images, preprocessing, transform), indices
         )
         return
-    begin = functools.partial(_hold, images, preprocessing)
+    begin = functools.partial(_start_worker, images, preprocessing)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=begin) as pool:
-        yield lambda spoiling, indices: pool.map(
-            _held, [spoiling] * len(indices), indices, chunksize=4
+        yield lambda transform, indices: pool.map(
+            _fitted_in_worker, [transform] * len(indices), indices, chunksize=4
         )
 
 
 def _fitted(
-    images: ImageSet, preprocessing: Preprocessing, spoiling: Spoiling | None, index: int
+    images: ImageSet, preprocessing: Preprocessing, transform: Transform | None, index: int
 ) -> NDArray[Any]:
-    if spoiling is None:
+    if transform is None:
         return preprocessing.fit(images.picture(index, preprocessing))
-    seed = zlib.crc32(f"{images.names[index]} {spoiling}".encode("utf-8", "surrogateescape"))
-    return preprocessing.fit(preprocessing.read(spoiling(images.read(index), seed=seed)))
+    seed = zlib.crc32(f"{images.names[index]} {transform}".encode("utf-8", "surrogateescape"))
+    return preprocessing.fit(preprocessing.read(transform(images.read(index), seed=seed)))
 
 
-_HELD: list[
-    tuple[ImageSet, Preprocessing]
-] = []  # of a worker process, whose whole life is one measurement
+_WORKER_INPUT: list[tuple[ImageSet, Preprocessing]] = []  # of a worker process
 
 
-def _hold(images: ImageSet, preprocessing: Preprocessing) -> None:
-    _HELD.append((images, preprocessing))
+def _start_worker(images: ImageSet, preprocessing: Preprocessing) -> None:
+    _WORKER_INPUT.append((images, preprocessing))
 
 
-def _held(spoiling: Spoiling | None, index: int) -> NDArray[Any]:
-    images, preprocessing = _HELD[-1]
-    return _fitted(images, preprocessing, spoiling, index)
+def _fitted_in_worker(transform: Transform | None, index: int) -> NDArray[Any]:
+    images, preprocessing = _WORKER_INPUT[-1]
+    return _fitted(images, preprocessing, transform, index)
