@@ -253,7 +253,9 @@ def test_a_cell_says_what_it_is_under_the_pointer(look: Callable[..., Any]) -> N
         true, answer = TEN.index(names[row]), TEN.index(names[column])
         count, n = int(evaluation.confusion[true, answer]), int(evaluation.confusion[true].sum())
         what = (
-            f"{names[row]}: right" if row == column else f"{names[row]} taken for {names[column]}"
+            f"{names[row]}: correct"
+            if row == column
+            else f"{names[row]} predicted as {names[column]}"
         )
         page.locator(".confusion tbody tr").nth(row).locator("td").nth(column).hover()
         assert tip.inner_text().split("\n") == [
@@ -272,7 +274,7 @@ def test_the_matrix_is_read_with_the_arrow_keys(look: Callable[..., Any]) -> Non
     page.locator(".confusion").focus()
     for key in ("ArrowDown", "ArrowDown", "ArrowRight"):
         page.keyboard.press(key)
-    assert page.locator(".tip").inner_text().startswith(f"{TEN[1]}: right")
+    assert page.locator(".tip").inner_text().startswith(f"{TEN[1]}: correct")
     page.keyboard.press("Escape")
     assert not page.locator(".tip").is_visible()
 

@@ -451,8 +451,8 @@ def test_the_command_prints_every_figure_and_says_what_it_stored(
         "top-1  ",
         "F1     ",
         "branch S alone",
-        "calibration  off by",
-        "abstain  ",
+        "calibration  confidence is ",
+        "abstention  ",
         "robustness   top-1",
         "4 pixels",
     ):
@@ -503,4 +503,4 @@ def test_several_classes_and_no_threshold_are_printed_too(
     print_evaluation(
         dataclasses.replace(result, selective=dataclasses.replace(result.selective, suggested=None))
     )
-    assert "at any confidence more than 0.0 % of the answers are wrong" in capsys.readouterr().out
+    assert "no confidence threshold gets wrong answers down to 0.0 %" in capsys.readouterr().out

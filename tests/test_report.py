@@ -92,16 +92,16 @@ def test_a_literal_matrix() -> None:
         ("c", 4, 4, 0),
     ]
     assert [cell.count for cell in matrix.rows[0].cells] == [8, 2, 0]
-    assert matrix.rows[0].cells[1].says == "a taken for b, 2 of 10 (20.0\u202f%)"
-    assert matrix.rows[0].cells[0].says == "a: right, 8 of 10 (80.0\u202f%)"
+    assert matrix.rows[0].cells[1].description == "a predicted as b, 2 of 10 (20.0\u202f%)"
+    assert matrix.rows[0].cells[0].description == "a: correct, 8 of 10 (80.0\u202f%)"
     assert matrix.rows[2].cells[0].shade == pytest.approx(0.75**0.5)
-    assert [(pair.label, pair.answer, pair.count, pair.n) for pair in matrix.pairs] == [
+    assert [(pair.label, pair.predicted, pair.count, pair.n) for pair in matrix.pairs] == [
         ("c", "a", 3, 4),
         ("a", "b", 2, 10),
         ("c", "b", 1, 4),
     ]
-    assert matrix.taken_for["c"] == matrix.pairs[0]
-    assert matrix.taken_for["b"] is None
+    assert matrix.confused_with["c"] == matrix.pairs[0]
+    assert matrix.confused_with["b"] is None
     assert not matrix.cut
 
 
@@ -162,11 +162,11 @@ def test_a_run_page_says_everything_of_the_run() -> None:
     evaluation = made_evaluation(names)
     assert evaluation.calibration is not None
     says = words(run_page(run_of(evaluation, names), evaluation))
-    right = round(evaluation.top1 * evaluation.n)
+    correct = round(evaluation.top1 * evaluation.n)
     for expected in (
         f"{100 * evaluation.top1:.1f}\u202f%",
         f"{100 * evaluation.top1 - 2:.1f} – {100 * evaluation.top1 + 1.9:.1f}\u202f%",
-        f"of {evaluation.n} val images right, {evaluation.n - right} wrong",
+        f"on {evaluation.n} val images, {evaluation.n - correct} wrong",
         "2 identical images stand on both sides of the split",
         "3 files of kinds that are not read",
         f"differ by {100 * evaluation.calibration.ece:.1f}\u202f% on average",
@@ -235,9 +235,9 @@ def test_nothing_wrong_is_said_in_words() -> None:
         small([[5, 0], [0, 5]]), top1=1.0, n=10, correct=(), mistakes=()
     )
     says = words(evaluation_page(evaluation, command="crossvit evaluate run data"))
-    assert "of 10 val images right, 0 wrong" in says
-    assert "every image is right" in says
-    assert "most often" not in says.replace("most often taken for", "")
+    assert "on 10 val images, 0 wrong" in says
+    assert "every prediction is correct" in says
+    assert "most often" not in says.replace("most often confused with", "")
 
 
 def test_a_multi_label_page_has_its_own_table() -> None:
@@ -296,7 +296,7 @@ from evaluations import made_comparison, made_epochs, made_evaluation, made_reco
 evaluation = made_evaluation(["crab", "lobster"])
 record = RunRecord.from_dict(made_record(["crab", "lobster"]).to_dict())
 log = [vars(epoch) for epoch in made_epochs(3)]
-assert "How it learned" in run_page(TrainingResult.of_finished("run", record, log), evaluation)
+assert "Learning curves" in run_page(TrainingResult.of_finished("run", record, log), evaluation)
 assert "McNemar" in comparison_page(made_comparison(accuracies=(0.8, 0.9)), command="crossvit")
 print(*sys.modules)
 """
@@ -381,7 +381,7 @@ def test_report_compares_runs(
     status, out, _ = command("report", *two_runs, "--out", page)
     assert status == 0
     assert "second  against first: " in out
-    assert out.endswith(f"look   {page}\n")
+    assert out.endswith(f"report {page} (open it in a browser)\n")
     text = page.read_text()
     assert [link for link in Page(text).asked if not link.startswith(("data:", "#"))] == []
     says = words(text)
@@ -402,7 +402,7 @@ def test_report_writes_a_runs_page_anew(
     (run / "report.html").unlink(missing_ok=True)
     status, out, _ = command("report", run)
     assert status == 0
-    assert "How it learned" in (run / "report.html").read_text()
+    assert "Learning curves" in (run / "report.html").read_text()
     status, out, _ = command("report", run, "--json", "--out", tmp_path / "elsewhere.html")
     assert json.loads(out)["n"] == 12
     assert "calibration error" in (tmp_path / "elsewhere.html").read_text()
@@ -466,7 +466,7 @@ def test_recipes_differ_field_by_field() -> None:
     assert differing([one, one]) == {}
 
 
-def test_names_of_runs_are_not_taken_for_formulas() -> None:
+def test_names_of_runs_are_not_confused_with_formulas() -> None:
     found = made_comparison(accuracies=(0.8, 0.9))
     first = dataclasses.replace(found.runs[0], name="a$x^2$ <b>")
     page = comparison_page(
@@ -487,7 +487,7 @@ def test_a_comparison_says_what_the_test_found() -> None:
     assert "second is better than first" in words(
         comparison_page(better, command="crossvit report a b")
     )
-    assert "the difference is second less first, in points" in words(
+    assert "the difference is second minus first, in points" in words(
         comparison_page(better, command="crossvit report a b")
     )
     same = made_comparison(accuracies=(0.8, 0.8), seeds=(0, 0))

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TOP5_FROM = 10  # classes from which top-5 says something
 HARDEST = 3  # classes that are named
-SAME_TEMPERATURE = 0.01  # share by which two may differ that do the same
+SAME_TEMPERATURE = 0.01  # relative difference up to which two temperatures count as equal
 WORKERS_AT_MOST = 8
 
 Sizes = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())]
@@ -50,7 +50,7 @@ def evaluate(
     json: Switch = False,
 ) -> int:
     """Measure a trained model on labelled images: accuracy with intervals, per class and branch, calibration, and when asked
-    how it stands up to pictures that get worse.
+    robustness to pictures that get worse.
 
     Parameters
     ----------
@@ -62,9 +62,9 @@ def evaluate(
     split
         Take this part instead: train, val or test where the data has them, all where it has none, or held-out.
     report
-        Write a page with every figure, the plots and the surest mistakes to this file.
+        Write a page with every figure, the plots and the most confident mistakes to this file.
     calibrate
-        Store the temperature that fits these images in the run, so that its probabilities mean what they say, and measure
+        Store the temperature that fits these images in the run, so that its confidence matches its accuracy, and measure
         with it. Only with images the run was not trained on.
     target_risk
         The share of answers that may be wrong, 0 to 1: a confidence is suggested below which to give no answer. By default
@@ -76,7 +76,7 @@ def evaluate(
     robustness_images
         Images that --corruptions and --sizes measure, spread evenly over all.
     workers
-        Processes that spoil the pictures for --corruptions and --sizes; 0 does it in this one. By default one a processor.
+        Processes that corrupt the pictures for --corruptions and --sizes; 0 does it in this one. By default one a processor.
     batch_size
         Images a step.
     engine
@@ -153,8 +153,9 @@ def evaluate(
 
 def print_evaluation(result: Evaluation) -> None:
     """The figures for people, the most asked for first; what has a whole table is in the JSON and on the page."""
-    right = round(result.top1 * result.n)
-    of = f"({right:,} of {result.n:,} {result.split} images of {result.data})"
+    correct = round(result.top1 * result.n)
+    part = f"all {result.n:,}" if result.split == "all" else f"{result.n:,} {result.split}"
+    of = f"({correct:,} of {part} images of {result.data})"
     print(f"top-1  {_percent(result.top1)}{_between(result.intervals.get('top1'))}  {of}")
     if len(result.classes) >= TOP5_FROM:
         print(f"top-5  {_percent(result.top5)}{_between(result.intervals.get('top5'))}")
@@ -193,16 +194,18 @@ def _print_multi_label(scores: MultiLabel, interval: Interval | None) -> None:
 
 def _print_calibration(found: Calibration, run: str) -> None:
     was = found.replaced or found
-    off = f"calibration  off by {_percent(was.ece)} on average at temperature {was.temperature:.2f}"
+    surplus = sum(row.n * (row.confidence - row.accuracy) for row in was.bins)
+    stated = "overstated" if surplus > 0 else "understated"
+    ece = f"ECE {_percent(was.ece)} at temperature {was.temperature:.2f}"
     if math.isclose(was.temperature, was.suggested_temperature, rel_tol=SAME_TEMPERATURE):
-        print(f"{off}, the best for these images")
+        advice = ", the best for these images"
     else:
-        surplus = sum(one.n * (one.confidence - one.accuracy) for one in was.bins)
-        fitting = f"{_percent(was.suggested_ece)} at {was.suggested_temperature:.2f}"
         by_hand = "" if found.stored else " (--calibrate stores it)"
-        print(
-            f"{off}, mostly {'too sure' if surplus > 0 else 'not sure enough'}; {fitting}{by_hand}"
-        )
+        advice = f"; {_percent(was.suggested_ece)} at {was.suggested_temperature:.2f}{by_hand}"
+    points = round(100 * was.ece)
+    print(
+        f"calibration  confidence is {stated} by about {points} point{'s' * (points != 1)}: {ece}{advice}"
+    )
     if found.stored:
         print(
             f"stored       temperature {found.temperature:.4g} in {run}/run.json, in place of {was.temperature:.4g}"
@@ -212,13 +215,13 @@ def _print_calibration(found: Calibration, run: str) -> None:
 def _print_selective(found: Selective) -> None:
     if found.suggested is None:
         print(
-            f"abstain      at any confidence more than {_percent(found.target_risk)} of the answers are wrong"
+            f"abstention   no confidence threshold gets wrong answers down to {_percent(found.target_risk)}"
         )
         return
     point = found.suggested
     print(
-        f"abstain      below {_percent(point.threshold)} sure: {_percent(point.coverage)} of the images are answered, "
-        f"{_percent(point.risk)} of the answers wrong ({_percent(found.target_risk)} wrong at most)"
+        f"abstention   ignore answers below a confidence of {_percent(point.threshold)}: {_percent(point.coverage)} of the "
+        f"images get one, and {_percent(point.risk)} of those are wrong (target: at most {_percent(found.target_risk)})"
     )
 
 
@@ -227,9 +230,7 @@ def _print_robustness(found: Robustness) -> None:
     from rich.table import Column, Table
 
     console = Console(highlight=False)
-    print(
-        f"robustness   top-1 {_percent(found.unspoilt)} of {found.n:,} images as they are", end=""
-    )
+    print(f"robustness   top-1 {_percent(found.unspoilt)} of {found.n:,} unchanged images", end="")
     print("" if found.mean is None else f", {_percent(found.mean)} on average over corruptions")
     if found.corruptions:
         table = Table(

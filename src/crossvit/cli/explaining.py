@@ -32,9 +32,10 @@ def explain(
     skip_bad: Switch = False,
     json: Switch = False,
 ) -> int:
-    """Show what each branch looked at, what crossed between the branches, and where they disagree: a picture and its arrays for
-    each image. With --check, measure on labelled images whether the maps mean anything: `crossvit explain RUN DATA --check`.
-    Exits with 1 if an image could not be read; the others are explained all the same.
+    """Show which parts of a photo the answer came from: what each branch looked at and where the branches disagree.
+
+    Writes a picture and its arrays for each image. With --check, measures on labelled images whether the maps mean anything:
+    `crossvit explain RUN DATA --check`. Exits with 1 if an image could not be read; the others are explained all the same.
 
     Parameters
     ----------
@@ -232,7 +233,7 @@ def _print_explanation(explanation: Explanation) -> None:
     assert explanation.top is not None
     assert explanation.explained is not None
     parts = [
-        f"{branch.name} alone {branch.top.label} {_percent(branch.top.probability)}"
+        f"branch {branch.name} {branch.top.label} {_percent(branch.top.probability)}"
         for branch in explanation.branches
     ]
     if explanation.explained.label != explanation.top.label:
@@ -241,7 +242,7 @@ def _print_explanation(explanation: Explanation) -> None:
             f"explained {explanation.explained.label} {_percent(explanation.explained.probability)}",
         )
     if explanation.disagreement is not None:
-        parts.append(f"{_percent(explanation.disagreement)} on different patches")
+        parts.append(f"branches differ by {_percent(explanation.disagreement)}")
     said = f"{explanation.top.label} {_percent(explanation.top.probability)}"
     print(f"{explanation.image}  {said}  ({', '.join(parts)})  {explanation.picture}")
 

@@ -111,28 +111,28 @@ def report(
         print_comparison(compared)
     else:
         print_evaluation(evaluation)
-    print(f"look   {page}")
+    print(f"report {page} (open it in a browser)")
     return 0
 
 
 def print_comparison(found: RunsCompared) -> None:
-    """A line for each run and one for each test against the first; what has a whole table is in the JSON and on the page."""
+    """Print a line for each run and one for each test against the first; tables are in the JSON and on the page."""
     print(f"data   the same {found.n:,} {found.split} images of {found.data}")
     width = max(len(run.name) for run in found.runs)
     for run in found.runs:
         figures = run.evaluation
         interval = figures.intervals.get("top1")
         between = f" [{100 * interval.low:.1f} to {100 * interval.high:.1f}]" if interval else ""
-        alone = ", ".join(
-            f"{branch.name} alone {100 * branch.top1:.1f} %" for branch in figures.branches
+        branches = ", ".join(
+            f"branch {branch.name} {100 * branch.top1:.1f} %" for branch in figures.branches
         )
         cost = f"{run.parameters / 1e6:.2f} M parameters, {run.macs / 1e9:.3f} GMACs, {run.seconds:.0f} s of training"
-        print(f"{run.name:{width}}  top-1 {100 * figures.top1:.1f} %{between}  {alone}  {cost}")
+        print(f"{run.name:{width}}  top-1 {100 * figures.top1:.1f} %{between}  {branches}  {cost}")
     first = found.runs[0].name
     for run, test in zip(found.runs[1:], found.tests, strict=True):
         interval = test.interval
         print(
             f"{run.name:{width}}  against {first}: {100 * test.difference:+.1f} points "
             f"[{100 * interval.low:+.1f} to {100 * interval.high:+.1f}], p {test.p:.2g} "
-            f"(right alone: {test.only_second:,} and {test.only_first:,})"
+            f"(only {run.name} correct: {test.only_second:,}, only {first}: {test.only_first:,})"
         )

@@ -126,7 +126,7 @@ def print_training(result: TrainingResult) -> None:
             f"note   of epoch {epoch}, the best on these very images: expect a little less on new ones"
         )
     print(f"run    {result.run}")
-    print(f"look   {result.run}/report.html")
+    print(f"report {result.run}/report.html (open it in a browser)")
 
 
 def print_rehearsal(result: Rehearsal) -> None:

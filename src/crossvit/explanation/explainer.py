@@ -1,4 +1,4 @@
-"""What each branch looked at, what crossed between the branches, and where they disagree.
+"""Explanations: what each branch looked at, what passed between the branches, and where they disagree.
 
 The mathematics is in `relevance.py`; whether the maps mean anything is measured in `faithfulness.py`.
 """
@@ -26,18 +26,24 @@ from crossvit.results import BranchAnswer, Explanation, Label, TokenMap, branch_
 from crossvit.trained import MULTI_LABEL, Trained, open_trained
 
 PHOTO_SIDE = 640  # pixels of the longer side of the picture kept with an explanation
-TOKENS_AT_ONCE = (
-    2**21
-)  # entries of a batch's (T, T) matrices: a few hundred MB with every attention and what its gradient needs
+TOKENS_AT_ONCE = 2**21  # entries of a batch's (T, T) matrices: a few hundred MB with gradients
 MOST_AT_ONCE = 64  # images
 ALL = "all"
 
 
 class Explainer:
-    """A trained model, ready to say what its answers were read from. `explainer(image)` takes a path, the bytes of a file, a
-    Pillow image or a uint8 array, and always gives an `Explanation`: of an image that cannot be decoded, one with `error` set.
+    """Explains the predictions of one trained model.
 
-    class_name: explain this class instead of the model's own answer. UnknownNameError if there is none of that name.
+    `explainer(image)` takes a path, the bytes of a file, a Pillow image or a uint8 array, and always
+    returns an `Explanation`: for an image that cannot be decoded, one with `error` set.
+
+    Args:
+        run: A run folder, a weight file or a name on the hub.
+        class_name: Explain this class instead of the predicted one.
+        device: auto, cpu, cuda or mps.
+
+    Raises:
+        UnknownNameError: For a class that the model does not have.
     """
 
     def __init__(
@@ -65,9 +71,11 @@ class Explainer:
 def explain(
     run: str | Path, image: ImageSource, *, class_name: str | None = None, device: str = "auto"
 ) -> Explanation:
-    """What the model `run` (a run, a weight file, a name on the hub) read its answer to one image from; see `Explainer`.
+    """Explain the prediction for one image; see `Explainer`.
 
-    DataError for an image that cannot be decoded.
+    Raises:
+        DataError: For an image that cannot be decoded.
+        UnknownNameError: For a class that the model does not have.
     """
     explanation = Explainer(run, class_name=class_name, device=device)(image)
     if explanation.error is not None:
@@ -83,10 +91,19 @@ def mistake_maps(
     fitted: Sequence[NDArray[Any]] | None = None,
     side: int = 128,
 ) -> list[bytes]:
-    """For each picture (RGB, upright) what the model's answer was read from, laid over it: PNG bytes, `side` pixels at most.
+    """What the model's answer to each picture was read from, laid over the picture.
 
-    The map is the gradient-weighted one of the model's own answer; see `relevance.py`. A few dozen pictures take one or a few
-    batches. fitted: the pictures as the model takes them, where those are not RGB.
+    The map is the gradient-weighted one of the predicted class; see `relevance.py`.
+
+    Args:
+        model: In evaluation mode, on any device.
+        preprocessing: The model's.
+        pictures: Upright RGB pictures.
+        fitted: The pictures as the model takes them, where those are not RGB.
+        side: Longer side of the result in pixels, at most.
+
+    Returns:
+        PNG bytes of each picture.
     """
     from crossvit.report.overlay import overlay_png
 
@@ -113,7 +130,7 @@ def mistake_maps(
 
 
 def at_once(model: CrossViT, image_size: tuple[int, int]) -> int:
-    """Images to be read in one batch, so that it fits in memory."""
+    """Number of images in a batch that fits in memory."""
     tokens = sum(
         token_counts(model.config, [branch.grid(image_size) for branch in model.config.branches])
     )
@@ -124,7 +141,7 @@ def arrays(explanation: Explanation) -> dict[str, NDArray[np.float32]]:
     """Every map by its name, and the features, as they are written to the .npz."""
     names = [branch.name for branch in explanation.branches]
     features = zip(names, explanation.features, strict=True)
-    return {one.name: one.values for one in explanation.maps} | {
+    return {item.name: item.values for item in explanation.maps} | {
         f"features.{name}": values for name, values in features
     }
 
@@ -150,30 +167,30 @@ def _class_index(trained: Trained, name: str) -> int:
     return positions[name]
 
 
-def _assemble(name: str, picture: Image.Image, reading: Reading, trained: Trained) -> Explanation:
+def _assemble(image: str, picture: Image.Image, reading: Reading, trained: Trained) -> Explanation:
     """The record of the one image in `reading`."""
     branches = branch_names(len(reading.grids))
     target = int(reading.targets[0])
     maps = [*_attention_maps(reading, branches), *_relevance_maps(reading, branches)]
-    differences = [one.values for one in maps if one.kind == "difference"]
+    differences = [item.values for item in maps if item.kind == "difference"]
     return Explanation(
-        image=name,
-        top=_surest(reading.logits.mean(dim=0)[0], trained),
+        image=image,
+        top=_most_likely(reading.logits.mean(dim=0)[0], trained),
         explained=_probability(reading.logits.mean(dim=0)[0], target, trained),
         branches=tuple(
             BranchAnswer(
-                name=own,
+                name=name,
                 patch=branch.patch,
                 grid=grid,
-                top=_surest(logits[0], trained),
+                top=_most_likely(logits[0], trained),
                 explained=_probability(logits[0], target, trained),
                 from_other=sum(
-                    one.share
-                    for one in maps
-                    if (one.kind, one.reader) == ("rollout", own) and one.on not in (own, ALL)
+                    item.share
+                    for item in maps
+                    if (item.kind, item.reader) == ("rollout", name) and item.on not in (name, ALL)
                 ),
             )
-            for own, branch, grid, logits in zip(
+            for name, branch, grid, logits in zip(
                 branches, trained.config.branches, reading.grids, reading.logits, strict=True
             )
         ),
@@ -185,37 +202,37 @@ def _assemble(name: str, picture: Image.Image, reading: Reading, trained: Traine
         maps=tuple(maps),
         photo=np.asarray(_thumbnail(picture, PHOTO_SIDE)),
         features=tuple(
-            own[0, reading.has_class_token :].T.unflatten(-1, grid).cpu().numpy()
-            for own, grid in zip(reading.features, reading.grids, strict=True)
+            feature[0, reading.has_class_token :].T.unflatten(-1, grid).cpu().numpy()
+            for feature, grid in zip(reading.features, reading.grids, strict=True)
         ),
     )
 
 
 def _attention_maps(reading: Reading, branches: Sequence[str]) -> Iterator[TokenMap]:
-    """Each attention of the pass, as the row of the token that stands for the reading branch."""
+    """Each attention of the pass: the row of the reading branch's class token (or the mean of rows)."""
     for seen in reading.attention:
         if seen.kind == "cross":
             assert seen.branch is not None
-            other = (seen.branch + 1) % len(branches)
+            source = (seen.branch + 1) % len(branches)
             row = seen.weights[
                 0, :, 0, 1:
-            ]  # (H, n_other): the first key is the reading token itself
-            if row.shape[-1]:  # as released, later blocks see nothing else
+            ]  # (H, n_source): the first key is the class token itself
+            if row.shape[-1]:  # as released, later blocks have no other key
                 yield _token_map(
                     "cross",
                     branches[seen.branch],
-                    branches[other],
-                    row.unflatten(-1, reading.grids[other]),
+                    branches[source],
+                    row.unflatten(-1, reading.grids[source]),
                     seen,
                 )
         elif seen.kind == "self":
             assert seen.branch is not None
-            row = _standing_row(seen.weights[0], reading.has_class_token)[
+            row = _reading_row(seen.weights[0], reading.has_class_token)[
                 :, reading.has_class_token :
             ]
-            own = branches[seen.branch]
+            name = branches[seen.branch]
             yield _token_map(
-                "attention", own, own, row.unflatten(-1, reading.grids[seen.branch]), seen
+                "attention", name, name, row.unflatten(-1, reading.grids[seen.branch]), seen
             )
         else:
             yield from _joint_maps(reading, branches, seen)
@@ -224,42 +241,40 @@ def _attention_maps(reading: Reading, branches: Sequence[str]) -> Iterator[Token
 def _joint_maps(
     reading: Reading, branches: Sequence[str], seen: AttentionMap
 ) -> Iterator[TokenMap]:
-    """All-attention: every branch's class token over the patches of every branch, its own among them."""
+    """All-attention: every branch's class token over the patches of all branches."""
     counts = [reading.has_class_token + rows * columns for rows, columns in reading.grids]
     for reader, weights in zip(
         branches, seen.weights[0].split(counts, dim=1), strict=True
     ):  # (H, N_b, T)
         for on, values in zip(
-            branches, reading.on_grids(_standing_row(weights, reading.has_class_token)), strict=True
+            branches, reading.on_grids(_reading_row(weights, reading.has_class_token)), strict=True
         ):
             yield _token_map("cross", reader, on, values, seen)
 
 
 def _relevance_maps(reading: Reading, branches: Sequence[str]) -> Iterator[TokenMap]:
-    """Of each branch and of the logits' mean: relevance on every grid, and on the finest one together."""
+    """Relevance of each branch and of the mean logits, on every grid and summed on the finest one."""
     for kind, rows in (("rollout", reading.rollout[:, 0]), ("gradient", reading.gradient[:, 0])):
         for reader, row in zip((*branches, ALL), (*rows, rows.mean(dim=0)), strict=True):
             parts = reading.on_grids(row)
-            if (
-                kind == "gradient"
-            ):  # its sum has no meaning of its own: shares of what lies on patches
+            if kind == "gradient":  # scaled to shares of what lies on patches
                 total = float(sum(part.sum() for part in parts))
                 parts = [part / total if total > 0 else part for part in parts]
             for on, values in zip(branches, parts, strict=True):
                 yield TokenMap(kind, reader, on, float(values.sum()), _array(values[None]))
-            together = density(parts, finest(reading.grids))
+            combined = density(parts, finest(reading.grids))
             yield TokenMap(
-                kind, reader, ALL, float(sum(part.sum() for part in parts)), _array(together[None])
+                kind, reader, ALL, float(sum(part.sum() for part in parts)), _array(combined[None])
             )
     if len(branches) > 1:
-        own = _on_finest(reading, reading.gradient[:, 0])  # (branches, *finest)
-        others = (own.sum(dim=0) - own) / (len(branches) - 1)
-        for reader, values in zip(branches, own - others, strict=True):
+        by_branch = _on_finest(reading, reading.gradient[:, 0])  # (branches, *finest)
+        rest = (by_branch.sum(dim=0) - by_branch) / (len(branches) - 1)  # mean of the others
+        for reader, values in zip(branches, by_branch - rest, strict=True):
             yield TokenMap("difference", reader, ALL, 1.0, _array(values[None]))
 
 
 def _on_finest(reading: Reading, relevance: Tensor) -> Tensor:
-    """(..., T) -> (..., *finest grid), times the even share."""
+    """(..., T) -> (..., *finest grid), in multiples of the average."""
     return density(reading.on_grids(relevance), finest(reading.grids))
 
 
@@ -270,8 +285,8 @@ def _token_map(kind: str, reader: str, on: str, values: Tensor, seen: AttentionM
     )
 
 
-def _standing_row(weights: Tensor, has_class_token: bool) -> Tensor:
-    """The row of the token that stands for its branch, or the mean of all: (H, M, N) -> (H, N)."""
+def _reading_row(weights: Tensor, has_class_token: bool) -> Tensor:
+    """The row of the class token, or the mean of all rows: (H, M, N) -> (H, N)."""
     return weights[:, 0] if has_class_token else weights.mean(dim=1)
 
 
@@ -279,7 +294,7 @@ def _array(values: Tensor) -> NDArray[np.float32]:
     return values.float().cpu().numpy()
 
 
-def _surest(logits: Tensor, trained: Trained) -> Label:
+def _most_likely(logits: Tensor, trained: Trained) -> Label:
     return _probability(logits, int(logits.argmax()), trained)
 
 
@@ -288,7 +303,7 @@ def _probability(logits: Tensor, index: int, trained: Trained) -> Label:
 
 
 def probabilities(logits: Tensor, trained: Trained) -> Tensor:
-    """(..., classes) logits -> probabilities, as the model's task has them."""
+    """Logits (..., classes) to probabilities: softmax or, of a multi-label model, sigmoid."""
     scaled = logits.double() / trained.temperature
     return scaled.sigmoid() if trained.task == MULTI_LABEL else scaled.softmax(dim=-1)
 

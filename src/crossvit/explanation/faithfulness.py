@@ -1,6 +1,6 @@
-"""Whether maps mean something: take cells of the picture away in a map's order, put them back in it, and watch the answer.
+"""Faithfulness of maps: deletion and insertion of cells of the picture in the order of a map.
 
-Deletion (Petsiuk, Das and Saenko, 2018): the cells with the most relevance are replaced first; if the answer hangs on them its
+Deletion (Petsiuk, Das and Saenko, 2018): the cells with the most relevance are replaced first; if the answer depends on them its
 probability falls early and the area under the curve is small. Insertion: from a picture with nothing in it, the same cells are
 put back first; the area should be large. Cells are those of the finest branch's grid, in the model's input; a map of a coarser
 grid is resampled to it bilinearly. Each kind of map is compared with maps of independent random numbers on the same images: the
@@ -8,10 +8,10 @@ mean difference of the areas, with a bootstrap interval over the images.
 
 Two controls are measured beside them. `random blobs` are random numbers on the coarsest grid, resampled as the maps of that grid:
 their cells lie together, as a map's do, where those of `random` are scattered, and scattered cells leave a picture recognisable.
-`centre` is the same for every picture and falls off from its middle: what does not beat it knows where things are in photos, and
-no more.
+`centre` is the same for every picture and falls off from its middle: a map that does not beat it shows only where things
+usually are in photos.
 
-What stands in for a cell that is away is fixed beforehand: `blur`, the picture itself through a Gaussian whose sigma is a tenth
+Deleted cells are filled with a fixed baseline: `blur`, the picture itself through a Gaussian whose sigma is a tenth
 of its shorter side (colours stay, shapes go), or `mean`, the picture's mean colour.
 """
 
@@ -56,12 +56,25 @@ def check_maps(
     skip_bad: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Faithfulness:
-    """Deletion and insertion for every kind of map that the model has, on `images` pictures drawn from DATA by `seed`.
+    """Deletion and insertion for every kind of map that the model has.
 
-    The part of DATA is chosen as `evaluate` does. The class is the model's own answer on the whole picture, right or wrong: maps
-    explain answers. steps: of equal numbers of cells between the whole picture and none of it. skip_bad: leave out those of the
-    drawn pictures that cannot be decoded; `n` of the result counts the others. progress is called with (images done, images in
-    all). UsageError for a wrong call, DataError for images that cannot be decoded (unless `skip_bad`).
+    The probability is that of the class predicted for the whole picture, correct or not.
+
+    Args:
+        run: A run folder, a weight file or a name on the hub.
+        data: As for training.
+        images: Number of pictures, 2 or more, drawn from `data`.
+        steps: Number of steps from the whole picture to none of it, 2 or more.
+        fill: What repoints deleted cells: blur or mean.
+        split: Part of `data`, as for `evaluate`.
+        seed: Of the draw, and of the random maps.
+        device: auto, cpu, cuda or mps.
+        skip_bad: Leave out pictures that cannot be decoded; `n` of the result counts the rest.
+        progress: Called with (images done, images in all).
+
+    Raises:
+        UsageError: For a wrong call.
+        DataError: For a picture that cannot be decoded (unless `skip_bad`).
     """
     for name, value in (("images", images), ("steps", steps)):
         if value < 2:
@@ -69,9 +82,9 @@ def check_maps(
     if fill not in FILLS:
         raise UsageError(f"fill = {fill!r}: should be one of {', '.join(FILLS)}")
     trained = open_trained(run)
-    found, part = trained.select(open_data(data), split)
+    available, part = trained.select(open_data(data), split)
     generator = np.random.default_rng(seed)
-    chosen = found.take(sorted(generator.permutation(len(found))[:images].tolist()))
+    chosen = available.take(sorted(generator.permutation(len(available))[:images].tolist()))
     place = resolve_device(device)
     model = trained.build().to(place)
     preprocessing = trained.preprocessing
@@ -115,16 +128,14 @@ def map_kinds(reading: Reading) -> dict[str, Tensor]:
         "rollout": density(reading.on_grids(reading.rollout.mean(dim=0)), grid),
         "gradient-weighted": density(reading.on_grids(reading.gradient.mean(dim=0)), grid),
     }
-    for seen in (
-        reading.attention
-    ):  # later ones take the place of earlier ones: the last block of the last stage stays
+    for seen in reading.attention:  # later ones replace earlier ones: the last block of all stays
         weights = seen.weights.mean(dim=1)  # (B, M, N)
         if seen.kind == "cross":
             assert seen.branch is not None
-            other = (seen.branch + 1) % len(branches)
+            source = (seen.branch + 1) % len(branches)
             if weights.shape[-1] > 1:
-                values = weights[:, 0, 1:].unflatten(-1, reading.grids[other])
-                kinds[f"cross: {branches[seen.branch]} reads {branches[other]}"] = density(
+                values = weights[:, 0, 1:].unflatten(-1, reading.grids[source])
+                kinds[f"cross: {branches[seen.branch]} reads {branches[source]}"] = density(
                     [values], grid
                 )
         elif seen.kind == "self":
@@ -135,14 +146,14 @@ def map_kinds(reading: Reading) -> dict[str, Tensor]:
             )
         else:
             counts = [reading.has_class_token + rows * columns for rows, columns in reading.grids]
-            for reader, own in zip(branches, weights.split(counts, dim=1), strict=True):
-                row = summary_row(own, reading.has_class_token)[:, 0]
+            for reader, rows_of in zip(branches, weights.split(counts, dim=1), strict=True):
+                row = summary_row(rows_of, reading.has_class_token)[:, 0]
                 kinds[f"cross: {reader} reads all"] = density(reading.on_grids(row), grid)
     return kinds
 
 
 def _orders(reading: Reading, generator: np.random.Generator) -> dict[str, Tensor]:
-    """Of each kind of map and the controls, the cells from the most relevant to the least, (B, cells). Ties fall by chance."""
+    """Cells from the most relevant to the least, (B, cells), of each map and control; ties at random."""
     rows, columns = finest(reading.grids)
     down, across = (
         torch.linspace(-1, 1, side, dtype=torch.float64) if side > 1 else torch.zeros(1)
@@ -168,7 +179,7 @@ def _orders(reading: Reading, generator: np.random.Generator) -> dict[str, Tenso
 
 
 def _counts(grid: tuple[int, int], steps: int) -> NDArray[np.int64]:
-    """Cells changed at each place of a curve, from none to all."""
+    """Number of cells changed at each point of a curve, from none to all."""
     counts: NDArray[np.int64] = np.unique(
         np.round(np.linspace(0, grid[0] * grid[1], steps + 1)).astype(np.int64)
     )
@@ -178,38 +189,38 @@ def _counts(grid: tuple[int, int], steps: int) -> NDArray[np.int64]:
 def _measure(
     model: CrossViT, trained: Trained, images: Tensor, targets: Tensor, orders: dict[str, Tensor], *, fill: str, steps: int
 ) -> dict[str, NDArray[np.float64]]:  # fmt: skip
-    """Of each kind, (B, 2, places) probabilities of the targets: deletion, then insertion."""
+    """Probabilities of the targets, (B, 2, points), of each kind: deletion, then insertion."""
     grid = finest(
         [branch.grid((images.shape[-2], images.shape[-1])) for branch in model.config.branches]
     )
     counts = torch.from_numpy(_counts(grid, steps))
     empty = filled(images, fill)
 
-    def answers(away: Tensor) -> Tensor:
-        """away: (B, places, cells), whether each cell is away -> (B, places) probabilities."""
-        masks = away.unflatten(-1, grid).to(images.device, images.dtype)
+    def target_probabilities(deleted: Tensor) -> Tensor:
+        """deleted: (B, points, cells) booleans -> probabilities (B, points)."""
+        masks = deleted.unflatten(-1, grid).to(images.device, images.dtype)
         wide = F.interpolate(
             masks, size=images.shape[-2:], mode="nearest"
-        ).bool()  # (B, places, H, W)
+        ).bool()  # (B, points, H, W)
         changed = torch.where(wide[:, :, None], empty[:, None], images[:, None]).flatten(0, 1)
         pieces = changed.split(
             max(1, CHANGED_AT_ONCE * 64 * 64 // (images.shape[-1] * images.shape[-2]))
         )
         logits = torch.cat([model(piece) for piece in pieces])
-        own = probabilities(logits, trained).gather(
-            1, targets.repeat_interleave(away.shape[1])[:, None]
+        gathered = probabilities(logits, trained).gather(
+            1, targets.repeat_interleave(deleted.shape[1])[:, None]
         )
-        return own.view(len(images), -1).cpu()
+        return gathered.view(len(images), -1).cpu()
 
     measured = {}
     with torch.inference_mode():
-        ends = answers(
+        ends = target_probabilities(
             torch.tensor([False, True])[None, :, None].expand(len(images), -1, grid[0] * grid[1])
         )
         for kind, order in orders.items():
             rank = order.argsort(dim=1)  # (B, cells): 0 for the most relevant
-            first = rank[:, None, :] < counts[None, 1:-1, None]  # (B, places between, cells)
-            inside = answers(torch.cat((first, ~first), dim=1)).chunk(2, dim=1)
+            first = rank[:, None, :] < counts[None, 1:-1, None]  # (B, points between, cells)
+            inside = target_probabilities(torch.cat((first, ~first), dim=1)).chunk(2, dim=1)
             deletion = torch.cat((ends[:, :1], inside[0], ends[:, 1:]), dim=1)
             insertion = torch.cat((ends[:, 1:], inside[1], ends[:, :1]), dim=1)
             measured[kind] = torch.stack((deletion, insertion), dim=1).numpy()
@@ -217,14 +228,13 @@ def _measure(
 
 
 def filled(images: Tensor, fill: str) -> Tensor:
-    """What stands in for cells that are away: (B, C, H, W) -> the same shape; see the module."""
+    """The baseline of deleted cells: (B, C, H, W) -> the same shape; see the module."""
     if fill == "mean":
         return images.mean(dim=(-2, -1), keepdim=True).expand_as(images)
     shorter = min(images.shape[-2:])
     sigma = shorter / 10
-    kernel = (
-        2 * min(int(3 * sigma), shorter - 1) + 1
-    )  # three sigmas each way, and what the border's mirror image allows
+    # three sigmas each way, as far as the mirrored border allows
+    kernel = 2 * min(int(3 * sigma), shorter - 1) + 1
     blurred: Tensor = gaussian_blur(images, kernel_size=[kernel, kernel], sigma=[sigma, sigma])
     return blurred
 
@@ -232,12 +242,11 @@ def filled(images: Tensor, fill: str) -> Tensor:
 def _scores(
     curves: dict[str, NDArray[np.float64]], shares: NDArray[np.float64], *, seed: int
 ) -> tuple[MapScore, ...]:
-    """(n, 2, places) curves of each kind -> their scores, with intervals over resamplings of the n images."""
+    """(n, 2, points) curves of each kind -> their scores, with intervals over resamplings of the n images."""
     n = len(curves[RANDOM])
     drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLINGS, n))
-    weights = (
-        np.stack([np.bincount(row, minlength=n) for row in drawn]) / n
-    )  # (resamplings, n): a mean is a product
+    # (resamplings, n): the mean of a resampling is a product with a row
+    weights = np.stack([np.bincount(row, minlength=n) for row in drawn]) / n
     areas = {
         kind: np.asarray(np.trapezoid(measured, shares, axis=-1))
         for kind, measured in curves.items()
@@ -269,7 +278,7 @@ def _scores(
 def _curve(
     measured: NDArray[np.float64], areas: NDArray[np.float64], weights: NDArray[np.float64]
 ) -> Curve:
-    resampled = weights @ measured  # (resamplings, places)
+    resampled = weights @ measured  # (resamplings, points)
     intervals = tuple(_interval(place) for place in resampled.T)
     return Curve(tuple(measured.mean(axis=0).tolist()), intervals, float(areas.mean()))
 

@@ -1,11 +1,11 @@
-"""What an answer was read from: relevance followed from each branch's head back to the input tokens of every branch.
+"""Relevance: what an answer was read from, from each branch's head back to the input tokens of every branch.
 
 The two branches read different grids and meet in the fusions, so relevance is kept over all of them at once. The branches' input
 tokens stand one after the other, X = [X_1 ‖ X_2 ‖ ...], T = Σ N_b of them, and row i of R_b, (N_b, T), says what token i of
 branch b is made of. R starts as the identity and takes the model's own steps:
 
 - a block of branch b, attention A (N_b, N_b):  R_b <- step(R_b, A, R_b).
-- cross-attention: branch b reads the patches of branch a (PAPER, equations 5-7). Its class row is carried to a's width,
+- cross-attention: branch b reads the patches of branch a (the paper, equations 5-7). Its class row is carried to a's width,
   t = R_b[c]; each block reads [t ‖ P_a] with one row of weights w (1, 1 + n_a):  t <- step(t, w, [t ‖ R_a[P]]);  R_b[c] <- t.
   All of this reads the R of before the fusion, as the model does (a parallel update). f and g act on one token at a time and
   move nothing between tokens.
@@ -56,16 +56,16 @@ AttentionKey = tuple[str, int, int | None, int]  # kind, stage, branch, block
 
 
 class Step(Protocol):
-    """One attention: `rows` (B, M, T) that stay by the residual, and read `sources` (B, N, T)."""
+    """The update of one attention: `rows` (B, M, T), kept by the residual, read `sources` (B, N, T)."""
 
     def __call__(self, rows: Tensor, key: AttentionKey, sources: Tensor) -> Tensor: ...
 
-    def crossing(self, rows: Tensor, still: Tensor) -> Tensor:
-        """`rows` of another branch as a fusion reads them; `still` are what they would be without any attention."""
+    def normalised(self, rows: Tensor, baseline: Tensor) -> Tensor:
+        """`rows` of another branch as a fusion reads them; `baseline`: the same without attention."""
 
 
 class Rollout:
-    """(R + Ā S) / 2 with Ā the heads' mean of the weights: rows go on summing to one."""
+    """(R + Ā S) / 2 with Ā the heads' mean of the weights: rows still sum to one."""
 
     def __init__(self, weights: Mapping[AttentionKey, Tensor]) -> None:
         self.weights = weights  # (B, H, M, N) each
@@ -73,7 +73,7 @@ class Rollout:
     def __call__(self, rows: Tensor, key: AttentionKey, sources: Tensor) -> Tensor:
         return (rows + self.weights[key].mean(dim=1) @ sources) / 2
 
-    def crossing(self, rows: Tensor, still: Tensor) -> Tensor:  # noqa: ARG002  # every step has one signature
+    def normalised(self, rows: Tensor, baseline: Tensor) -> Tensor:  # noqa: ARG002  # every step has one signature
         return rows
 
 
@@ -90,19 +90,19 @@ class GradientWeighted:
     def __call__(self, rows: Tensor, key: AttentionKey, sources: Tensor) -> Tensor:
         return rows + self.weighted[key] @ sources
 
-    def crossing(self, rows: Tensor, still: Tensor) -> Tensor:
-        mixed = (rows - still).clamp(min=0)  # rounding aside it is nowhere negative
+    def normalised(self, rows: Tensor, baseline: Tensor) -> Tensor:
+        mixed = (rows - baseline).clamp(min=0)  # negative by rounding alone
         total = mixed.sum(dim=-1, keepdim=True)
-        return still + mixed / torch.where(total > 0, total, 1)
+        return baseline + mixed / torch.where(total > 0, total, 1)
 
 
-class Still:
-    """No attention: rows stay."""
+class NoAttention:
+    """Leaves rows unchanged."""
 
     def __call__(self, rows: Tensor, key: AttentionKey, sources: Tensor) -> Tensor:  # noqa: ARG002
         return rows
 
-    def crossing(self, rows: Tensor, still: Tensor) -> Tensor:  # noqa: ARG002
+    def normalised(self, rows: Tensor, baseline: Tensor) -> Tensor:  # noqa: ARG002
         return rows
 
 
@@ -115,77 +115,88 @@ class Flow:
     step: Step
 
     def follow(self, like: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """(R, R⁰) after the last encoder, one (B, N_b, T) a branch each; R⁰ is R with every attention left out.
+        """R and R⁰ after the last encoder; R⁰ is R with every attention left out.
 
-        like: a tensor whose B, type and device they take.
+        Args:
+            like: A tensor whose batch size, dtype and device they take.
+
+        Returns:
+            (R, R⁰), each with one (B, N_b, T) a branch.
         """
         sizes = token_counts(self.config, self.grids)
         identity = torch.eye(sum(sizes), dtype=like.dtype, device=like.device).expand(
             like.shape[0], -1, -1
         )
-        rows = still = list(identity.split(sizes, dim=1))
-        without = dataclasses.replace(self, step=Still())
+        rows = baseline = list(identity.split(sizes, dim=1))
+        without = dataclasses.replace(self, step=NoAttention())
         for stage in range(self.config.stages):
             encoded = []
-            for index, (branch, own) in enumerate(zip(self.config.branches, rows, strict=True)):
+            for index, branch in enumerate(self.config.branches):
+                relevance = rows[index]
                 for block in range(branch.depth):
-                    own = self.step(own, ("self", stage, index, block), own)  # noqa: PLW2901  # block after block
-                encoded.append(own)
-            rows, still = self._fuse(stage, encoded, still), without._fuse(stage, still, still)
-        return rows, still
+                    relevance = self.step(relevance, ("self", stage, index, block), relevance)
+                encoded.append(relevance)
+            rows = self._fuse(stage, encoded, baseline)
+            baseline = without._fuse(stage, baseline, baseline)
+        return rows, baseline
 
-    def _fuse(self, stage: int, rows: list[Tensor], still: list[Tensor]) -> list[Tensor]:
+    def _fuse(self, stage: int, rows: list[Tensor], baseline: list[Tensor]) -> list[Tensor]:
         match self.config.fusion:
             case "all-attention":
                 joined = torch.cat(rows, dim=1)  # (B, T, T)
                 for block in range(self.config.fusion_depth):
                     joined = self.step(joined, ("all", stage, None, block), joined)
-                return list(joined.split([own.shape[1] for own in rows], dim=1))
+                return list(joined.split([relevance.shape[1] for relevance in rows], dim=1))
             case "cross-attention":
-                crossing = [
-                    self.step.crossing(own, bare) for own, bare in zip(rows, still, strict=True)
+                sources = [
+                    self.step.normalised(row, before)
+                    for row, before in zip(rows, baseline, strict=True)
                 ]
-                others = [
-                    *crossing[1:],
-                    *crossing[:1],
-                ]  # each branch reads the next around the ring
-                pairs = zip(rows, others, strict=True)
+                # each branch reads the next around the ring
+                pairs = zip(rows, [*sources[1:], *sources[:1]], strict=True)
                 return [
-                    self._cross_read(own, other, (stage, index))
-                    for index, (own, other) in enumerate(pairs)
+                    self._cross_read(target, source, (stage, index))
+                    for index, (target, source) in enumerate(pairs)
                 ]
             case "class-token":
-                shared = torch.stack([summary_row(own, self.has_class_token) for own in rows]).mean(
+                has_class = self.has_class_token
+                shared = torch.stack([summary_row(branch, has_class) for branch in rows]).mean(
                     dim=0
                 )
-                return [_with_summary_row(own, shared, self.has_class_token) for own in rows]
+                return [_with_summary_row(branch, shared, has_class) for branch in rows]
             case "pairwise":
                 return self._pairwise(rows)
             case _:
                 return rows
 
-    def _cross_read(self, own: Tensor, other: Tensor, place: tuple[int, int]) -> Tensor:
-        """A branch reads another's patches: own (B, N_own, T), other (B, N_other, T) -> (B, N_own, T). place: stage, branch."""
-        row = summary_row(own, self.has_class_token)  # (B, 1, T)
-        patches = other[:, self.has_class_token :]
+    def _cross_read(self, target: Tensor, source: Tensor, key: tuple[int, int]) -> Tensor:
+        """Branch b reads the patches of branch a.
+
+        Args:
+            target: Rows of b, (B, N_b, T).
+            source: Rows of a, (B, N_a, T).
+            key: Stage and branch.
+
+        Returns:
+            New rows of b, (B, N_b, T).
+        """
+        row = summary_row(target, self.has_class_token)  # (B, 1, T)
+        patches = source[:, self.has_class_token :]
         for block in range(self.config.fusion_depth):
-            alone = (
-                self.config.as_released and block > 0
-            )  # the class token is all that such a block sees
-            row = self.step(
-                row, ("cross", *place, block), row if alone else torch.cat((row, patches), dim=1)
-            )
-        return _with_summary_row(own, row, self.has_class_token)
+            class_token_only = self.config.as_released and block > 0
+            sources = row if class_token_only else torch.cat((row, patches), dim=1)
+            row = self.step(row, ("cross", *key, block), sources)
+        return _with_summary_row(target, row, self.has_class_token)
 
     def _pairwise(self, rows: list[Tensor]) -> list[Tensor]:
         widest = max(range(len(rows)), key=lambda index: (self.config.branches[index].dim, index))
         common = self.grids[widest]
-        patches = [own[:, self.has_class_token :] for own in rows]
+        patches = [branch[:, self.has_class_token :] for branch in rows]
         pairs = zip(patches, self.grids, strict=True)
-        shared = torch.stack([interpolate_grid(own, grid, common) for own, grid in pairs]).mean(
-            dim=0
-        )
-        classes = [torch.stack([own[:, :1] for own in rows]).mean(dim=0)] * self.has_class_token
+        resampled = [interpolate_grid(part, grid, common) for part, grid in pairs]
+        shared = torch.stack(resampled).mean(dim=0)
+        class_rows = torch.stack([branch[:, :1] for branch in rows]).mean(dim=0)
+        classes = [class_rows] * self.has_class_token
         return [
             torch.cat((*classes, interpolate_grid(shared, common, grid)), dim=1)
             for grid in self.grids
@@ -205,7 +216,7 @@ def token_counts(config: CrossViTConfig, grids: Sequence[Grid]) -> list[int]:
 
 
 def summary_row(rows: Tensor, has_class_token: bool) -> Tensor:
-    """The row that stands for a branch, and that its head reads: (B, N, T) -> (B, 1, T)."""
+    """The row that a branch's head reads: (B, N, T) -> (B, 1, T)."""
     return rows[:, :1] if has_class_token else rows.mean(dim=1, keepdim=True)
 
 
@@ -217,9 +228,15 @@ def _with_summary_row(rows: Tensor, new: Tensor, has_class_token: bool) -> Tenso
 class Reading:
     """One pass over a batch and what it was read from; everything detached, float32.
 
-    logits: (branches, B, classes), each branch's own. targets: (B,), the class that `gradient` is for.
-    rollout, gradient: (branches, B, T), the row of R (of R − R⁰) that each head reads; rows of `rollout` sum to one.
-    attention: every map of the pass. features: (B, N_b, D_b) a branch, as its head is given them.
+    Attributes:
+        grids: Rows and columns of patches of each branch.
+        has_class_token: Whether branches have one.
+        logits: Of each branch, (branches, B, classes).
+        targets: The class that `gradient` is for, (B,).
+        rollout: Row of R that each head reads, (branches, B, T); rows sum to one.
+        gradient: Row of R − R⁰ that each head reads, (branches, B, T).
+        attention: Every map of the pass.
+        features: Input of each branch's head, (B, N_b, D_b) a branch.
     """
 
     grids: tuple[Grid, ...]
@@ -244,8 +261,18 @@ class Reading:
 @torch.inference_mode(False)
 @torch.enable_grad()
 def read(model: CrossViT, images: Tensor, targets: Tensor | None = None) -> Reading:
-    """Run `model` over images (B, C, H, W) and follow each branch's answer back. targets: (B,) class indices, by default the
-    model's own answers. The model's mode and gradients are left as they were. Time: a forward pass, and a backward one a branch.
+    """Run `model` over images and follow each branch's answer back to the input tokens.
+
+    The model's mode and gradients stay as they were. Time: one forward pass, and one backward pass
+    a branch.
+
+    Args:
+        model: Of built-in parts.
+        images: (B, C, H, W), normalised.
+        targets: Class indices (B,); by default the model's predictions.
+
+    Raises:
+        ConfigError: For a model whose parts are not built in.
     """
     config = model.config
     _require_known(model)
@@ -260,38 +287,38 @@ def read(model: CrossViT, images: Tensor, targets: Tensor | None = None) -> Read
     targets = logits.mean(dim=0).argmax(dim=1) if targets is None else targets.to(logits.device)
     grids = tuple(branch.grid((images.shape[-2], images.shape[-1])) for branch in config.branches)
     has_class = config.branches[0].class_token
-    weights = {(seen.kind, seen.stage, seen.branch, seen.block): seen.weights for seen in recorded}
+    weights = {(item.kind, item.stage, item.branch, item.block): item.weights for item in recorded}
     detached = {key: value.detach() for key, value in weights.items()}
     rolled, _ = Flow(config, grids, Rollout(detached)).follow(images)
     gradient = []
-    for index, own in enumerate(logits):
-        scores = own.gather(
-            1, targets[:, None]
-        ).sum()  # images do not mix, so each gets the gradient of its own
+    for index, branch_logits in enumerate(logits):
+        # images do not mix, so the gradient of the sum is each image's own
+        scores = branch_logits.gather(1, targets[:, None]).sum()
         more = index + 1 < len(logits)
         step = GradientWeighted(detached, _gradients(scores, weights, retain_graph=more))
-        weighted, still = Flow(config, grids, step).follow(images)
-        gradient.append(summary_row(weighted[index] - still[index], has_class)[:, 0].clamp(min=0))
+        weighted, baseline = Flow(config, grids, step).follow(images)
+        gradient.append(
+            summary_row(weighted[index] - baseline[index], has_class)[:, 0].clamp(min=0)
+        )
     return Reading(
         grids=grids,
         has_class_token=has_class,
         logits=logits.detach(),
         targets=targets,
-        rollout=torch.stack([summary_row(own, has_class)[:, 0] for own in rolled]),
+        rollout=torch.stack([summary_row(rows, has_class)[:, 0] for rows in rolled]),
         gradient=torch.stack(gradient),
         attention=tuple(
-            dataclasses.replace(seen, weights=seen.weights.detach()) for seen in recorded
+            dataclasses.replace(item, weights=item.weights.detach()) for item in recorded
         ),
-        features=tuple(own.detach() for own in features),
+        features=tuple(feature.detach() for feature in features),
     )
 
 
 def _require_known(model: CrossViT) -> None:
-    """ConfigError for a model whose steps are not those of the module's docstring, as far as can be seen: relevance would be
-    followed through something else."""
+    """ConfigError for a model with parts that the equations of this module do not describe."""
     if model.config.fusion not in FUSIONS.built_in:
         raise ConfigError(
-            f"fusion {model.config.fusion!r} is not built in: what its tokens are read from is not known"
+            f"fusion {model.config.fusion!r} is not built in: relevance cannot be followed through it"
         )
     for path, module in model.named_modules():
         if (
@@ -311,24 +338,31 @@ def _require_known(model: CrossViT) -> None:
 def _gradients(
     scores: Tensor, weights: Mapping[AttentionKey, Tensor], *, retain_graph: bool
 ) -> dict[AttentionKey, Tensor]:
-    """∂scores/∂weights; zero for what only another branch's logit hangs on."""
+    """∂scores/∂weights; zero where only another branch's logit depends on them."""
     if not weights:  # branches without blocks
         return {}
-    slopes = torch.autograd.grad(
+    gradients = torch.autograd.grad(
         scores,
         list(weights.values()),
         retain_graph=retain_graph,
         allow_unused=True,
         materialize_grads=True,
     )
-    return dict(zip(weights, slopes, strict=True))
+    return dict(zip(weights, gradients, strict=True))
 
 
 def density(parts: Sequence[Tensor], grid: Grid) -> Tensor:
-    """Relevance on several grids as one on `grid`: [(..., rows_a, columns_a)] -> (..., *grid), how many times the even share.
+    """Relevance on several grids as one map with a mean of one.
 
-    A patch's mass is spread evenly over its area, so mass x n_a is a density; densities are resampled bilinearly (patch centres
-    in between are mixed) and added, and the sum is scaled to a mean of one. All zero, it is one everywhere.
+    The mass of a patch is spread evenly over its area, so mass x n_a is a density; densities are
+    resampled bilinearly, added, and scaled.
+
+    Args:
+        parts: Relevance on the grid of each branch, (..., rows_a, columns_a).
+        grid: Rows and columns of the result.
+
+    Returns:
+        (..., rows, columns), in multiples of the average; 1 everywhere where all is zero.
     """
     total = torch.zeros(*parts[0].shape[:-2], *grid, dtype=parts[0].dtype, device=parts[0].device)
     for part in parts:

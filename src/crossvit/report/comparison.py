@@ -10,12 +10,12 @@ from crossvit.report import plots
 from crossvit.report.templates import environment, spoken_seconds
 from crossvit.results import ClassScore, Comparison, Interval, RunsCompared
 
-MARGIN = 0.12  # of an axis of intervals, free at either end
-CHANCE = 0.05  # p below which a difference is said to be more than chance
+MARGIN = 0.12  # share of an axis that is empty at either end
+CHANCE = 0.05  # p-value below which a difference counts as more than chance
 
 
 def comparison_page(found: RunsCompared, *, command: str) -> str:
-    """The HTML of runs side by side: scores, paired tests, curves, classes, branches, cost and what differs in recipes."""
+    """The HTML of runs side by side: accuracy, paired tests, curves, classes, branches, cost, recipes."""
     intervals = [run.evaluation.intervals.get("top1") for run in found.runs]
     classes = _classes(found)
     curves = (
@@ -38,8 +38,8 @@ def comparison_page(found: RunsCompared, *, command: str) -> str:
                 ]
             ),
             differences=Axis.around([*(test.interval for test in found.tests), Interval(0, 0)]),
-            says=[
-                _says(found.runs[0].name, run.name, test)
+            conclusions=[
+                _conclusion(found.runs[0].name, run.name, test)
                 for run, test in zip(found.runs[1:], found.tests, strict=True)
             ],
             branches=_branches(found),
@@ -54,7 +54,7 @@ def comparison_page(found: RunsCompared, *, command: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """A stretch of figures that a line across a table's cell stands for."""
+    """The range of values that the width of a table cell stands for."""
 
     low: float
     high: float
@@ -62,7 +62,7 @@ class Axis:
     @classmethod
     def around(cls, intervals: list[Interval | None]) -> Axis:
         known = [interval for interval in intervals if interval is not None]
-        low, high = min(own.low for own in known), max(own.high for own in known)
+        low, high = min(item.low for item in known), max(item.high for item in known)
         margin = max(high - low, 0.01) * MARGIN
         return cls(low - margin, high + margin)
 
@@ -77,8 +77,10 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True)
 class ClassRow:
-    """One class: F1 in every run (None where a run has no such class), and the second less the first, or of more runs the
-    highest less the lowest."""
+    """One class: F1 in every run (None where a run has no such class) and how far they are apart.
+
+    The difference is the second minus the first, or of more runs the highest minus the lowest.
+    """
 
     label: str
     n: int
@@ -86,8 +88,8 @@ class ClassRow:
     difference: float
 
 
-def _says(first: str, name: str, test: Comparison) -> str:
-    """A test in a sentence."""
+def _conclusion(first: str, name: str, test: Comparison) -> str:
+    """The result of a paired test in a sentence."""
     if test.only_first == test.only_second:
         return f"{name} gets as many right as {first}."
     better, worse = (name, first) if test.difference > 0 else (first, name)
@@ -102,20 +104,20 @@ def _branches(found: RunsCompared) -> list[tuple[str, list[float | None]]]:
     scores = [
         {branch.name: branch.top1 for branch in run.evaluation.branches} for run in found.runs
     ]
-    return [(name, [own.get(name) for own in scores]) for name in names]
+    return [(name, [run_scores.get(name) for run_scores in scores]) for name in names]
 
 
 def _classes(found: RunsCompared) -> list[ClassRow]:
     """Every class that has images, those that differ most first."""
     scores: list[dict[str, ClassScore]] = [
-        {own.label: own for own in run.evaluation.classes} for run in found.runs
+        {score.label: score for score in run.evaluation.classes} for run in found.runs
     ]
     rows = []
-    for label in dict.fromkeys(label for own in scores for label in own):
-        n = max(own[label].n for own in scores if label in own)
-        f1 = tuple(own[label].f1 if label in own else None for own in scores)
+    for label in dict.fromkeys(label for by_label in scores for label in by_label):
+        n = max(by_label[label].n for by_label in scores if label in by_label)
+        f1 = tuple(by_label[label].f1 if label in by_label else None for by_label in scores)
         if n:
-            known = [own or 0.0 for own in f1]
+            known = [value or 0.0 for value in f1]
             rows.append(
                 ClassRow(
                     label,

@@ -1,6 +1,6 @@
 """Pictures of explanations: maps laid over the photo they were made for. Reads results alone.
 
-Every map is drawn as times the even share: 1 is what a patch would have if all patches had the same, on any grid.
+Every map is drawn in multiples of its average: 1 is average attention, on any grid.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def explanation_png(explanation: Explanation) -> bytes:
     Second row: each branch's own. Then a row a stage: what each branch attended to and what crossed, the heads' mean
     large and every head small. All heat maps of a block share the scale that its bar states.
     """
-    stages = max((one.stage for one in explanation.maps if one.stage is not None), default=0)
+    stages = max((item.stage for item in explanation.maps if item.stage is not None), default=0)
     readings = _readings(explanation)
     several = len(explanation.branches) > 1
     width = WIDTH * max(1.0, len(readings) / 4, len(explanation.branches) / 2)
@@ -93,7 +93,7 @@ def features_png(explanation: Explanation) -> bytes:
 def _readings(explanation: Explanation) -> list[tuple[str, str, str]]:
     """(kind, reader, on) of the attention that there is, own attention first."""
     found = dict.fromkeys(
-        (one.kind, one.reader, one.on) for one in explanation.maps if one.stage is not None
+        (item.kind, item.reader, item.on) for item in explanation.maps if item.stage is not None
     )
     return sorted(found, key=lambda reading: reading[0])
 
@@ -102,12 +102,14 @@ def _headline(block: SubFigure, explanation: Explanation) -> None:
     assert explanation.top is not None
     assert explanation.explained is not None
     block.text(MARGIN, 0.72, _name(explanation), fontsize=17, fontweight="bold", va="center")
-    said = [f"answer: {_sure(explanation.top)}"]
+    parts = [f"answer: {_labelled(explanation.top)}"]
     if explanation.explained.label != explanation.top.label:
-        said.append(f"explained: {_sure(explanation.explained)}")
+        parts.append(f"explained: {_labelled(explanation.explained)}")
     if len(explanation.branches) > 1:
-        said += [f"{branch.name} alone: {_sure(branch.top)}" for branch in explanation.branches]
-    block.text(MARGIN, 0.40, "     ".join(said), fontsize=12, va="center")
+        parts += [
+            f"branch {branch.name}: {_labelled(branch.top)}" for branch in explanation.branches
+        ]
+    block.text(MARGIN, 0.40, "     ".join(parts), fontsize=12, va="center")
     grids = [
         f"{branch.name} has {branch.grid[0]}x{branch.grid[1]} patches of {branch.patch} pixels"
         for branch in explanation.branches
@@ -116,7 +118,7 @@ def _headline(block: SubFigure, explanation: Explanation) -> None:
 
 
 def _section(block: SubFigure, title: str, note: str, normal: Normalize) -> None:
-    """A title, what its maps are, and their one scale."""
+    """A title, a note on its maps, and their common scale."""
     block.add_artist(Line2D((MARGIN, 1 - MARGIN), (0.98, 0.98), color="#d5dae0", linewidth=1))
     block.text(MARGIN, 0.70, title, fontsize=13, fontweight="bold", va="center")
     block.text(MARGIN, 0.34, note, fontsize=10, color=QUIET, va="center")
@@ -129,7 +131,7 @@ def _section(block: SubFigure, title: str, note: str, normal: Normalize) -> None
     block.text(
         0.988,
         0.86,
-        "times the even share: 1 = all patches alike",
+        "1 = average attention",
         fontsize=9,
         color=QUIET,
         va="center",
@@ -144,23 +146,19 @@ def _summary(head: SubFigure, block: SubFigure, explanation: Explanation) -> Non
     names = [branch.name for branch in explanation.branches]
     several = len(names) > 1
     fused = [
-        ("rollout: what was read", _whole(explanation, "rollout", "all")),
+        ("rollout: all that was read", _whole(explanation, "rollout", "all")),
         (f"gradient-weighted: for {class_name}", _whole(explanation, "gradient", "all")),
     ]
-    own: list[tuple[str, Values]] = []
+    by_branch: list[tuple[str, Values]] = []
     if several:
         for branch in explanation.branches:
-            title = f"{branch.name}, rollout ({100 * branch.from_other:.0f} % crossed)"
-            own.append((title, _whole(explanation, "rollout", branch.name)))
-        own += [
+            title = f"{branch.name}, rollout ({100 * branch.from_other:.0f} % from other branches)"
+            by_branch.append((title, _whole(explanation, "rollout", branch.name)))
+        by_branch += [
             (f"{name}, for {class_name}", _whole(explanation, "gradient", name)) for name in names
         ]
-    normal = scale([values for _, values in (*fused, *own)])
-    note = (
-        "brought to the finest grid; below, each branch's own answer"
-        if several
-        else "one value a patch"
-    )
+    normal = scale([values for _, values in (*fused, *by_branch)])
+    note = "on the finest grid; below, for each branch" if several else "one value a patch"
     _section(
         head,
         "What the answer was read from",
@@ -174,7 +172,7 @@ def _summary(head: SubFigure, block: SubFigure, explanation: Explanation) -> Non
     if several:
         for place, name in zip(axes[0][3:], names if len(names) > 2 else names[:1], strict=False):
             _difference(place, explanation, name, names)
-        for place, (title, values) in zip(axes[1], own, strict=True):
+        for place, (title, values) in zip(axes[1], by_branch, strict=True):
             _heat(place, explanation, title, values, normal)
 
 
@@ -188,30 +186,32 @@ def _attention(
     head: SubFigure, block: SubFigure, explanation: Explanation, readings: Sequence[tuple[str, str, str]], stages: int
 ) -> None:  # fmt: skip
     """One row a stage, one column a reading: the last block's heads joined (large) and each head (small)."""
-    maps = [one for one in explanation.maps if one.stage is not None]
+    maps = [item for item in explanation.maps if item.stage is not None]
     drawn = [_last(maps, reading, stage) for stage in range(1, stages + 1) for reading in readings]
     normal = scale(
-        [_even(one.values.mean(axis=0)) for one in drawn if one is not None], share=0.995
+        [_even(item.values.mean(axis=0)) for item in drawn if item is not None], share=0.995
     )
-    note = "Weights of the token that stands for each branch, in the last block of each stage; heads joined, then each."
+    note = "Attention weights of the class token (or the mean over patches) in the last block of each stage: the mean of all heads, then each head."
     _section(head, "Attention, stage by stage", note, normal)
     axes = _panels(block, stages, 2 * max(len(readings), 2))
     for row in range(stages):
         for column, reading in enumerate(readings):
-            one = _last(maps, reading, row + 1)
-            if one is not None:
+            item = _last(maps, reading, row + 1)
+            if item is not None:
                 mean, heads = axes[row][2 * column], axes[row][2 * column + 1]
                 _heat(
                     mean,
                     explanation,
                     f"{_reading_name(*reading)}, stage {row + 1}",
-                    _even(one.values.mean(axis=0)),
+                    _even(item.values.mean(axis=0)),
                     normal,
                 )
                 heads.set_title(
-                    f"{len(one.values)} head{'s' * (len(one.values) > 1)}", color=QUIET, loc="right"
+                    f"{len(item.values)} head{'s' * (len(item.values) > 1)}",
+                    color=QUIET,
+                    loc="right",
                 )
-                _mosaic(heads, explanation, one, normal)
+                _mosaic(heads, explanation, item, normal)
 
 
 def _photo(axes: Axes, explanation: Explanation) -> None:
@@ -249,17 +249,15 @@ def _heat(
 
 
 def _difference(axes: Axes, explanation: Explanation, name: str, names: Sequence[str]) -> None:
-    (one,) = explanation.select("difference", reader=name)
-    values = one.values[0]
+    (item,) = explanation.select("difference", reader=name)
+    values = item.values[0]
     reach = max(float(np.quantile(np.abs(values), 0.99)), 1.0)
     _lay(axes, explanation, _scene(explanation).difference(values, reach))
-    others = [other for other in names if other != name]
-    than = others[0] if len(others) == 1 else "the others"
+    rest = [label for label in names if label != name]
+    than = rest[0] if len(rest) == 1 else "the others"
     axes.set_title(f"{name} more (orange) or {than} (blue)")
-    if len(others) == 1 and explanation.disagreement is not None:
-        note = (
-            f"{100 * explanation.disagreement:.0f} % on different patches; colours to ±{reach:.1f}"
-        )
+    if len(rest) == 1 and explanation.disagreement is not None:
+        note = f"branches differ by {100 * explanation.disagreement:.0f} %; colours to ±{reach:.1f}"
         axes.text(0.03, 0.03, note, transform=axes.transAxes, fontsize=7.5, bbox=NOTE)
 
 
@@ -284,9 +282,9 @@ def _scene(explanation: Explanation) -> Scene:
     return Scene(explanation.photo, (left / width, top / height, right / width, bottom / height))
 
 
-def _mosaic(axes: Axes, explanation: Explanation, one: TokenMap, normal: Normalize) -> None:
+def _mosaic(axes: Axes, explanation: Explanation, item: TokenMap, normal: Normalize) -> None:
     """Every head's map as it is, patch by patch, in as square an arrangement as they allow."""
-    heads, rows, columns = one.values.shape
+    heads, rows, columns = item.values.shape
     across = int(np.ceil(np.sqrt(heads)))
     down = -(-heads // across)
     scale = max(1, 48 // max(rows, columns))
@@ -295,7 +293,7 @@ def _mosaic(axes: Axes, explanation: Explanation, one: TokenMap, normal: Normali
     tiled = np.full((down * (high + gap) - gap, across * (wide + gap) - gap, 4), 0.0)
     for head in range(heads):
         y, x = (head // across) * (high + gap), (head % across) * (wide + gap)
-        cell = HEAT(normal(_even(one.values[head]))).repeat(scale, axis=0).repeat(scale, axis=1)
+        cell = HEAT(normal(_even(item.values[head]))).repeat(scale, axis=0).repeat(scale, axis=1)
         tiled[y : y + high, x : x + wide] = cell
     axes.imshow(tiled, interpolation="nearest", aspect=_extent_aspect(explanation) * wide / high)
     axes.set_anchor("N")
@@ -306,7 +304,7 @@ def _feature_sheet(
 ) -> None:  # fmt: skip
     channels = np.argsort(-values.var(axis=(1, 2)), kind="stable")[:MOST_FEATURES]
     rows, columns = branch.grid
-    places = (one for row in _panels(block, 3, 8, title=SMALL_TITLE) for one in row)
+    places = (item for row in _panels(block, 3, 8, title=SMALL_TITLE) for item in row)
     for place, channel in zip(places, channels, strict=False):
         place.imshow(
             values[channel], cmap=FEATURES, interpolation="nearest", aspect=aspect * columns / rows
@@ -316,7 +314,7 @@ def _feature_sheet(
     head.text(
         MARGIN,
         0.4,
-        f"{about}, each from its least (dark) to its greatest value",
+        f"{about}, each from its lowest (dark) to its highest value",
         fontsize=11,
         va="center",
     )
@@ -345,9 +343,9 @@ def _panels(block: SubFigure, rows: int, columns: int, title: float = TITLE) -> 
         ]
         for row in range(rows)
     ]
-    for one in (one for row in axes for one in row):
-        one.set_axis_off()
-        one.set_anchor("NW")
+    for item in (item for row in axes for item in row):
+        item.set_axis_off()
+        item.set_anchor("NW")
     return axes
 
 
@@ -362,14 +360,16 @@ def _drawing() -> Iterator[None]:
 def _last(maps: Sequence[TokenMap], reading: tuple[str, str, str], stage: int) -> TokenMap | None:
     """The last block's map of a reading in a stage."""
     of_it = [
-        one for one in maps if (one.kind, one.reader, one.on) == reading and one.stage == stage
+        item
+        for item in maps
+        if (item.kind, item.reader, item.on) == reading and item.stage == stage
     ]
     return of_it[-1] if of_it else None
 
 
 def _whole(explanation: Explanation, kind: str, reader: str) -> Values:
-    (one,) = explanation.select(kind, reader=reader, on="all")
-    values: Values = one.values[0]
+    (item,) = explanation.select(kind, reader=reader, on="all")
+    values: Values = item.values[0]
     return values
 
 
@@ -378,7 +378,7 @@ def _reading_name(kind: str, reader: str, on: str) -> str:
 
 
 def _even(values: Values) -> Values:
-    """As times the even share: a mean of one."""
+    """In multiples of the average."""
     mean = values.mean()
     return np.asarray(values / mean, dtype=np.float32) if mean > 0 else np.ones_like(values)
 
@@ -396,7 +396,7 @@ def _extent_aspect(explanation: Explanation) -> float:
     return (bottom - top) / (right - left)
 
 
-def _sure(label: Label) -> str:
+def _labelled(label: Label) -> str:
     return f"{_short(label.label)} {100 * label.probability:.1f} %"
 
 

@@ -1,4 +1,4 @@
-"""The confusion matrix as a page shows it: which classes, in which shade, and what is taken for what most often."""
+"""The confusion matrix as a page shows it: its classes, shades, and the most frequent confusions."""
 
 from __future__ import annotations
 
@@ -12,23 +12,37 @@ from crossvit.results import Evaluation
 ALL_SHOWN = 150  # classes up to which the matrix has all of them
 MOST_CONFUSED = 60  # classes it has beyond that
 NUMBERED = 25  # classes up to which the counts are written into the cells
-PAIRS = 10  # of classes that are taken for one another most often
+PAIRS = 10  # most frequent confusions
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """`count` images of the row's class that were answered with the column's. shade: 0 to 1, the square root of the share of
-    the row, so that one mistake of a hundred can be seen."""
+    """Images of the row's class that were predicted as the column's.
+
+    Attributes:
+        count: Number of images.
+        shade: Square root of their share of the row, 0 to 1: one mistake in a hundred is visible.
+        correct: Whether the prediction is the true class.
+        description: The cell in words.
+    """
 
     count: int
     shade: float
-    right: bool
-    says: str
+    correct: bool
+    description: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A true class: its images, how many of them were answered wrongly, its cells, and its answers outside the matrix."""
+    """A true class.
+
+    Attributes:
+        name: Of the class.
+        n: Number of its images.
+        wrong: Number predicted as another class.
+        cells: Of the classes shown.
+        others: Number predicted as a class that is not shown.
+    """
 
     name: str
     n: int
@@ -39,24 +53,31 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Confused:
-    """`count` of the `n` images of `label` were taken for `answer`."""
+    """`count` of the `n` images of `label` were predicted as `predicted`."""
 
     label: str
-    answer: str
+    predicted: str
     count: int
     n: int
 
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """names: of the classes shown, of `classes` in all. pairs: the most frequent mistakes. taken_for: of every class, what it is
-    most often taken for; None where it never is."""
+    """A confusion matrix as a page shows it.
+
+    Attributes:
+        names: Of the classes shown.
+        classes: Number of all classes.
+        rows: One of each class shown.
+        pairs: The most frequent confusions.
+        confused_with: The most frequent confusion of every class; None where there is none.
+    """
 
     names: tuple[str, ...]
     classes: int
     rows: tuple[Row, ...]
     pairs: tuple[Confused, ...]
-    taken_for: dict[str, Confused | None]
+    confused_with: dict[str, Confused | None]
 
     @property
     def numbered(self) -> bool:
@@ -69,8 +90,10 @@ class Matrix:
 
 
 def matrix_of(evaluation: Evaluation) -> Matrix | None:
-    """The matrix of an evaluation, of the classes that are confused most where there are more than ALL_SHOWN; None where it
-    has no confusion, as of a multi-label model."""
+    """The matrix of an evaluation; None of a multi-label model.
+
+    Of more than ALL_SHOWN classes it has the MOST_CONFUSED ones.
+    """
     counts = evaluation.confusion
     if not counts.size:
         return None
@@ -84,8 +107,8 @@ def matrix_of(evaluation: Evaluation) -> Matrix | None:
     for true in shown:
         total = int(counts[true].sum())
         cells = tuple(
-            _cell(labels, int(true), int(answer), int(counts[true, answer]), total)
-            for answer in shown
+            _cell(labels, int(true), int(predicted), int(counts[true, predicted]), total)
+            for predicted in shown
         )
         rows.append(
             Row(
@@ -97,35 +120,40 @@ def matrix_of(evaluation: Evaluation) -> Matrix | None:
             )
         )
     places = np.argsort(-wrong, axis=None, kind="stable")[:PAIRS]
-    trues, answers = np.unravel_index(places, wrong.shape)
+    true_classes, predictions = np.unravel_index(places, wrong.shape)
     return Matrix(
         names=tuple(labels[index] for index in shown),
         classes=len(labels),
         rows=tuple(rows),
         pairs=tuple(
             Confused(
-                labels[true], labels[answer], int(wrong[true, answer]), int(counts[true].sum())
+                labels[true],
+                labels[predicted],
+                int(wrong[true, predicted]),
+                int(counts[true].sum()),
             )
-            for true, answer in zip(trues, answers, strict=True)
-            if wrong[true, answer]
+            for true, predicted in zip(true_classes, predictions, strict=True)
+            if wrong[true, predicted]
         ),
-        taken_for={
-            label: Confused(label, labels[row.argmax()], int(row.max()), int(own.sum()))
+        confused_with={
+            label: Confused(label, labels[row.argmax()], int(row.max()), int(images.sum()))
             if row.any()
             else None
-            for label, row, own in zip(labels, wrong, counts, strict=True)
+            for label, row, images in zip(labels, wrong, counts, strict=True)
         },
     )
 
 
-def _cell(labels: list[str], true: int, answer: int, count: int, total: int) -> Cell:
+def _cell(labels: list[str], true: int, predicted: int, count: int, total: int) -> Cell:
     what = (
-        f"{labels[true]}: right" if true == answer else f"{labels[true]} taken for {labels[answer]}"
+        f"{labels[true]}: correct"
+        if true == predicted
+        else f"{labels[true]} predicted as {labels[predicted]}"
     )
     share = count / max(total, 1)
     return Cell(
         count,
         math.sqrt(share),
-        true == answer,
+        true == predicted,
         f"{what}, {count} of {total} ({100 * share:.1f}\u202f%)",
     )

@@ -20,7 +20,7 @@ HEAT = matplotlib.colormaps["inferno"]
 SIDES = LinearSegmentedColormap.from_list(
     "sides", ["#0b5fa5", "#7fb4dc", "#f2f2f2", "#f0a868", "#c4500a"]
 )
-SMALLEST_TOP = 3.0  # times the even share: a scale never ends below it, so that flat maps look flat
+SMALLEST_TOP = 3.0  # times the average: a scale never ends below it, so that flat maps look flat
 SMOOTH_SIDE = 256  # pixels that an overlay has at least, so that a map on a small photo is smooth
 
 
@@ -70,7 +70,7 @@ class Scene:
 def overlay_png(picture: Image.Image, values: Values, seen: Box) -> bytes:
     """A heat map over the part `seen` (shares of width and height) of an RGB picture, PNG bytes of the picture's size.
 
-    `values` are times the even share; the scale is the map's own.
+    `values` are multiples of the average; the scale is the map's own.
     """
     scene = Scene(np.asarray(picture), seen)
     left, top, right, bottom = scene.pixels()

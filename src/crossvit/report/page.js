@@ -41,7 +41,7 @@ for (const box of document.querySelectorAll(".matrix")) {
     head.cells[place].classList.add("at");
     const share = +n ? ` (${((100 * count) / n).toFixed(1)}\u202f%)` : "";
     const what = document.createElement("b");
-    what.textContent = name === answer ? `${name}: right` : `${name} taken for ${answer}`;
+    what.textContent = name === answer ? `${name}: correct` : `${name} predicted as ${answer}`;
     const figures = document.createElement("span");
     figures.textContent = `${count} of ${n}${share}`;
     tip.replaceChildren(what, figures);

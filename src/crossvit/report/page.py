@@ -21,7 +21,12 @@ PICTURE_BYTES = 2_500_000  # of pictures and maps of mistakes that a page takes;
 
 
 def run_page(result: TrainingResult, evaluation: Evaluation) -> str:
-    """The HTML of a finished run: how it learned, how good it is, where it fails, and how to train it again."""
+    """The HTML of a finished run: learning curves, metrics, mistakes, and the command to train it again.
+
+    Args:
+        result: The run.
+        evaluation: Of its weights, on the held-out images.
+    """
     record = result.record
     again = [
         "crossvit",
@@ -48,7 +53,13 @@ def run_page(result: TrainingResult, evaluation: Evaluation) -> str:
 def evaluation_page(
     evaluation: Evaluation, *, command: str, record: RunRecord | None = None
 ) -> str:
-    """The HTML of an evaluation. command: the one that made it; record: run.json, where what was evaluated is a run."""
+    """The HTML of an evaluation.
+
+    Args:
+        evaluation: What to show.
+        command: The command that made it.
+        record: run.json, where a run was evaluated.
+    """
     kind, again = "evaluation", "Measure it again"
     return _evaluated(
         "evaluation.html", evaluation, record, kind=kind, again=again, command=command
@@ -103,18 +114,18 @@ def _sections(
     evaluation: Evaluation, matrix: Matrix | None, *, curves: bool
 ) -> list[tuple[str, str]]:
     """(anchor, title) of each section that the page has."""
-    there = {
-        ("learning", "Learning"): curves,
+    sections = {
+        ("learning", "Learning curves"): curves,
         ("branches", "Branches"): bool(evaluation.branches),
-        ("confusion", "Confusion"): matrix is not None,
-        ("classes", "Classes"): True,
-        ("trust", "Confidence"): evaluation.calibration is not None
+        ("confusion", "Confusion matrix"): matrix is not None,
+        ("classes", "Per-class results"): True,
+        ("trust", "Calibration"): evaluation.calibration is not None
         or evaluation.selective is not None,
-        ("robustness", "Worse images"): evaluation.robustness is not None,
+        ("robustness", "Robustness"): evaluation.robustness is not None,
         ("mistakes", "Mistakes"): bool(evaluation.mistakes) or evaluation.top1 == 1,
-        ("again", "How it ran"): True,
+        ("again", "Run details"): True,
     }
-    return [section for section, shown in there.items() if shown]
+    return [section for section, present in sections.items() if present]
 
 
 def _facts(evaluation: Evaluation, record: RunRecord | None) -> list[tuple[str, str]]:
@@ -125,7 +136,7 @@ def _facts(evaluation: Evaluation, record: RunRecord | None) -> list[tuple[str, 
         facts.append(
             ("evaluation", f"{spoken_seconds(evaluation.seconds)} ({rate:,.0f} images a second)")
         )
-    facts.append(("computed by", f"{evaluation.engine}, {evaluation.precision}"))
+    facts.append(("inference engine", f"{evaluation.engine}, {evaluation.precision}"))
     facts.append(
         (
             "loss",
@@ -146,13 +157,13 @@ def _facts(evaluation: Evaluation, record: RunRecord | None) -> list[tuple[str, 
 
 def _within_budget(mistakes: Sequence[Mistake]) -> list[Mistake]:
     """The first mistakes whose pictures together fit into PICTURE_BYTES."""
-    kept, room = [], PICTURE_BYTES
+    shown, room = [], PICTURE_BYTES
     for mistake in mistakes:
         room -= len(mistake.picture) + len(mistake.map)
         if room < 0:
             break
-        kept += [mistake] if mistake.picture else []
-    return kept
+        shown += [mistake] if mistake.picture else []
+    return shown
 
 
 def _flat(recipe: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -160,5 +171,5 @@ def _flat(recipe: Mapping[str, Any]) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
     for key, value in recipe.items():
         nested = value.items() if isinstance(value, dict) else ()
-        rows += [(f"{key}.{inner}", own) for inner, own in nested] or [(key, value)]
+        rows += [(f"{key}.{inner}", setting) for inner, setting in nested] or [(key, value)]
     return [(key, value) for key, value in rows if value not in (None, "", [])]

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from crossvit.results import Calibration, Epoch, Selective, SizeScore
 
-# Each stands for a colour of the page's style (style.css) and is replaced by it in the SVG; none is a colour anyone sees.
+# Placeholders, which the colours of the page's style (style.css) replace in the SVG.
 INK = "#123456"
 SERIES = (
     "#a10001",
@@ -25,7 +25,7 @@ SERIES = (
     "#a10004",
     "#a10005",
     "#a10006",
-)  # --s1 ... --s6, told apart by the colour-blind too
+)  # --s1 ... --s6, distinguishable for the colour-blind
 HELD_OUT, TRAIN = SERIES[:2]
 DASHES = (
     "-",
@@ -34,7 +34,7 @@ DASHES = (
     "-.",
     (0, (5, 1)),
     (0, (1, 1)),
-)  # beside the colour, for those who see none and for grey paper
+)  # beside the colour, for the colour-blind and grey paper
 SIZE = (4.7, 3.1)  # inches, of one of two plots side by side
 
 STYLE: dict[Any, Any] = {
@@ -142,8 +142,8 @@ def overlaid(runs: Sequence[tuple[str, Sequence[Epoch]]]) -> list[str]:
 
 
 def reliability(calibration: Calibration) -> str:
-    """How often the answers are right against how sure they were, and below it how many answers were so sure."""
-    bins = [own for own in calibration.bins if own.n]
+    """Reliability diagram: accuracy against confidence, and the number of predictions below it."""
+    bins = [row for row in calibration.bins if row.n]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(SIZE[0], 4.1), layout="constrained")
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
@@ -154,42 +154,42 @@ def reliability(calibration: Calibration) -> str:
             alpha=0.45,
             linewidth=1,
             linestyle="--",
-            label="as sure as right",
+            label="perfectly calibrated",
         )
-        left, widths = [own.low for own in bins], [own.high - own.low for own in bins]
+        left, widths = [row.low for row in bins], [row.high - row.low for row in bins]
         upper.bar(
             left,
-            [own.accuracy for own in bins],
+            [row.accuracy for row in bins],
             widths,
             align="edge",
             color=HELD_OUT,
             alpha=0.28,
             linewidth=0,
         )
-        sure, right = [own.confidence for own in bins], [own.accuracy for own in bins]
-        most = max(own.n for own in bins)
-        upper.plot(sure, right, color=HELD_OUT, linewidth=1.4, label="this model")
+        confidence, accuracy = [row.confidence for row in bins], [row.accuracy for row in bins]
+        most = max(row.n for row in bins)
+        upper.plot(confidence, accuracy, color=HELD_OUT, linewidth=1.4, label="this model")
         upper.scatter(
-            sure,
-            right,
-            [8 + 40 * own.n / most for own in bins],
+            confidence,
+            accuracy,
+            [8 + 40 * row.n / most for row in bins],
             color=HELD_OUT,
             zorder=3,
             clip_on=False,
         )
-        upper.set(xlim=(0, 1), ylim=(0, 1.02), title="Share that is right")
+        upper.set(xlim=(0, 1), ylim=(0, 1.02), title="Accuracy")
         upper.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         upper.legend(loc="lower right")
         lower.bar(
             left,
-            [own.n for own in bins],
+            [row.n for row in bins],
             widths,
             align="edge",
             color=TRAIN,
             alpha=0.75,
             linewidth=0,
         )
-        lower.set(title="Answers", xlabel="confidence")
+        lower.set(title="Predictions", xlabel="confidence")
         lower.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
         return _svg(
@@ -198,7 +198,7 @@ def reliability(calibration: Calibration) -> str:
 
 
 def risk_coverage(selective: Selective) -> str:
-    """The share of answers that is wrong against the share of images answered, the surest first."""
+    """Risk against coverage: wrong answers against the share of images answered, most confident first."""
     coverage, risk = (
         [point.coverage for point in selective.points],
         [point.risk for point in selective.points],
@@ -210,9 +210,9 @@ def risk_coverage(selective: Selective) -> str:
         )
         axes.fill_between(coverage, risk, color=HELD_OUT, alpha=0.12, linewidth=0)
         top = max([*risk, selective.target_risk, 0.01]) * 1.3
-        asked = f"asked for: {100 * selective.target_risk:.1f} % wrong"
+        target = f"target: at most {100 * selective.target_risk:.1f} % wrong"
         axes.axhline(
-            selective.target_risk, color=INK, alpha=0.45, linewidth=1, linestyle="--", label=asked
+            selective.target_risk, color=INK, alpha=0.45, linewidth=1, linestyle="--", label=target
         )
         if selective.suggested is not None:
             point = selective.suggested
@@ -229,8 +229,8 @@ def risk_coverage(selective: Selective) -> str:
         axes.set(
             xlim=(0, 1.01),
             ylim=(0, top),
-            xlabel="share of the images that is answered",
-            title="Share that is wrong",
+            xlabel="coverage: share of the images with an answer",
+            title="Wrong answers",
         )
         axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None if top >= 0.05 else 1))
@@ -240,7 +240,7 @@ def risk_coverage(selective: Selective) -> str:
 
 
 def sizes(scores: Sequence[SizeScore], top1: float) -> str:
-    """Accuracy on images that were scaled down first, against their shorter side; dashed, the accuracy as they are."""
+    """Accuracy on images that were scaled down, against their shorter side; dashed: unchanged images."""
     ordered = sorted(scores, key=lambda score: score.pixels)
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes()
@@ -281,19 +281,17 @@ def _over_epochs(loss: Axes, accuracy: Axes, of: str = "") -> None:
     accuracy.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def _svg(figure: Figure, says: str) -> str:
-    """`figure` as an <svg> in the page's colours, with what it says for those who cannot see it."""
+def _svg(figure: Figure, description: str) -> str:
+    """`figure` as an <svg> in the page's colours; `description` is for screen readers."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.hashsalt": says}
-    ):  # the same data gives the same bytes, another plot other ids
+    with matplotlib.rc_context({"svg.hashsalt": description}):  # the same data gives the same bytes
         figure.savefig(
             buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None}
         )
     text = buffer.getvalue().replace(INK, "currentColor")
-    for index, stand_in in enumerate(SERIES, start=1):
-        text = text.replace(stand_in, f"var(--s{index})")
+    for index, placeholder in enumerate(SERIES, start=1):
+        text = text.replace(placeholder, f"var(--s{index})")
     text = re.sub(
         r'<g id="[^"]*"', "<g", text[text.index("<svg") :]
     )  # ids that a second plot on the page has too
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(says)}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(description)}" ', 1)

@@ -1,4 +1,4 @@
-"""The templates of the pages and what they write figures with."""
+"""The templates of the pages and their filters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ THIN = "\u202f"  # the narrow space before a per cent sign
 
 
 def environment(*, script: bool = False) -> jinja2.Environment:
-    """Templates with our filters. script: with the page's script, which its policy knows by digest and lets nothing else run."""
+    """The templates.
+
+    Args:
+        script: Include the page's script, the only one that its policy allows (by digest).
+    """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("crossvit", "report"),
         autoescape=True,
@@ -33,7 +37,8 @@ def environment(*, script: bool = False) -> jinja2.Environment:
         "count": lambda number: f"{number:,}",
         "wrong": _wrong,
         "mean": lambda shares: sum(shares) / len(shares),
-        "hardest": lambda corruptions: sorted(corruptions, key=lambda one: sum(one.top1)),
+        "hardest": lambda corruptions: sorted(corruptions, key=lambda score: sum(score.top1)),
+        "branch": _branch_name,
         "picture": lambda png: f"data:image/png;base64,{base64.b64encode(png).decode()}",
         "jpeg": lambda jpeg: f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}",
         "short": lambda path: "/".join(path.split("/")[-2:]),
@@ -46,10 +51,16 @@ def environment(*, script: bool = False) -> jinja2.Environment:
     )
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     environment.globals |= {
-        "script": Markup(text),  # noqa: S704  # our own script
+        "script": Markup(text),  # noqa: S704  # the package's script
         "script_digest": f"'sha256-{digest}'" if script else "",
     }
     return environment
+
+
+def _branch_name(name: str) -> str:
+    """S and L in words, other branches by their number."""
+    words = {"S": "fine-detail branch S", "L": "coarse branch L"}
+    return words.get(name, f"branch {name}")
 
 
 def _percent(share: float) -> str:

@@ -1,4 +1,4 @@
-"""How good a model is on labelled images, and how far that can be trusted."""
+"""Metrics of a model on labelled images, with their uncertainty."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class ClassScore:
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """A wrong answer: the true and the predicted class, how sure the model was (0 to 1), and the picture as PNG bytes."""
+    """A wrong prediction: the true and the predicted class, the confidence (0 to 1), and the picture as PNG bytes."""
 
     image: str
     label: str
@@ -46,7 +46,7 @@ class Mistake:
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-    """What a figure would be on other images like these: 95 % of bootstrap resamplings of the images lie from low to high."""
+    """95 % bootstrap interval of a metric over the images, from low to high."""
 
     low: float
     high: float
@@ -54,7 +54,7 @@ class Interval:
 
 @dataclasses.dataclass(frozen=True)
 class ReliabilityBin:
-    """Images answered with a confidence from low to high: how many, how sure on average, and how many of them right (0 to 1)."""
+    """Images with a confidence from low to high: number, mean confidence and accuracy (0 to 1)."""
 
     low: float
     high: float
@@ -65,7 +65,7 @@ class ReliabilityBin:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Whether 80 % sure means 80 % right. ece: expected calibration error, 0 to 1, of logits divided by `temperature`.
+    """Whether a confidence of 80 % means 80 % correct. ece: expected calibration error, 0 to 1, of logits divided by `temperature`.
 
     suggested_temperature: the one that makes the cross-entropy of these images least; suggested_ece: the error with it, each
     image under the temperature fitted to the others (two halves), so that it does not flatter. replaced: what there was
@@ -87,7 +87,7 @@ class Calibration:
 
 @dataclasses.dataclass(frozen=True)
 class RiskPoint:
-    """Answering only where the model is at least `threshold` sure: the share answered, and the share of those that is wrong."""
+    """Answers with a confidence of `threshold` or more: their share of the images, and the share of them that is wrong."""
 
     threshold: float
     coverage: float
@@ -147,7 +147,7 @@ class SizeScore:
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    """Accuracy on images made worse, and `unspoilt`: as they are. n: images, of which there may be fewer than were evaluated.
+    """Accuracy on corrupted images, and on the same images clean (`unspoilt`). n: images, of which there may be fewer than were evaluated.
     mean: over corruptions and severities, None where none were asked for."""
 
     corruptions: tuple[CorruptionScore, ...] = ()
@@ -161,10 +161,10 @@ class Robustness:
 class Evaluation:
     """Accuracy of a run on labelled images. top1, top5, macro_f1: 0 to 1; loss: mean cross-entropy in nats.
 
-    confusion: (classes, classes) counts, rows true, columns predicted. mistakes: the surest first. intervals: of top1, top5,
-    macro_f1 (and map). Of a multi-label model top1 is the share of images whose surest class is one of theirs, loss the mean
+    confusion: (classes, classes) counts, rows true, columns predicted. mistakes: the most confident first. intervals: of top1, top5,
+    macro_f1 (and map). Of a multi-label model top1 is the share of images whose most likely class is one of theirs, loss the mean
     binary cross-entropy, and confusion, calibration and selective are left out. correct: of each image, in the order of
-    `images`, whether its answer is right (of a multi-label model: its whole set of classes), what a paired test of two runs
+    `images`, whether its prediction is correct (of a multi-label model: its whole set of classes), what a paired test of two runs
     needs; left out of JSON.
     """
 

@@ -22,7 +22,7 @@ class TokenMap:
     brought to the finest one. share: of what was read, the part that lies on these patches, 0 to 1: the rest is on class tokens
     and on other grids (for gradient on other grids alone). stage, block: from 1, None for what goes through all of them.
 
-    Values of attention, cross, rollout and gradient are shares of what was read; on `all` they are times the even share (their
+    Values of attention, cross, rollout and gradient are shares of what was read; on `all` they are multiples of the average (their
     mean is 1), and a difference is one of those.
     """
 
@@ -95,12 +95,12 @@ class Explanation:
         stage: int | None = None,
     ) -> list[TokenMap]:
         """The maps of one kind, in the order of stages and blocks."""
-        asked = {"reader": reader, "on": on, "stage": stage}
-        given = {name: value for name, value in asked.items() if value is not None}
+        criteria = {"reader": reader, "on": on, "stage": stage}
+        wanted = {name: value for name, value in criteria.items() if value is not None}
         return [
-            one
-            for one in self.maps
-            if one.kind == kind and all(getattr(one, name) == given[name] for name in given)
+            item
+            for item in self.maps
+            if item.kind == kind and all(getattr(item, name) == wanted[name] for name in wanted)
         ]
 
 

@@ -1,4 +1,4 @@
-"""What a model says of images."""
+"""Predictions of a model for images."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model says of one image, or why there is no answer, in `error`.
+    """The prediction for one image, or why there is none, in `error`.
 
-    top: the surest classes first.  labels: the answer: the surest class; of a multi-label model every class at or above its
-    threshold, the surest first; empty if the image could not be read or the model `abstained`.
+    top: the most likely classes first.  labels: the answer: the most likely class; of a multi-label model every class at or
+    above its threshold, the most likely first; empty if the image could not be read or the model `abstained`.
     """
 
     image: str
@@ -29,7 +29,7 @@ class Prediction:
 
     @property
     def label(self) -> str | None:
-        """The surest class of the answer, None where there is none."""
+        """The most likely class of the answer; None where there is none."""
         return self.labels[0].label if self.labels else None
 
 
