@@ -191,7 +191,7 @@ def _attention(
     normal = scale(
         [_even(item.values.mean(axis=0)) for item in drawn if item is not None], share=0.995
     )
-    note = "Attention weights of the class token (or the mean over patches) in the last block of each stage: the mean of all heads, then each head."
+    note = "Weights of the class token (or the mean of patches) in each stage's last block: mean of heads, then each."
     _section(head, "Attention, stage by stage", note, normal)
     axes = _panels(block, stages, 2 * max(len(readings), 2))
     for row in range(stages):
