@@ -299,7 +299,7 @@ def test_without_script_the_matrix_is_read_all_the_same(look: Callable[..., Any]
     assert (
         page.locator(".confusion td[title]")
         .first.get_attribute("title")
-        .startswith("crab: right, ")
+        .startswith("crab: correct, ")
     )
     assert page.locator(".confusion td.h").first.is_visible()
 
