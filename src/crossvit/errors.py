@@ -4,6 +4,7 @@
 CrossViTError              base: one plain line that names the thing and the fix
 ├── UsageError             exit 2: the call was wrong
 │   ├── ConfigError        a model or recipe field cannot work (also a ValueError)
+│   │   └── UnknownPartError   a block, fusion or tokeniser that nobody has registered
 │   └── UnknownNameError   no such model, recipe or split (also a LookupError)
 └── WorkError              exit 1: the work failed
     ├── DataError          images or labels that cannot be used
@@ -39,6 +40,10 @@ class UsageError(CrossViTError):
 
 class ConfigError(UsageError, ValueError):
     """A field of a model or recipe cannot work; the message has the field, the value and what would be right."""
+
+
+class UnknownPartError(ConfigError):
+    """A block, fusion or tokeniser that nobody has registered; the message says how that is done."""
 
 
 class UnknownNameError(UsageError, LookupError):

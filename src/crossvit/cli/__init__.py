@@ -38,10 +38,14 @@ def run(words: list[str], *, debug: bool = False) -> int:
     with uncollected():
         from cyclopts import CycloptsError
 
+        from crossvit.cli.own_code import import_file, without_imports
         from crossvit.cli.verbs import app
         from crossvit.errors import CrossViTError, DataError, UsageError
 
     try:
+        words, files = without_imports(words)
+        for file in files:
+            import_file(file)
         status = app(
             words or ["--help"],
             exit_on_error=False,

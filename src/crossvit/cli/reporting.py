@@ -126,7 +126,8 @@ def print_comparison(found: RunsCompared) -> None:
         branches = ", ".join(
             f"branch {branch.name} {100 * branch.top1:.1f} %" for branch in figures.branches
         )
-        cost = f"{run.parameters / 1e6:.2f} M parameters, {run.macs / 1e9:.3f} GMACs, {run.seconds:.0f} s of training"
+        macs = "" if run.macs is None else f"{run.macs / 1e9:.3f} GMACs, "
+        cost = f"{run.parameters / 1e6:.2f} M parameters, {macs}{run.seconds:.0f} s of training"
         print(f"{run.name:{width}}  top-1 {100 * figures.top1:.1f} %{between}  {branches}  {cost}")
     first = found.runs[0].name
     for run, test in zip(found.runs[1:], found.tests, strict=True):

@@ -112,6 +112,7 @@ def _refuse_early(plan: Recipe, *, dry_run: bool, resume: bool, overwrite: bool)
 
     from crossvit.data.sources import is_elsewhere, open_data
     from crossvit.model.presets import preset
+    from crossvit.model.registry import BLOCKS, FUSIONS, TOKENISERS
     from crossvit.train.resume import recorded_run, refuse_contradiction
     from crossvit.weights.hub import locate
 
@@ -122,6 +123,9 @@ def _refuse_early(plan: Recipe, *, dry_run: bool, resume: bool, overwrite: bool)
         and recorded_run(plan, Run(plan.out), resume=resume, overwrite=overwrite) is not None
     ):
         return
+    for registry in (BLOCKS, FUSIONS, TOKENISERS):
+        if (name := getattr(plan, registry.kind)) is not None:
+            registry.check(name)
     if plan.model:
         preset(plan.model)
     if not (is_elsewhere(plan.data) or Path(plan.data).expanduser().exists()):

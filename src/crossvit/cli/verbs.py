@@ -14,7 +14,8 @@ app = App(
     name="crossvit",
     version=f"crossvit {__version__}",
     help="Multi-scale vision transformers (CrossViT) from a folder of images to a trained, evaluated classifier. "
-    "With --debug an error shows where it came from.",
+    "With --debug an error shows where it came from; --import FILE.py, as often as needed, runs a file of your own that registers "
+    "blocks, fusions or tokenisers.",
     help_format="plaintext",
     suppress_keyboard_interrupt=False,
 )

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from crossvit.data.images import HELD_OUT_PARTS
-from crossvit.errors import UsageError
+from crossvit.errors import ConfigError, UsageError
 from crossvit.evaluation.bootstrap import compare
 from crossvit.evaluation.evaluator import evaluate
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.cost import cost
 from crossvit.results import ComparedRun, DataRecord, Epoch, Evaluation, RunRecord, RunsCompared
 from crossvit.run import Run
+from crossvit.weights.identify import blank_state
 
 OF_THE_MACHINE = frozenset({"out", "workers", "skip_bad"})  # fields without effect on the model
 
@@ -130,18 +131,27 @@ def _refuse_other_images(
 
 def _compared(name: str, run: Run, record: RunRecord, evaluation: Evaluation) -> ComparedRun:
     assert record.result is not None
-    total = cost(CrossViTConfig.from_dict(record.config))["total"]
+    parameters, macs = _cost(CrossViTConfig.from_dict(record.config))
     return ComparedRun(
         name=name,
         run=str(run.path),
         model=record.model,
-        parameters=total.parameters,
-        macs=total.macs,
+        parameters=parameters,
+        macs=macs,
         seconds=record.result.seconds,
         evaluation=evaluation,
         record=record,
         epochs=tuple(Epoch(**entry) for entry in run.entries()),
     )
+
+
+def _cost(config: CrossViTConfig) -> tuple[int, int | None]:
+    """(parameters, multiply-accumulates of an image), the latter None for parts that are not built in."""
+    try:
+        total = cost(config)["total"]
+    except ConfigError:
+        return sum(tensor.numel() for tensor in blank_state(config).values()), None
+    return total.parameters, total.macs
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

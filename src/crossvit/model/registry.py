@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Iterator
 from typing import Any
 
-from crossvit.errors import ConfigError, nearest_names
+from crossvit.errors import ConfigError, UnknownPartError, nearest_names
 
 
 class Registry:
@@ -56,17 +56,13 @@ class Registry:
             entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
         return entry
 
-    def name_of(self, it: object) -> str | None:
-        """The name under which `it` is registered, None where it is not."""
-        return next((name for name in self._entries if self[name] is it), None)
-
     def check(self, name: object) -> None:
-        """ConfigError that says how to make `name` known, where it is not."""
+        """UnknownPartError that says how to make `name` known, where it is not."""
         if name in self._entries:
             return
         near = nearest_names(str(name), list(self._entries))
         guess = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(
+        raise UnknownPartError(
             f"{self.kind} = {name!r}: should be one of {', '.join(self._entries)}; {guess}"
             f"one of your own is made known by register_{self.kind}, in a file given by --import"
         )

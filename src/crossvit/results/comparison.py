@@ -13,13 +13,13 @@ from crossvit.results.training import Epoch
 @dataclasses.dataclass(frozen=True)
 class ComparedRun:
     """One of several runs: a short name that no other has, what it costs (parameters, and multiply-accumulates of one image as it
-    computes them), the seconds it was trained for, and how it did. record (`run.json`) and epochs are left out of JSON."""
+    computes them, None where a part that is not built in has its own), the seconds it was trained for, and how it did. record (`run.json`) and epochs are left out of JSON."""
 
     name: str
     run: str
     model: str
     parameters: int
-    macs: int
+    macs: int | None
     seconds: float
     evaluation: Evaluation
     record: RunRecord = dataclasses.field(repr=False, metadata={"json": False})

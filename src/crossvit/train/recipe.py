@@ -32,6 +32,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PARTS = ("tokens", "branch0", "branch1", "branch2", "branch3", "fusion", "heads", "backbone")
 DURATIONS = ("warmup", "every", "patience")
+PARTS_BY_NAME = ("block", "fusion", "tokeniser")  # of the model; see crossvit.model.registry
 PLAIN_NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
@@ -228,6 +229,17 @@ class Recipe:
         None,
         "a name from `crossvit models`; chosen by the size and number of the images if left out",
     )
+    block: str | None = option(
+        None,
+        "an encoder block that a file given by --import registers; the model's own if left out",
+    )
+    fusion: str | None = option(
+        None,
+        "how the branches meet: a built-in name, or one that a file given by --import registers",
+    )
+    tokeniser: str | None = option(
+        None, "how every branch makes patches: a built-in name, or one of a file given by --import"
+    )
     weights: str | None = option(
         None,
         "what to start from: a run, a weight file, an https:// address, a released model's name or owner/name on the hub; "
@@ -320,7 +332,7 @@ class Recipe:
         )
         _require(self.workers >= 0, "workers", self.workers, "a whole number of 0 or more")
         _require(0 < self.held_out < 1, "held_out", self.held_out, "a share between 0 and 1")
-        for name in ("model", "weights"):
+        for name in ("model", "weights", *PARTS_BY_NAME):
             _require(getattr(self, name) != "", name, "", "a name, or left out")
         for name in ("label_smoothing", "drop_path", "ema"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), share)
@@ -356,8 +368,14 @@ class Recipe:
         return Recipe.from_dict(record)
 
     def to_dict(self) -> dict[str, Any]:
-        """Nested dicts of numbers, strings, lists and None, from which `from_dict` makes an equal recipe."""
+        """Nested dicts of numbers, strings, lists and None, from which `from_dict` makes an equal recipe.
+
+        The names of a model's parts are left out where they are not given, so that releases before them read the dict.
+        """
         record: dict[str, Any] = dataclasses.asdict(self)
+        for name in PARTS_BY_NAME:
+            if record[name] is None:
+                del record[name]
         return {key: _plain(value) for key, value in record.items()}
 
     @classmethod

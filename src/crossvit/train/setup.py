@@ -19,8 +19,9 @@ from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import open_data
 from crossvit.errors import DataError, UsageError
 from crossvit.factory import model_config
-from crossvit.model.config import CrossViTConfig
+from crossvit.model.config import BranchConfig, CrossViTConfig
 from crossvit.model.presets import preset
+from crossvit.model.registry import BLOCKS, FUSIONS, TOKENISERS
 from crossvit.results import MULTI_LABEL, SINGLE_LABEL, DataRecord, RunRecord
 from crossvit.train.callbacks import Watch
 from crossvit.train.distributed import ALONE, Team
@@ -111,6 +112,7 @@ def make_plan(
     recorded: run.json of the run that is gone on with; its model stays.  team: each process looks at its share.
     Raises UsageError for a wrong call and DataError, before anything is trained, for images that cannot be decoded.
     """
+    require_known_parts(recipe)
     data = open_data(recipe.data)
     data.split(
         held_out=recipe.held_out, seed=recipe.seed
@@ -145,6 +147,9 @@ def make_plan(
         in_channels=recipe.channels or 3,
         image_size=(recipe.image_size, recipe.image_size) if recipe.image_size else None,
         drop_path=recipe.drop_path,
+        block=recipe.block,
+        fusion=recipe.fusion,
+        branches=_with_tokeniser(base, recipe.tokeniser),
     )
     preprocessing = (
         Preprocessing.from_dict(recorded.preprocessing)
@@ -231,6 +236,19 @@ def _one_batch(recipe: Recipe, train: ImageSet) -> tuple[Recipe, ImageSet]:
     return recipe, train.take([key.image for key in first])
 
 
+def require_known_parts(recipe: Recipe) -> None:
+    """ConfigError for a block, fusion or tokeniser of the recipe that nobody has registered."""
+    for registry in (BLOCKS, FUSIONS, TOKENISERS):
+        if (name := getattr(recipe, registry.kind)) is not None:
+            registry.check(name)
+
+
+def _with_tokeniser(config: CrossViTConfig, name: str | None) -> tuple[BranchConfig, ...] | None:
+    if name is None:
+        return None
+    return tuple(dataclasses.replace(branch, tokeniser=name) for branch in config.branches)
+
+
 def _chosen_model(
     recipe: Recipe, recorded: RunRecord | None
 ) -> tuple[str, CrossViTConfig, str] | None:
@@ -282,7 +300,7 @@ def _without_broken(data: Data, looked: Mapping[str, Findings], *, skip: bool) -
     total = sum(len(images) for images in data.parts.values())
     line = f"{len(reasons)} of {total} images cannot be decoded: {'; '.join(reasons[:NAMED_AT_MOST])}{more}"
     if not skip:
-        raise DataError(f"{line}. Mend or remove them, or add --skip-bad")
+        raise DataError(f"{line}. Repair or delete them, or add --skip-bad")
     good = data.without({part: findings.broken for part, findings in looked.items()})
     return dataclasses.replace(good, notes=(*data.notes, f"skipped: {line}"))
 

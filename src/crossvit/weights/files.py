@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from crossvit.errors import ConfigError, UsageError, WeightsError
+from crossvit.errors import ConfigError, UnknownPartError, UsageError, WeightsError
 from crossvit.files import write_atomically
 from crossvit.model.config import CrossViTConfig
 from crossvit.weights.hub import locate
@@ -211,6 +211,8 @@ def _described(weights: Weights, record: dict[str, Any]) -> Weights:
             if record.get("preprocessing")
             else None,
         )
+    except UnknownPartError:
+        raise
     except (ConfigError, TypeError, ValueError, KeyError, AttributeError) as error:
         reason = error if isinstance(error, ConfigError | ValueError) else type(error).__name__
         raise WeightsError(

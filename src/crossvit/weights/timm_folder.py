@@ -22,6 +22,7 @@ from crossvit.files import write_atomically
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.cost import cost
 from crossvit.model.presets import PRESETS
+from crossvit.model.registry import BLOCKS
 from crossvit.weights.files import WEIGHTS_NAME, header, write_weights
 from crossvit.weights.identify import blank_state
 from crossvit.weights.keys import renamed, to_ours
@@ -80,6 +81,7 @@ def _misfits(config: CrossViTConfig) -> list[str]:
     if len(branches) != 2:
         return [f"it has {len(branches)} branch{'es' * (len(branches) > 1)}, not two"]
     checks = {
+        f"its blocks are {config.block}": config.block not in BLOCKS.built_in,
         f"its fusion is {config.fusion}": config.fusion != "cross-attention",
         "every fusion block sees the patches (as_released=False)": config.fusion_depth > 1
         and not config.as_released,
