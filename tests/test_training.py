@@ -291,7 +291,8 @@ def test_bad_images_stop_training_before_it_starts_or_are_skipped(
     (own_scans / "0" / "zero.png").write_bytes(b"")
     (own_scans / "1" / "text.jpg").write_text("hello")
     with pytest.raises(
-        crossvit.CrossViTError, match=r"cannot be decoded: .*Repair or delete them, or add --skip-bad"
+        crossvit.CrossViTError,
+        match=r"cannot be decoded: .*Repair or delete them, or add --skip-bad",
     ):
         fit(recipe(own_scans, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -75,30 +76,28 @@ class TorchEngine:
     def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         if self.device.type == "cuda":
             return self._overlapped(images)
-        training = self.model.training
-        self.model.eval()
-        cast = (
-            autocast(self.device, self.precision)
-            if isinstance(self.model, CrossViT)
-            else contextlib.nullcontext()
-        )
-        with torch.inference_mode(), cast:
+        with self._inference():
             logits = self.model.branch_logits(torch.from_numpy(images).to(self.device))
-        self.model.train(training)
         return logits.float().cpu().numpy()
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Inside, the model is in evaluation mode and its precision, without gradients; afterwards in the mode it was in."""
+        training = self.model.training
+        trains = isinstance(self.model, CrossViT)  # an inference form is in its precision already
+        cast = autocast(self.device, self.precision) if trains else contextlib.nullcontext()
+        self.model.eval()
+        try:
+            with torch.inference_mode(), cast:
+                yield
+        finally:
+            self.model.train(training)
 
     def _overlapped(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """As a call, in parts: while one is computed the next is copied to the GPU, out of pinned memory."""
         copying = torch.cuda.Stream(self.device)
-        training = self.model.training
-        self.model.eval()
-        cast = (
-            autocast(self.device, self.precision)
-            if isinstance(self.model, CrossViT)
-            else contextlib.nullcontext()
-        )
         logits = []
-        with torch.inference_mode(), cast:
+        with self._inference():
             staged = [part.pin_memory() for part in torch.from_numpy(images).split(GPU_PART)]
             for part in staged:
                 with torch.cuda.stream(copying):
@@ -107,7 +106,6 @@ class TorchEngine:
                 there.record_stream(torch.cuda.current_stream(self.device))
                 logits.append(self.model.branch_logits(there).float())
             joined = torch.cat(logits, dim=1).cpu()
-        self.model.train(training)
         return joined.numpy()
 
 
