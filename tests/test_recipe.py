@@ -365,6 +365,7 @@ OTHER_TEXTS = {
     "model": "crossvit_pico_32", "weights": "w.safetensors", "class_weights": "balanced", "sampling": "balanced",
     "precision": "fp16", "device": "cpu", "optimiser": "lamb", "warmup": "3 epochs", "randaugment": "rand-m9-mstd0.5-inc1",
     "teacher": "timm:x", "distil": "hard", "every": "15 min", "patience": "3 epochs", "select": "best",
+    "block": "pre-norm", "fusion": "pairwise", "tokeniser": "linear",
 }  # fmt: skip
 OTHER_LISTS = {"freeze": ("heads", "fusion"), "branch_lr": (0.5, 2.0)}
 
