@@ -15,6 +15,7 @@ from PIL import Image
 from crossvit import BranchConfig, CrossViTConfig
 from crossvit.cli import run as crossvit_command
 from crossvit.data.sources import open_data
+from crossvit.fast.accelerate import accelerate
 from crossvit.model.crossvit import CrossViT
 from crossvit.results import Epoch, TrainingResult
 from crossvit.train.callbacks import Watch
@@ -64,7 +65,7 @@ class Heard(Watch):
 def lively(config: CrossViTConfig, seed: int = 0) -> CrossViT:
     """A model whose logits differ from image to image."""
     torch.manual_seed(seed)
-    model = CrossViT(config).eval()
+    model = accelerate(CrossViT(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

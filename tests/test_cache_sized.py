@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossvit.fast import chunked_attention as cache_sized
-from crossvit.fast.chunked_attention import cache_sized_attention
-from crossvit.model import attention
+from crossvit.fast import chunked_attention as chunked
+from crossvit.fast import eligibility, self_attention
+from crossvit.fast.accelerate import accelerate
+from crossvit.fast.chunked_attention import chunked_attention
 from crossvit.model.attention import SelfAttention, attention_kernel
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.presets import preset
@@ -26,13 +27,13 @@ def reference(qkv: Tensor, heads: int) -> Tensor:
 def test_values_and_gradients_are_those_of_the_fused_kernel(
     batch: int, part_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_sized, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(chunked, "PART_BYTES", part_bytes)
     generator = torch.Generator().manual_seed(batch)
     qkv = torch.randn(
         batch, 17, 3 * 2 * 8, dtype=torch.float64, generator=generator, requires_grad=True
     )
     weight = torch.randn(batch, 17, 2 * 8, dtype=torch.float64, generator=generator)
-    ours, theirs = cache_sized_attention(qkv, 2), reference(qkv, 2)
+    ours, theirs = chunked_attention(qkv, 2), reference(qkv, 2)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(
         *(torch.autograd.grad((mixed * weight).sum(), qkv)[0] for mixed in (ours, theirs)),
@@ -40,26 +41,26 @@ def test_values_and_gradients_are_those_of_the_fused_kernel(
         atol=1e-12,
     )
     with torch.no_grad():
-        assert torch.equal(cache_sized_attention(qkv, 2), ours)
+        assert torch.equal(chunked_attention(qkv, 2), ours)
 
 
 def test_the_gradient_is_that_of_finite_differences() -> None:
     qkv = torch.randn(2, 5, 3 * 2 * 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: cache_sized_attention(x, 2), qkv)
+    assert torch.autograd.gradcheck(lambda x: chunked_attention(x, 2), qkv)
 
 
 def test_self_attention_takes_it_where_the_processor_computes_in_bf16(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Under autocast, with a backward pass; the figures are the fused kernel's up to bf16's rounding."""
-    monkeypatch.setattr(attention, "_HAS_BF16", True)
+    monkeypatch.setattr(eligibility, "HAS_BF16", True)
     taken: list[torch.dtype] = []
     monkeypatch.setattr(
-        attention,
-        "cache_sized_attention",
-        lambda qkv, heads: taken.append(qkv.dtype) or cache_sized_attention(qkv, heads),
+        self_attention,
+        "chunked_attention",
+        lambda qkv, heads: taken.append(qkv.dtype) or chunked_attention(qkv, heads),
     )
-    module = SelfAttention(32, 4)
+    module = accelerate(SelfAttention(32, 4))
     x = torch.randn(3, 21, 32, requires_grad=True)
     results = {}
     for kernel in ("auto", "fused"):

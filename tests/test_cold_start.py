@@ -240,7 +240,7 @@ def logits(path: Path, *, keep: bool) -> NDArray[np.float32]:
     from crossvit.engines.onnxruntime import OnnxRuntimeEngine
 
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
-    return OnnxRuntimeEngine(path, keep=keep)(images)
+    return OnnxRuntimeEngine(path, keep=keep).compute(images)
 
 
 def kept_beside(path: Path) -> list[Path]:

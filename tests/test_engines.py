@@ -19,6 +19,7 @@ import crossvit
 from conftest import SMALL, lively
 from crossvit.data.sources import open_data
 from crossvit.engines import select as choose
+from crossvit.engines.protocol import EngineOutput
 from crossvit.engines.select import installed_engines, load_engine
 from crossvit.engines.torch import TorchEngine
 from crossvit.errors import EngineError, UsageError
@@ -53,7 +54,7 @@ def pictures(trained: Trained, scans: Path) -> NDArray[np.float32]:
 @pytest.fixture(scope="module")
 def exact(trained: Trained, pictures: NDArray[np.float32]) -> NDArray[np.float32]:
     """The model as it is, in torch, fp32: (branches, n, classes)."""
-    return TorchEngine(trained.build(), device=torch.device("cpu"))(pictures)
+    return TorchEngine(trained.build(), device=torch.device("cpu"))(pictures).branch_logits
 
 
 def said(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -81,7 +82,9 @@ def test_every_engine_gives_the_logits_of_torch_in_fp32(
     except UsageError as error:
         assert precision != "fp32"
         pytest.skip(str(error))
-    found = forward(pictures)
+    output = forward(pictures)
+    found = output.branch_logits
+    assert np.array_equal(output.logits, found.mean(axis=0))
     assert found.dtype == np.float32
     assert found.shape == exact.shape
     assert relative(found, exact) < choose.TOLERANCE[precision]
@@ -89,7 +92,8 @@ def test_every_engine_gives_the_logits_of_torch_in_fp32(
         1.0 if precision == "fp32" else 0.9
     )
     assert (
-        np.abs(forward(pictures[:1]) - found[:, :1]).max() < choose.TOLERANCE[precision]
+        np.abs(forward(pictures[:1]).branch_logits - found[:, :1]).max()
+        < choose.TOLERANCE[precision]
     )  # another batch size
 
 
@@ -304,9 +308,9 @@ class Fixed:
     def __init__(self, logits: NDArray[np.float32], precision: str = "fp32") -> None:
         self.logits, self.precision, self.calls = logits, precision, 0
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, images: NDArray[np.float32]) -> EngineOutput:
         self.calls += 1
-        return self.logits
+        return EngineOutput.of_branches(self.logits)
 
 
 def test_auto_leaves_out_what_differs_and_remembers_its_choice(
@@ -353,7 +357,7 @@ def test_auto_goes_on_without_what_fails_or_lacks_the_precision(
     tmp_path: Path,
 ) -> None:
     class Failing(Fixed):
-        def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        def __call__(self, images: NDArray[np.float32]) -> EngineOutput:
             raise ValueError("an operator is not there\nat some place")
 
     def load(trained: Trained, engine: str, **options: str) -> Fixed:
@@ -402,7 +406,7 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_said_once(
         name = "torch"
         precision = "fp32"
 
-        def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        def __call__(self, images: NDArray[np.float32]) -> EngineOutput:
             sizes.append(len(images))
             if len(images) > 7:
                 raise OrtFailure(
@@ -410,20 +414,22 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_said_once(
                 )
             if len(images) > 4:
                 raise RuntimeError("CUDA out of memory. Tried to allocate 9 GiB")
-            return images.reshape(1, len(images), -1)
+            return EngineOutput.of_branches(images.reshape(1, len(images), -1))
 
-    forward = choose._Halving(Narrow())
+    forward = choose.BatchSplitting(Narrow())
     images = np.arange(14, dtype=np.float32).reshape(14, 1)
-    assert np.array_equal(forward(images), images[None])
+    output = forward(images)
+    assert np.array_equal(output.branch_logits, images[None])
+    assert np.array_equal(output.logits, images)
     assert sizes == [14, 7, 3, 3, 3, 3, 2]
     assert said(caplog)[-1] == "memory does not hold 7 images at once: going on with 3"
 
     class Broken(Narrow):
-        def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        def __call__(self, images: NDArray[np.float32]) -> EngineOutput:
             raise RuntimeError("shapes differ")
 
     with pytest.raises(RuntimeError, match="shapes differ"):
-        choose._Halving(Broken())(images)
+        choose.BatchSplitting(Broken())(images)
 
 
 def test_a_model_that_cannot_be_exported_is_an_engine_error(

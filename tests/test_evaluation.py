@@ -80,8 +80,8 @@ def test_epochs_are_summarised_without_what_takes_long(
 ) -> None:
     trained = open_trained(tiny_run.run)
     images, part = trained.select(open_data(scans), None)
-    logits, images = measure(load_engine(trained), images, trained.preprocessing)
-    cheap = summarise(logits, images, patches=(4, 8), run="r", data="d", split=part)
+    output, images = measure(load_engine(trained), images, trained.preprocessing)
+    cheap = summarise(output, images, patches=(4, 8), run="r", data="d", split=part)
     assert (cheap.intervals, cheap.calibration, cheap.selective) == ({}, None, None)
 
 
@@ -115,11 +115,11 @@ def test_several_classes_an_image_are_measured_at_the_runs_thresholds(
         tuple({*label, 2}) if index % 2 else label for index, label in enumerate(plain.labels)
     )  # type: ignore[misc]
     images = dataclasses.replace(plain, labels=labels)
-    logits, images = measure(load_engine(trained), images, trained.preprocessing)
-    sure = probabilities(logits.mean(axis=0), task=MULTI_LABEL, temperature=2.0)
+    output, images = measure(load_engine(trained), images, trained.preprocessing)
+    sure = probabilities(output.logits, task=MULTI_LABEL, temperature=2.0)
     limits = tuple(best_thresholds(sure, images.targets()))
     result = summarise(
-        logits,
+        output,
         images,
         patches=(4, 8),
         run="r",
@@ -224,10 +224,10 @@ def test_calibrate_stores_what_evaluation_then_uses(own_run: Path, scans: Path) 
     assert (after.top1, after.correct) == (before.top1, before.correct)
     trained = open_trained(own_run)
     images, _ = trained.select(open_data(scans), None)
-    logits, _ = measure(load_engine(trained), images, trained.preprocessing)
-    assert calibration(
-        logits.mean(axis=0), images.targets(), temperature=fitted
-    ).ece == pytest.approx(after.calibration.ece)
+    output, _ = measure(load_engine(trained), images, trained.preprocessing)
+    assert calibration(output.logits, images.targets(), temperature=fitted).ece == pytest.approx(
+        after.calibration.ece
+    )
 
 
 def test_calibrate_refuses_images_that_were_trained_on(
@@ -491,9 +491,9 @@ def test_several_classes_and_no_threshold_are_printed_too(
 ) -> None:
     trained = dataclasses.replace(open_trained(tiny_run.run), task=MULTI_LABEL)
     images, part = trained.select(open_data(scans), None)
-    logits, images = measure(load_engine(trained), images, trained.preprocessing)
+    output, images = measure(load_engine(trained), images, trained.preprocessing)
     print_evaluation(
-        summarise(logits, images, patches=(4, 8), run="r", data="d", split=part, thorough=True)
+        summarise(output, images, patches=(4, 8), run="r", data="d", split=part, thorough=True)
     )
     out = capsys.readouterr().out
     assert "mAP    " in out

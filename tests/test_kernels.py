@@ -13,18 +13,23 @@ from torch.nn import functional as F
 
 import crossvit
 from conftest import lively
-from crossvit.fast import self_attention as functions
-from crossvit.fast import sublayers as block
+from crossvit.fast import sublayers
+from crossvit.fast.accelerate import accelerate
 from crossvit.fast.cross_attention import read, read_normalised
+from crossvit.fast.eligibility import (
+    why_no_attention_kernel,
+    why_no_patch_kernel,
+    why_no_resize_kernel,
+)
 from crossvit.fast.native import build as module
 from crossvit.fast.native.bindings import NAMES, Fold, Linear, Norm
 from crossvit.fast.native.build import native, without_kernels
-from crossvit.fast.patch_embed import patch_tokens, takes_patches
-from crossvit.fast.resize import bicubic, takes_resize
-from crossvit.fast.sublayers import Half, attention_half, mlp_half
+from crossvit.fast.patch_embed import fast_resize, patch_tokens
+from crossvit.fast.resize import bicubic
+from crossvit.fast.self_attention import native_attention
+from crossvit.fast.sublayers import Sublayer, attention_sublayer, mlp_sublayer
 from crossvit.model.attention import SelfAttention, attention_kernel
 from crossvit.model.config import BranchConfig, CrossViTConfig
-from crossvit.model.tokens import resize
 
 NEAR = {
     torch.float32: 2e-6,
@@ -100,10 +105,10 @@ def test_attention_and_its_gradient_are_torchs(
     qkv = 1.5 * torch.randn(batch, tokens, 3 * heads * width, generator=generator)
     given = torch.randn(batch, tokens, heads * width, generator=generator).to(dtype)
     qkv = qkv.to(dtype).requires_grad_()
-    if not functions.takes_attention(qkv, heads):
+    if why_no_attention_kernel(qkv, heads):
         pytest.skip(f"no {dtype} in this processor")
     wide = qkv.detach().double().requires_grad_()
-    ours, exact = functions.attention(qkv, heads), exact_attention(wide, heads)
+    ours, exact = native_attention(qkv, heads), exact_attention(wide, heads)
     (ours_gradient,) = torch.autograd.grad(ours, qkv, given)
     (exact_gradient,) = torch.autograd.grad(exact, wide, given.double())
     assert error(ours, exact) < NEAR[dtype]
@@ -119,7 +124,7 @@ def test_scores_far_from_zero_neither_overflow_nor_vanish() -> None:
     qkv = 40 * torch.randn(1, 33, 96, generator=torch.Generator().manual_seed(0))
     qkv.requires_grad_()
     wide = qkv.detach().double().requires_grad_()
-    ours, exact = functions.attention(qkv, 2), exact_attention(wide, 2)
+    ours, exact = native_attention(qkv, 2), exact_attention(wide, 2)
     gradients = [
         torch.autograd.grad(mixed.square().sum(), given)[0]
         for mixed, given in ((ours, qkv), (exact, wide))
@@ -134,7 +139,7 @@ def test_the_number_of_threads_changes_no_bit() -> None:
         torch.randn(3, 50, 3 * 64, requires_grad=True),
         torch.randn(3, 77, 32, requires_grad=True),
     )
-    half = Half(
+    sublayer = Sublayer(
         *(
             torch.randn(size, requires_grad=True)
             for size in ((32,), (32,), (64, 32), (64,), (32, 64), (32,))
@@ -145,11 +150,14 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        mixed = functions.attention(qkv, 4)
+        mixed = native_attention(qkv, 4)
         found.append([mixed.detach(), *torch.autograd.grad(mixed.sum(), qkv)])
         if native().has_bf16:  # type: ignore[union-attr]
-            mixed = mlp_half(x, half, None)
-            found[-1] += [mixed.detach(), *torch.autograd.grad(mixed.sin().sum(), [x, *half[:-1]])]
+            mixed = mlp_sublayer(x, sublayer, None)
+            found[-1] += [
+                mixed.detach(),
+                *torch.autograd.grad(mixed.sin().sum(), [x, *sublayer[:-1]]),
+            ]
     torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
@@ -293,7 +301,7 @@ def test_half_a_block_and_its_gradients_are_those_of_its_equation(
     which: str, has_factor: bool, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In double precision from the same numbers; several parts, the last of them smaller."""
-    monkeypatch.setattr(block, "PART_TOKENS", 2 * shape[1])
+    monkeypatch.setattr(sublayers, "PART_TOKENS", 2 * shape[1])
     generator = torch.Generator().manual_seed(shape[1])
     width, between = shape[2], {"attention": 3 * shape[2], "mlp": 2 * shape[2]}[which]
     inner = {"attention": width, "mlp": between}[which]
@@ -306,9 +314,13 @@ def test_half_a_block_and_its_gradients_are_those_of_its_equation(
     factor = (
         torch.tensor([0.0, 1.25, 1.25, 0.0, 1.25])[: shape[0], None, None] if has_factor else None
     )
-    half = Half(*(leaf.requires_grad_() for leaf in leaves[1:]), eps=1e-6)
+    sublayer = Sublayer(*(leaf.requires_grad_() for leaf in leaves[1:]), eps=1e-6)
     x = leaves[0].requires_grad_()
-    ours = attention_half(x, half, 2, factor) if which == "attention" else mlp_half(x, half, factor)
+    ours = (
+        attention_sublayer(x, sublayer, 2, factor)
+        if which == "attention"
+        else mlp_sublayer(x, sublayer, factor)
+    )
 
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     hidden = F.linear(F.layer_norm(wide[0], (width,), wide[1], wide[2], 1e-6), wide[3], wide[4])
@@ -343,9 +355,9 @@ def test_patches_and_their_gradients_are_a_convolutions(
         torch.randn(1, 1, width, generator=generator).requires_grad_() if has_class_token else None
     )
     with torch.autocast("cpu", torch.bfloat16):
-        assert takes_patches(images, stem, class_token, positions)
+        assert not why_no_patch_kernel(images, stem, class_token, positions)
         ours = patch_tokens(images, stem, class_token, positions)
-    assert not takes_patches(images, stem, class_token, positions)
+    assert why_no_patch_kernel(images, stem, class_token, positions)
     leaves = [*stem.parameters(), positions, *([] if class_token is None else [class_token])]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
     exact = F.conv2d(images.double(), wide[0], wide[1], stride=patch).flatten(2).transpose(1, 2)
@@ -363,7 +375,7 @@ def test_a_stem_that_is_more_than_its_patches_is_left_to_torch() -> None:
     images, positions = torch.zeros(1, 3, 32, 32), torch.zeros(1, 5, 32)
     plain = nn.Conv2d(3, 32, 16, stride=16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert takes_patches(images, plain, positions[:, :1], positions)
+        assert not why_no_patch_kernel(images, plain, positions[:, :1], positions)
         others = [
             nn.Conv2d(3, 32, 16, stride=8),
             nn.Conv2d(3, 32, 16, stride=16, padding=1),
@@ -374,15 +386,17 @@ def test_a_stem_that_is_more_than_its_patches_is_left_to_torch() -> None:
             nn.Conv2d(3, 32, 5, stride=5),
             nn.Sequential(plain),
         ]
-        assert not any(takes_patches(images, stem, positions[:, :1], positions) for stem in others)
-        assert not takes_patches(
+        assert all(
+            why_no_patch_kernel(images, stem, positions[:, :1], positions) for stem in others
+        )
+        assert why_no_patch_kernel(
             images.clone().requires_grad_(), plain, positions[:, :1], positions
         )
-        assert not takes_patches(images, plain, None, positions)  # a position too many
-        assert not takes_patches(images[:, :2], plain, positions[:, :1], positions)
-        assert not takes_patches(images[..., :8], plain, positions[:, :1], positions[:, :1])
+        assert why_no_patch_kernel(images, plain, None, positions)  # a position too many
+        assert why_no_patch_kernel(images[:, :2], plain, positions[:, :1], positions)
+        assert why_no_patch_kernel(images[..., :8], plain, positions[:, :1], positions[:, :1])
         plain.register_forward_hook(lambda *_: None)
-        assert not takes_patches(images, plain, positions[:, :1], positions)
+        assert why_no_patch_kernel(images, plain, positions[:, :1], positions)
 
 
 @needs_kernels
@@ -445,11 +459,11 @@ def test_a_cross_read_and_its_gradients_are_those_of_its_equation(
 def test_the_resize_is_torchs_bicubic(given: tuple[int, int], size: tuple[int, int]) -> None:
     """Smaller, larger, by factors that are no ratio of small numbers, and every edge."""
     images = torch.randn(2, 3, *given, generator=torch.Generator().manual_seed(0))
-    assert takes_resize(images)
+    assert why_no_resize_kernel(images) is None
     exact = F.interpolate(images, size=size, mode="bicubic", align_corners=False)
     torch.testing.assert_close(bicubic(images, size), exact, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(resize(images, size), exact, rtol=1e-5, atol=1e-5)
-    assert not takes_resize(images.requires_grad_())
+    torch.testing.assert_close(fast_resize(images, size), exact, rtol=1e-5, atol=1e-5)
+    assert why_no_resize_kernel(images.requires_grad_())
 
 
 @needs_layers
@@ -478,7 +492,7 @@ def test_a_model_learns_with_them_as_without(checkpointing: bool) -> None:
 
 @needs_kernels
 def test_they_step_aside_for_whoever_traces_or_listens() -> None:
-    attention = SelfAttention(32, 2)
+    attention = accelerate(SelfAttention(32, 2))
     x = torch.randn(2, 9, 32, requires_grad=True)
     seen: list[str] = []
     kernels = native()

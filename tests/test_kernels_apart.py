@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conftest import lively
-from crossvit.fast import self_attention as functions
+from crossvit.fast import sublayers
+from crossvit.fast.eligibility import why_no_attention_kernel, why_not
 from crossvit.fast.native import build as module
 from crossvit.fast.native.build import native, why_none, without_kernels
-from crossvit.fast.sublayers import Half, takes
-from crossvit.model.crossvit import CrossViT, EncoderBlock
+from crossvit.fast.self_attention import native_attention
+from crossvit.model.crossvit import CrossViT
+from crossvit.model.layers import EncoderBlock
 from test_kernels import (
     CONFIG,
     NEAR,
@@ -50,10 +52,8 @@ def block_of(model: CrossViT) -> EncoderBlock:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Fills with a word for every half of a block that our kernels compute."""
-    from crossvit.model import crossvit as of_model
-
-    return counted(monkeypatch, of_model, "attention_half", "mlp_half")
+    """Fills with a word for every sublayer of a block that our kernels compute."""
+    return counted(monkeypatch, sublayers, "attention_sublayer", "mlp_sublayer")
 
 
 # ---- what comes in
@@ -65,10 +65,10 @@ def test_thousands_of_tokens_and_a_second_backward_pass(dtype: torch.dtype) -> N
     generator = torch.Generator().manual_seed(0)
     qkv = torch.randn(1, 4097, 48, generator=generator).to(dtype).requires_grad_()
     given = torch.randn(1, 4097, 16, generator=generator).to(dtype)
-    if not functions.takes_attention(qkv, 1):
+    if why_no_attention_kernel(qkv, 1):
         pytest.skip(f"no {dtype} in this processor")
     wide = qkv.detach().double().requires_grad_()
-    ours, exact = functions.attention(qkv, 1), exact_attention(wide, 1)
+    ours, exact = native_attention(qkv, 1), exact_attention(wide, 1)
     (gradient,) = torch.autograd.grad(ours, qkv, given, retain_graph=True)
     (again,) = torch.autograd.grad(ours, qkv, given)
     assert error(ours, exact) < NEAR[dtype]
@@ -85,7 +85,7 @@ def test_what_is_not_finite_in_a_token_is_so_in_the_gradient(place: int, bad: fl
         qkv = torch.randn(1, 33, 48, generator=torch.Generator().manual_seed(place))
         qkv[0, place, 16 * third] = bad
         qkv.requires_grad_()
-        ours = functions.attention(qkv, 1)
+        ours = native_attention(qkv, 1)
         (gradient,) = torch.autograd.grad(ours.sum(), qkv)
         assert not (ours.isfinite().all() and gradient.isfinite().all())
 
@@ -163,33 +163,50 @@ def test_tokens_that_are_not_dense_are_read_as_they_are() -> None:
 @needs_kernels
 def test_attention_that_does_not_fit_is_left_to_torch() -> None:
     qkv = torch.zeros(2, 5, 96, requires_grad=True)
-    assert functions.takes_attention(qkv, 2)
-    assert not functions.takes_attention(qkv.transpose(0, 1), 2)
-    assert not functions.takes_attention(qkv[0], 2)
-    assert not functions.takes_attention(torch.zeros(2, 5, 100, requires_grad=True), 2)
-    assert not functions.takes_attention(qkv, 4)
-    assert not functions.takes_attention(qkv.double(), 2)
+    assert why_no_attention_kernel(qkv, 2) is None
+    assert why_no_attention_kernel(qkv.transpose(0, 1), 2)
+    assert why_no_attention_kernel(qkv[0], 2)
+    assert why_no_attention_kernel(torch.zeros(2, 5, 100, requires_grad=True), 2)
+    assert why_no_attention_kernel(qkv, 4)
+    assert why_no_attention_kernel(qkv.double(), 2)
 
 
 # ---- modules that are not as built
 
 
-def test_a_half_of_another_shape_or_place_is_not_taken() -> None:
-    norm, inward, outward = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
-    x = torch.zeros(2, 5, 32)
+SHAPES: dict[str, Change] = {
+    "a norm of another width": lambda block: setattr(block, "mlp_norm", nn.LayerNorm(16)),
+    "a norm without weights": lambda block: setattr(
+        block, "mlp_norm", nn.LayerNorm(32, elementwise_affine=False)
+    ),
+    "no bias": lambda block: block.mlp.__setitem__(0, nn.Linear(32, 64, bias=False)),
+    "on another device": lambda block: block.mlp.__setitem__(3, nn.Linear(64, 32, device="meta")),
+    "in doubles": lambda block: block.mlp[0].double(),
+    "a width of no whole registers": lambda block: (
+        block.mlp.__setitem__(0, nn.Linear(32, 40)),
+        block.mlp.__setitem__(3, nn.Linear(40, 32)),
+    ),
+    "one head too many": lambda block: setattr(block.attention, "num_heads", 4),
+}
 
-    def taken(x: Tensor, *modules: nn.Module) -> bool:
-        with torch.autocast("cpu", torch.bfloat16):
-            return takes(x, Half.of(*modules), head_width=16)  # type: ignore[arg-type]
 
-    assert taken(x, norm, inward, outward) == bool(getattr(native(), "has_bf16", False))
-    assert not taken(x[..., :16], norm, inward, outward)
-    assert not taken(x[0], norm, inward, outward)
-    assert not taken(x, nn.LayerNorm(16), inward, outward)
-    assert not taken(x, nn.LayerNorm(32, elementwise_affine=False), inward, outward)
-    assert not taken(x, norm, nn.Linear(32, 64, bias=False), outward)
-    assert not taken(x, norm, inward, nn.Linear(64, 32, device="meta"))
-    assert not taken(x, norm, inward.double(), outward)
+@needs_layers
+def test_a_block_takes_what_fits_it() -> None:
+    block, x = block_of(lively(CONFIG)), torch.zeros(2, 5, 32)
+    assert why_not(block, x) == "not under bf16 autocast"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert why_not(block, x) is None
+        for wrong in (x[..., :16], x[0], x[:0], x.double(), x.bfloat16()):
+            assert why_not(block, wrong), wrong.shape
+
+
+@needs_layers
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_block_of_other_shapes_is_left_to_torch(shape: str) -> None:
+    block = block_of(lively(CONFIG))
+    SHAPES[shape](block)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert why_not(block, torch.zeros(2, 5, 32)) is not None
 
 
 class Doubled(nn.Linear):

@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_hook
 
-from crossvit.fast.cross_attention import read, read_normalised, takes_read
+from crossvit.fast import cross_attention
+from crossvit.fast.accelerate import accelerate, decelerate
+from crossvit.fast.cross_attention import read, read_normalised
+from crossvit.fast.eligibility import why_no_cross_kernel
 from crossvit.fast.native.bindings import Fold
 from crossvit.fast.native.build import native, without_kernels
-from crossvit.model import attention as of_model
 from crossvit.model.attention import CrossAttention
 from crossvit.model.config import BranchConfig, CrossViTConfig
-from crossvit.model.fusion import CrossReadBlock
+from crossvit.model.fusion import CrossRead, CrossReadBlock
 from test_kernels import counted, error, needs_kernels
 
 WIDTH = 48
@@ -26,19 +28,31 @@ WIDTH = 48
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fills with a word for every read that our kernel computes."""
-    return counted(monkeypatch, of_model, "read", "read_normalised")
+    return counted(monkeypatch, cross_attention, "read", "read_normalised")
 
 
-def cross_block(**changes: object) -> CrossReadBlock:
+def cross_read(**changes: object) -> CrossRead:
+    """A read of one block, f and g the identity: a class token (B, 1, D), tokens -> (B, 1, D)."""
     torch.manual_seed(0)
     branch = BranchConfig(patch=8, dim=WIDTH, depth=1, heads=3, mlp_ratio=2.0)
     config = CrossViTConfig(
-        branches=(branch, branch), stages=1, num_classes=3, image_size=(32, 32), **changes
-    )  # type: ignore[arg-type]
-    block = CrossReadBlock(branch, config, drop_path=0.0)
+        branches=(branch, branch),
+        stages=1,
+        num_classes=3,
+        image_size=(32, 32),
+        projection_identity=True,
+        **changes,  # type: ignore[arg-type]
+    )
+    module = CrossRead(branch, branch, config, drop_path=0.0)
     with torch.no_grad():
-        for parameter in block.parameters():
+        for parameter in module.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
+    return accelerate(module)
+
+
+def block_of(module: CrossRead) -> CrossReadBlock:
+    block = module.blocks[0]
+    assert isinstance(block, CrossReadBlock)
     return block
 
 
@@ -49,7 +63,7 @@ def given(batch: int = 2, tokens: int = 9) -> tuple[Tensor, Tensor]:
     )
 
 
-def as_without(block: CrossReadBlock, query: Tensor, other: Tensor, near: float = 1e-4) -> None:
+def as_without(block: CrossRead, query: Tensor, other: Tensor, near: float = 1e-4) -> None:
     """Output and every gradient are those without kernels."""
     found = []
     for kernels in (True, False):
@@ -71,10 +85,10 @@ def as_without(block: CrossReadBlock, query: Tensor, other: Tensor, near: float 
 @needs_kernels
 @pytest.mark.parametrize("tokens", [1, 2, 17, 4097])
 def test_a_block_is_what_it_is_without_kernels(tokens: int, calls: list[str]) -> None:
-    block = cross_block()
+    block = cross_read()
     as_without(block, *given(tokens=tokens))
     assert calls == ["read_normalised"]
-    (after,) = torch.autograd.grad(block(*given()).sum(), [block.attention.key.bias])
+    (after,) = torch.autograd.grad(block(*given()).sum(), [block_of(block).attention.key.bias])
     assert not after.any()
 
 
@@ -108,7 +122,7 @@ def test_many_heads_and_tokens_far_from_zero_are_as_near_as_torchs_layers(heads:
 def test_what_is_not_finite_in_a_token_is_seen(place: int, bad: float) -> None:
     query, other = given(tokens=33)
     other[1, place, 3] = bad
-    assert cross_block()(query, other).isfinite().flatten(1).all(dim=1).tolist() == [True, False]
+    assert cross_read()(query, other).isfinite().flatten(1).all(dim=1).tolist() == [True, False]
     probes = torch.ones(2, 2, WIDTH)
     assert read(other, probes).isfinite().flatten(1).all(dim=1).tolist() == [True, False]
 
@@ -159,44 +173,43 @@ CHANGES: dict[str, Callable[[CrossReadBlock], object]] = {
 @needs_kernels
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_block_that_is_not_as_built_is_computed_as_it_is(change: str, calls: list[str]) -> None:
-    block = cross_block()
-    CHANGES[change](block)
+    block = cross_read()
+    CHANGES[change](block_of(block))
     dtype = torch.float64 if change == "doubles" else torch.float32
     query, other = (tokens.to(dtype) for tokens in given())
     with torch.no_grad():
         found = block(query, other)
-        joined = torch.cat((block.norm(query), block.norm(other)[:, 1:]), dim=1)
-        expected = query + block.attention(joined)
+        joined = block_of(block).norm(torch.cat((query, other[:, 1:]), dim=1))
+        expected = query + block_of(block).attention(joined)
     torch.testing.assert_close(found, expected)
     assert "read_normalised" not in calls
 
 
 @needs_kernels
 def test_a_hook_on_every_module_sees_norm_and_attention() -> None:
-    block, seen = cross_block(), []
+    block, seen = cross_read(), []
     handle = register_module_forward_hook(lambda module, given, out: seen.append(type(module)))
     try:
         block(*given())
     finally:
         handle.remove()
-    assert seen.count(nn.LayerNorm) == 2
-    assert CrossAttention in seen
+    assert seen.count(nn.LayerNorm) == 1
+    assert any(issubclass(kind, CrossAttention) for kind in seen)
 
 
 @needs_kernels
-def test_shapes_that_do_not_fit_are_torchs_to_refuse_or_to_repeat() -> None:
-    block, (query, other) = cross_block(), given()
-    with without_kernels(), torch.no_grad():
-        expected = block(query[:1].expand(2, -1, -1), other)
-    torch.testing.assert_close(block(query[:1], other), expected)
-    with pytest.raises(RuntimeError):
-        block(query, torch.randn(2, 9, 2 * WIDTH))
+def test_shapes_that_do_not_fit_are_refused_as_the_plain_module_does() -> None:
+    block, (query, other) = cross_read(), given()
+    for wrong in ((query[:1], other), (query, torch.randn(2, 9, 2 * WIDTH))):
+        for module in (block, decelerate(cross_read())):
+            with pytest.raises(RuntimeError):
+                module(*wrong)
 
 
 @needs_kernels
 def test_tokens_that_are_not_dense_and_no_images_at_all() -> None:
-    block, (query, other) = cross_block(), given()
-    assert not takes_read(other[:, :1])
+    block, (query, other) = cross_read(), given()
+    assert why_no_cross_kernel(other[:, :1])
     as_without(block, query, other[:, :1])
     as_without(block, *(given(tokens=18)[0], given(tokens=18)[1][:, ::2]))
     assert block(query[:0], other[:0]).shape == (0, 1, WIDTH)
@@ -205,13 +218,13 @@ def test_tokens_that_are_not_dense_and_no_images_at_all() -> None:
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_and_reduced_models(dtype: torch.dtype) -> None:
-    block, (query, other) = cross_block(), given()
+    block, (query, other) = cross_read(), given()
     exact = block(query, other)
     with torch.autocast("cpu", dtype):
         as_without(block, query, other, near=5e-2)
         with torch.no_grad():
             assert error(block(query, other), exact) < 2e-2
-            wide = cross_block().double()(
+            wide = cross_read().double()(
                 query.double(), other.double()
             )  # autocast leaves doubles alone
     assert wide.dtype == torch.float64
@@ -225,7 +238,7 @@ def test_autocast_and_reduced_models(dtype: torch.dtype) -> None:
 @needs_kernels
 @pytest.mark.parametrize("frozen", ["norm", "query", "key", "value"])
 def test_what_is_frozen_changes_no_other_gradient(frozen: str) -> None:
-    block, whole = cross_block(), cross_block()
+    block, whole = cross_read(), cross_read()
     for name, parameter in block.named_parameters():
         parameter.requires_grad_(frozen not in name)
     for one in (block, whole):
@@ -237,21 +250,21 @@ def test_what_is_frozen_changes_no_other_gradient(frozen: str) -> None:
 
 @needs_kernels
 def test_it_steps_aside_for_whoever_traces_transforms_listens_or_drops(calls: list[str]) -> None:
-    block, (query, other) = cross_block(), given()
+    block, (query, other) = cross_read(), given()
     expected = block(query, other)
     calls.clear()
     found = [
         torch.compile(block, backend="eager", fullgraph=True)(query, other),
         torch.func.vjp(block, query, other)[0],
     ]
-    block.attention.listener = lambda weights: None
+    block_of(block).attention.listener = lambda weights: None
     found.append(block(query, other))
-    block.attention.listener = None
-    block.attention.keys_values = "materialised"
+    block_of(block).attention.listener = None
+    block_of(block).attention.keys_values = "materialised"
     found.append(block(query, other))
-    block.attention.keys_values = "lazy"
+    block_of(block).attention.keys_values = "lazy"
     found.append(torch.export.export(block, (query, other)).module()(query, other))
-    block.attention.attention_drop.p = 0.5
+    block_of(block).attention.attention_drop.p = 0.5
     block(query, other)
     assert not calls
     assert native() is not None

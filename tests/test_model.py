@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from conftest import SMALL
 from crossvit import BranchConfig, CrossViTConfig, create_model
 from crossvit.errors import ConfigError
+from crossvit.fast.accelerate import accelerate
 from crossvit.model.attention import CrossAttention, attention, attention_kernel, record_attention
 from crossvit.model.crossvit import CrossViT
-from crossvit.model.drop_path import DropPath, drop_path_rates
+from crossvit.model.layers import DropPath, drop_path_rates
 from crossvit.model.tokens import resample_positions
 
 
@@ -20,6 +21,7 @@ from crossvit.model.tokens import resample_positions
 def test_lazy_cross_attention_equals_the_papers(tokens: int, dropout: float) -> None:
     torch.manual_seed(0)
     module = CrossAttention(24, 3, drop=dropout, attention_drop=dropout).double().train()
+    accelerate(module)
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(2, tokens, 24, dtype=torch.float64, requires_grad=True)
@@ -39,7 +41,7 @@ def test_lazy_cross_attention_equals_the_papers(tokens: int, dropout: float) -> 
 
 def test_attention_dropout_scales_the_value_bias_with_what_is_kept() -> None:
     torch.manual_seed(0)
-    module = CrossAttention(8, 2, attention_drop=0.5).double().train()
+    module = accelerate(CrossAttention(8, 2, attention_drop=0.5)).double().train()
     with torch.no_grad():
         module.value.weight.zero_()
         module.value.bias.fill_(1.0)
@@ -252,7 +254,7 @@ def test_recorded_attention_sums_to_one_and_changes_nothing() -> None:
 
 def test_recorded_weights_are_those_of_both_forms() -> None:
     torch.manual_seed(0)
-    lazy = CrossViT(SMALL).double().eval()
+    lazy = accelerate(CrossViT(SMALL)).double().eval()
     built = (
         CrossViT(CrossViTConfig(**{**vars(SMALL), "keys_values": "materialised"})).double().eval()
     )
@@ -422,7 +424,7 @@ def test_maps_of_a_compiled_model() -> None:
 
 
 def test_the_key_bias_has_its_gradient_of_zero_without_being_in_the_scores() -> None:
-    module = CrossAttention(24, 3).double()
+    module = accelerate(CrossAttention(24, 3)).double()
     torch.nn.init.normal_(module.key.bias)
     module(torch.randn(2, 9, 24, dtype=torch.float64)).square().sum().backward()
     assert module.key.bias.grad is not None

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 import crossvit
-from crossvit.model.crossvit import EncoderBlock
+from crossvit.model.layers import EncoderBlock
 
 
 class LayerScaleBlock(EncoderBlock):

@@ -23,6 +23,7 @@ from scipy.special import expit, softmax
 import crossvit
 from crossvit.data.preprocess import MAX_ASPECT, Preprocessing, read_image
 from crossvit.data.sources import is_image_file, open_data
+from crossvit.engines.protocol import EngineOutput
 from crossvit.errors import UsageError
 from crossvit.evaluation.evaluator import measure
 from crossvit.prediction.predictor import (
@@ -90,8 +91,10 @@ def test_inputs_and_logits_are_evaluations_to_the_bit(
     assert [images.path(index) for index in range(len(images))] == paths
     measure(evaluations, images, preprocessing, batch_size=24)
     assert [len(batch) for batch in ours.inputs] == [24, 24, 12]
-    for mine, theirs in ((ours.inputs, evaluations.inputs), (ours.outputs, evaluations.outputs)):
-        assert all(np.array_equal(one, other) for one, other in zip(mine, theirs, strict=True))
+    for mine, theirs in zip(ours.inputs, evaluations.inputs, strict=True):
+        assert np.array_equal(mine, theirs)
+    for mine, theirs in zip(ours.outputs, evaluations.outputs, strict=True):
+        assert all(map(np.array_equal, mine, theirs))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +106,7 @@ def test_probabilities_are_scipys(
     predictor = changed({"temperature": temperature, "task": task}, top_k=3)
     predictor.engine = Recorder(predictor.engine)
     predictions = predictor(paths[:8])
-    logits = predictor.engine.outputs[0].mean(axis=0).astype(float) / temperature
+    logits = predictor.engine.outputs[0].logits.astype(float) / temperature
     expected = softmax(logits, axis=1) if task == "single-label" else expit(logits)
     for prediction, row in zip(predictions, expected, strict=True):
         assert {label.label: label.probability for label in prediction.top} == pytest.approx(
@@ -117,7 +120,9 @@ def test_probabilities_are_scipys(
 def test_several_labels_are_those_at_or_above_their_thresholds(changed: Changed) -> None:
     predictor = changed({"task": "multi-label", "thresholds": (0.5, 0.9, 0.25)}, top_k=1)
     logits = np.log([[0.5 / 0.5, 0.8 / 0.2, 0.9 / 0.1], [0.1 / 0.9, 0.1 / 0.9, 0.1 / 0.9]])
-    predictor.engine = Recorder(lambda images: np.stack([logits, logits]).astype(np.float32))
+    predictor.engine = Recorder(
+        lambda images: EngineOutput.of_branches(np.stack([logits, logits]).astype(np.float32))
+    )
     both, none = predictor([np.zeros((8, 8, 3), np.uint8)] * 2)
     assert [label.label for label in both.labels] == ["2", "0"]
     assert [label.probability for label in both.labels] == pytest.approx([0.9, 0.5])
@@ -153,7 +158,7 @@ def test_views_are_averaged_as_logits(tiny_run: TrainingResult, paths: list[str]
     plain, mirrored = predictor.engine.inputs[0], predictor.engine.inputs[3]
     assert np.array_equal(mirrored, plain[..., ::-1])
     assert np.array_equal(plain[0], predictor.preprocessing(paths[0]))
-    logits = np.mean([outputs.mean(axis=0)[0] for outputs in predictor.engine.outputs], axis=0)
+    logits = np.mean([output.logits[0] for output in predictor.engine.outputs], axis=0)
     assert [label.probability for label in prediction.top] == pytest.approx(
         sorted(softmax(logits), reverse=True), abs=1e-6
     )

@@ -14,6 +14,7 @@ from sklearn.datasets import load_sample_image
 from crossvit.data.images import Arrays, ImageSet
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import open_data
+from crossvit.engines.protocol import EngineOutput
 from crossvit.errors import UnknownNameError, UsageError
 from crossvit.evaluation.robustness import (
     CORRUPTIONS,
@@ -32,10 +33,10 @@ def photo() -> Image.Image:
     return Image.fromarray(load_sample_image("china.jpg")).resize((96, 64))
 
 
-def brightness(images: NDArray[np.float32]) -> NDArray[np.float32]:
+def brightness(images: NDArray[np.float32]) -> EngineOutput:
     """A model of one branch that says 1 of a picture that is bright, 0 of one that is dark."""
     light = images.mean(axis=(1, 2, 3))
-    return np.stack([-light, light], axis=1)[None]
+    return EngineOutput.of_branches(np.stack([-light, light], axis=1)[None])
 
 
 def plain(*levels: int) -> ImageSet:
@@ -128,8 +129,8 @@ def test_other_processes_give_the_same_figures(scans: Path) -> None:
     asked = transforms(("impulse_noise", "glass_blur", "frost"), (4,))
     spread = np.random.default_rng(0).normal(size=(8 * 8 * 3, 3)).astype(np.float32)
 
-    def forward(batch: NDArray[np.float32]) -> NDArray[np.float32]:
-        return (batch.reshape(len(batch), -1) @ spread)[None]
+    def forward(batch: NDArray[np.float32]) -> EngineOutput:
+        return EngineOutput.of_branches((batch.reshape(len(batch), -1) @ spread)[None])
 
     alone = measure_robustness(forward, images, GREY, asked, sample=12, batch_size=5)
     assert alone == measure_robustness(

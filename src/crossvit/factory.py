@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from crossvit.errors import ConfigError, unknown_name
+from crossvit.fast.accelerate import accelerate
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.crossvit import CrossViT
 from crossvit.model.presets import preset
@@ -22,14 +23,27 @@ def create_model(
     image_size: int | tuple[int, int] | None = None,
     weights: str | Path | None = None,
     head: str = "same",
+    accelerated: bool = True,
     **changes: Any,
 ) -> CrossViT:
-    """A CrossViT by name (see `list_models`) or from a config.
+    """A CrossViT by name or from a config.
 
-    num_classes, in_channels, image_size (pixels, an int or (height, width)) and any other field of `CrossViTConfig`
-    replace the config's own (1000 classes and 3 channels for a name). `weights` and `head` are as `load_weights` takes them: a
-    path, an address or a name on the hub, and `head="new"` for classes other than the weights'; what was adapted is logged.
-    Raises UnknownNameError for a name or field that is not known, ConfigError for a value that cannot work.
+    Args:
+        name_or_config: A name from `list_models`, or a `CrossViTConfig`.
+        num_classes: In place of the config's own (1000 for a name).
+        in_channels: In place of the config's own (3 for a name).
+        image_size: In pixels, an int or (height, width), in place of the config's own.
+        weights: A path, an address or a name on the hub, as `load_weights` takes it; what had to
+            be adapted is logged.
+        head: `same`, or `new` for classes other than the weights'.
+        accelerated: Whether modules are computed by their faster forms where these hold (see
+            `crossvit.fast.accelerate`). Without, it is the paper in plain PyTorch, as
+            `CrossViT(config)` is. Parameters and names are the same.
+        **changes: Any other field of `CrossViTConfig`.
+
+    Raises:
+        UnknownNameError: For a name or field that is not known.
+        ConfigError: For a value that cannot work.
     """
     config = model_config(
         name_or_config,
@@ -38,7 +52,7 @@ def create_model(
         image_size=image_size,
         **changes,
     )
-    model = CrossViT(config)
+    model = accelerate(CrossViT(config)) if accelerated else CrossViT(config)
     if head not in HEADS:
         raise ConfigError(f"head = {head!r}: should be one of {', '.join(HEADS)}")
     if weights is not None:

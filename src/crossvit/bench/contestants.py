@@ -163,5 +163,5 @@ def _exported(model: nn.Module, how: str, precision: str, pair: Pair, *, in_part
         else OnnxRuntimeEngine(path)
     )
     if ours:  # each branch's logits are given
-        return lambda images: torch.from_numpy(engine(images.numpy()).mean(axis=0))
-    return lambda images: torch.from_numpy(engine(images.numpy()))
+        return lambda images: torch.from_numpy(engine(images.numpy()).logits)
+    return lambda images: torch.from_numpy(engine.compute(images.numpy()))

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from crossvit.cache import cache_folder, digest_of
+from crossvit.engines.protocol import EngineOutput, Images, Logits
 from crossvit.errors import EngineError
 from crossvit.files import write_atomically
 from crossvit.hardware import instruction_sets, is_installed, physical_cores
@@ -36,7 +36,7 @@ log = logging.getLogger("crossvit")
 
 
 class OnnxRuntimeEngine:
-    """`engine(images)`: (B, C, H, W) float32 normalised -> (branches, B, classes) float32 logits, on the CPU."""
+    """`engine(images)`: (B, C, H, W) float32, normalised -> `EngineOutput`, on the CPU."""
 
     name = "onnxruntime"
 
@@ -57,7 +57,11 @@ class OnnxRuntimeEngine:
         assert precision == "fp32"
         return cls(onnx_file(trained), keep=True)
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, images: Images) -> EngineOutput:
+        return EngineOutput.of_branches(self.compute(images))
+
+    def compute(self, images: Images) -> Logits:
+        """The file's output as it is: of our graphs the branch logits (branches, B, classes)."""
         (logits,) = self.session.run(None, {"images": np.ascontiguousarray(images)})
         return logits  # type: ignore[no-any-return]
 

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossvit.engines.onnxruntime import onnx_file
+from crossvit.engines.protocol import EngineOutput, Images, Logits
 from crossvit.errors import EngineError, UsageError
 from crossvit.files import write_atomically
 from crossvit.hardware import physical_cores, version_of
@@ -31,7 +32,7 @@ MOST_STREAMS = 4  # parts at a time; on a machine with more cores each has sever
 
 
 class OpenVINOEngine:
-    """`engine(images)`: (B, C, H, W) float32 normalised -> (branches, B, classes) float32 logits, on the CPU.
+    """`engine(images)`: (B, C, H, W) float32, normalised -> `EngineOutput`, on the CPU.
 
     What computes a whole batch and what computes parts is each compiled when it is first needed, since it has weights of its own.
     """
@@ -56,7 +57,11 @@ class OpenVINOEngine:
         try_compiling(path, precision)
         return cls(path, precision=precision)
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, images: Images) -> EngineOutput:
+        return EngineOutput.of_branches(self.compute(images))
+
+    def compute(self, images: Images) -> Logits:
+        """The file's output as it is: of our graphs the branch logits (branches, B, classes)."""
         images = np.ascontiguousarray(images)
         at_once = self.streams * PART_IMAGES
         in_parts = len(images) // at_once * at_once if self.streams > 1 else 0

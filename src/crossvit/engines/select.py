@@ -13,12 +13,12 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from crossvit.cache import cache_folder
+from crossvit.engines.protocol import Engine, EngineOutput, Images
 from crossvit.errors import EngineError, UsageError
 from crossvit.files import write_atomically
 from crossvit.hardware import is_installed, processor, version_of
@@ -26,9 +26,6 @@ from crossvit.trained import Trained
 
 if TYPE_CHECKING:
     from crossvit.model.crossvit import CrossViT
-
-Images = NDArray[np.float32]
-Logits = NDArray[np.float32]
 
 ENGINES = ("torch", "onnxruntime", "openvino")  # each called like the package it needs
 EXTRAS = {
@@ -48,15 +45,6 @@ TRIAL_BATCH = 8
 SETTLE_SECONDS = 0.1  # before a call that is timed: an engine's threads spin for a while after its last product, on our cores
 
 log = logging.getLogger("crossvit")
-
-
-class Engine(Protocol):
-    """`engine(images)`: (B, C, H, W) float32 normalised -> (branches, B, classes) float32 logits."""
-
-    name: str
-    precision: str
-
-    def __call__(self, images: Images) -> Logits: ...
 
 
 def load_engine(
@@ -82,12 +70,16 @@ def load_engine(
             f"engine {engine} computes in {' or '.join(PRECISIONS[engine])}, not {precision!r}"
         )
     if engine == "auto":
-        return _Halving(_fastest(trained, device=device, precision=precision, model=model))
+        return BatchSplitting(_fastest(trained, device=device, precision=precision, model=model))
     try:
-        return _Halving(_load(trained, engine, device=device, precision=precision, model=model))
+        return BatchSplitting(
+            _load(trained, engine, device=device, precision=precision, model=model)
+        )
     except EngineError as error:
         log.warning("%s; torch computes instead", error)
-        return _Halving(_load(trained, "torch", device=device, precision=precision, model=model))
+        return BatchSplitting(
+            _load(trained, "torch", device=device, precision=precision, model=model)
+        )
 
 
 def installed_engines() -> list[str]:
@@ -185,11 +177,11 @@ def _call(engine: Engine, images: Images) -> Callable[[], object]:
     return lambda: engine(images)
 
 
-def _agrees(name: str, engine: Engine, images: Images, exact: Logits, precision: str) -> bool:
+def _agrees(name: str, engine: Engine, images: Images, exact: EngineOutput, precision: str) -> bool:
     if name == "torch":
         return True
     try:
-        logits = engine(images)
+        output = engine(images)
     except Exception as error:  # noqa: BLE001  # an engine's own, of any kind
         log.warning(
             "engine %s fails (%s); left out",
@@ -197,7 +189,10 @@ def _agrees(name: str, engine: Engine, images: Images, exact: Logits, precision:
             (str(error).splitlines() or [type(error).__name__])[0][:200],
         )
         return False
-    difference = float(np.abs(logits - exact).max() / max(float(np.abs(exact).max()), 1e-6))
+    pairs = list(zip(output, exact, strict=True))
+    largest = max(float(np.abs(expected).max()) for _, expected in pairs)
+    distance = max(float(np.abs(logits - expected).max()) for logits, expected in pairs)
+    difference = distance / max(largest, 1e-6)
     if difference <= TOLERANCE[precision]:
         return True
     log.warning(
@@ -254,7 +249,7 @@ def _remember(key: str, engine: str) -> None:
 # ---------------------------------------------------------------- too little memory
 
 
-class _Halving:
+class BatchSplitting:
     """An engine that goes on with half the batch where memory does not hold it, and says so once."""
 
     def __init__(self, engine: Engine) -> None:
@@ -262,7 +257,7 @@ class _Halving:
         self.name, self.precision = engine.name, engine.precision
         self.most: int | None = None  # images in one call
 
-    def __call__(self, images: Images) -> Logits:
+    def __call__(self, images: Images) -> EngineOutput:
         parts = []
         done = 0
         while done < len(images):
@@ -278,7 +273,7 @@ class _Halving:
                 )
                 continue
             done += size
-        return np.concatenate(parts, axis=1) if len(parts) > 1 else parts[0]
+        return EngineOutput.join(parts)
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
+from crossvit.engines.protocol import EngineOutput, Images, Logits
 from crossvit.errors import UsageError
 from crossvit.fast.cpu_form import CpuForm
+from crossvit.fast.eligibility import is_changed_at_the_root
 from crossvit.fast.inference import DTYPES, DeviceForm, optimize
 from crossvit.hardware import physical_cores
 from crossvit.model.crossvit import CrossViT
@@ -23,10 +24,10 @@ log = logging.getLogger("crossvit")
 
 
 class TorchEngine:
-    """`engine(images)`: (B, C, H, W) float32 normalised -> (branches, B, classes) float32 logits, without gradients.
+    """`engine(images)`: (B, C, H, W) float32, normalised -> `EngineOutput`, without gradients.
 
-    model: what computes, on `device`: a model as it trains, in `precision` by autocast, or its inference form, which is in
-    its precision already.
+    The logits are the mean of the branches', or what a model makes of them that has been changed
+    as a whole (a subclass, a hook), which is then called for them.
     """
 
     name = "torch"
@@ -38,6 +39,13 @@ class TorchEngine:
         device: torch.device,
         precision: str = "fp32",
     ) -> None:
+        """
+        Args:
+            model: What computes, on `device`: a model as it trains, in `precision` by autocast,
+                or its inference form, which is in its precision already.
+            device: Where it is.
+            precision: fp32, bf16 or fp16.
+        """
         self.model = model
         self.device = device
         self.precision = precision
@@ -73,11 +81,26 @@ class TorchEngine:
             precision=chosen,
         )
 
-    def __call__(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def __call__(self, images: Images) -> EngineOutput:
+        branch_logits = self._compute(images, self.model.branch_logits)
+        if not self._is_changed():
+            return EngineOutput.of_branches(branch_logits)
+        logits = self._compute(images, lambda part: self.model(part)[None])
+        return EngineOutput(logits[0], branch_logits)
+
+    def _is_changed(self) -> bool:
+        """Whether the model's logits may be other than the mean of its branches'."""
+        if isinstance(self.model, CpuForm):
+            return False
+        model = self.model if isinstance(self.model, CrossViT) else self.model.model
+        return is_changed_at_the_root(model)
+
+    def _compute(self, images: Images, function: Callable[[Tensor], Tensor]) -> Logits:
+        """`function` of the images, whose output has them along its second axis."""
         if self.device.type == "cuda":
-            return self._overlapped(images)
+            return self._overlapped(images, function)
         with self._inference():
-            logits = self.model.branch_logits(torch.from_numpy(images).to(self.device))
+            logits = function(torch.from_numpy(images).to(self.device))
         return logits.float().cpu().numpy()
 
     @contextlib.contextmanager
@@ -93,7 +116,7 @@ class TorchEngine:
         finally:
             self.model.train(training)
 
-    def _overlapped(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+    def _overlapped(self, images: Images, function: Callable[[Tensor], Tensor]) -> Logits:
         """As a call, in parts: while one is computed the next is copied to the GPU, out of pinned memory."""
         copying = torch.cuda.Stream(self.device)
         logits = []
@@ -104,7 +127,7 @@ class TorchEngine:
                     there = part.to(self.device, non_blocking=True)
                 torch.cuda.current_stream(self.device).wait_stream(copying)
                 there.record_stream(torch.cuda.current_stream(self.device))
-                logits.append(self.model.branch_logits(there).float())
+                logits.append(function(there).float())
             joined = torch.cat(logits, dim=1).cpu()
         return joined.numpy()
 

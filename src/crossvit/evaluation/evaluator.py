@@ -20,6 +20,7 @@ from crossvit.data.eval_batches import fitted_batches
 from crossvit.data.images import BETWEEN_LABELS, HELD_OUT_PARTS, Data, ImageSet
 from crossvit.data.preprocess import Preprocessing
 from crossvit.data.sources import open_data
+from crossvit.engines.protocol import Engine, EngineOutput
 from crossvit.engines.select import load_engine
 from crossvit.errors import CrossViTError, DataError, UsageError
 from crossvit.evaluation import metrics
@@ -37,8 +38,6 @@ if TYPE_CHECKING:
 BATCH_SIZE = 64
 MISTAKES_SHOWN = 24  # the most confident ones
 PICTURE_SIDE = 128  # pixels of a mistake's picture in the report
-
-Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 def evaluate(
@@ -100,24 +99,24 @@ def evaluate(
     if calibrate:
         refuse_uncalibratable(trained, opened, images, part)
     model = trained.build() if maps else None
-    forward = load_engine(trained, engine=engine, device=device, precision=precision, model=model)
+    loaded = load_engine(trained, engine=engine, device=device, precision=precision, model=model)
     total = len(images) + (len(requested) + 1) * min(len(images), robustness_images) * bool(
         requested
     )
     started = time.perf_counter()
-    logits, images = measure(
-        forward,
+    output, images = measure(
+        loaded,
         images,
         trained.preprocessing,
         batch_size=batch_size,
         skip_bad=skip_bad,
         progress=lambda done, _: progress(done, total),
     )
-    fused = logits.mean(axis=0).astype(np.float64)
+    fused = output.logits.astype(np.float64)
     temperature = fitted_temperature(fused, images) if calibrate else trained.temperature
     evaluation = dataclasses.replace(
         summarise(
-            logits,
+            output,
             images,
             patches=[branch.patch for branch in trained.config.branches],
             run=trained.source,
@@ -129,8 +128,8 @@ def evaluate(
             target_risk=target_risk,
         ),
         seconds=time.perf_counter() - started,
-        precision=forward.precision,
-        engine=forward.name,
+        precision=loaded.precision,
+        engine=loaded.name,
     )
     if calibrate:
         Run(run).amend(temperature=temperature)
@@ -141,7 +140,7 @@ def evaluate(
         )
     if requested:
         measured = measure_robustness(
-            forward,
+            loaded,
             images,
             trained.preprocessing,
             requested,
@@ -245,7 +244,7 @@ def fitted_temperature(fused: NDArray[np.float64], images: ImageSet) -> float:
 
 
 def measure(
-    forward: Forward,
+    engine: Engine,
     images: ImageSet,
     preprocessing: Preprocessing,
     *,
@@ -253,11 +252,11 @@ def measure(
     skip_bad: bool = False,
     kept: dict[int, NDArray[Any]] | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
-) -> tuple[NDArray[np.float32], ImageSet]:
-    """Branch logits of images, a batch at a time.
+) -> tuple[EngineOutput, ImageSet]:
+    """What an engine gives of images, a batch at a time.
 
     Args:
-        forward: Normalised images (B, C, H, W) to branch logits (branches, B, classes).
+        engine: What computes.
         images: The images.
         preprocessing: The model's.
         batch_size: Images in a forward pass.
@@ -266,9 +265,9 @@ def measure(
         progress: Called with (images done, images in all).
 
     Returns:
-        (logits (branches, n, classes), the n images that they are of).
+        (output, the n images that it is of).
     """
-    logits: list[NDArray[np.float32]] = []
+    outputs: list[EngineOutput] = []
     decoded: list[int] = []
     for indices, pixels in fitted_batches(
         images,
@@ -278,13 +277,13 @@ def measure(
         kept=kept,
         progress=progress,
     ):
-        logits.append(forward(preprocessing.normalise(pixels)))
+        outputs.append(engine(preprocessing.normalise(pixels)))
         decoded += indices
-    return np.concatenate(logits, axis=1), images.take(decoded)
+    return EngineOutput.join(outputs), images.take(decoded)
 
 
 def summarise(
-    branch_logits: NDArray[np.float32],
+    output: EngineOutput,
     images: ImageSet,
     *,
     patches: Sequence[int],
@@ -296,13 +295,13 @@ def summarise(
     thorough: bool = False,
     target_risk: float | None = None,
 ) -> Evaluation:
-    """The metrics of branch logits against the labels; see `Evaluation` for each one.
+    """The metrics of logits against the labels; see `Evaluation` for each one.
 
-    The prediction is the class with the highest mean of the branches' logits; `temperature` changes
-    its confidence and never the class.
+    The prediction is the class with the highest logit; `temperature` changes its confidence and
+    never the class.
 
     Args:
-        branch_logits: (branches, n, classes).
+        output: What an engine gave of the images.
         images: The n images.
         patches: Patch size of each branch in pixels.
         run: What was evaluated, for the record.
@@ -314,7 +313,7 @@ def summarise(
         target_risk: See `evaluate`.
     """
     truth = images.targets()
-    fused = branch_logits.mean(axis=0).astype(np.float64)  # (n, classes)
+    fused = output.logits.astype(np.float64)  # (n, classes)
     shared: dict[str, Any] = {
         "top1": float(metrics.topk_correct(fused, truth).mean()),
         "n": len(images),
@@ -322,7 +321,7 @@ def summarise(
         "data": data,
         "split": split,
         "top5": float(metrics.topk_correct(fused, truth, k=5).mean()),
-        "branches": metrics.branch_scores(branch_logits, truth, patches),
+        "branches": metrics.branch_scores(output.branch_logits, truth, patches),
         "images": images.names,
     }
     if images.task != MULTI_LABEL:

@@ -24,6 +24,7 @@ from PIL import Image
 
 from crossvit.data.images import ImageSet
 from crossvit.data.preprocess import Preprocessing
+from crossvit.engines.protocol import Engine
 from crossvit.errors import UsageError, unknown_name
 from crossvit.evaluation.metrics import topk_correct
 from crossvit.results import CorruptionScore, Robustness, SizeScore
@@ -39,8 +40,6 @@ LARGEST_SIDE = 256  # shorter side, in pixels, that the published severities are
 SMALLEST_SIDE = 32  # shorter side, in pixels, that the package takes at least
 COLOURS = (0, 1, 3, 4)  # channels (0: as RGB) that an 8-bit colour picture can become
 IMAGES = 1000  # measured by default: accuracy to about 3 %; 75 corruptions of them take minutes
-
-Forward = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 
 
 class Transform(Protocol):
@@ -129,7 +128,7 @@ def transforms(
 
 
 def measure_robustness(
-    forward: Forward,
+    engine: Engine,
     images: ImageSet,
     preprocessing: Preprocessing,
     requested: Sequence[Transform],
@@ -142,7 +141,7 @@ def measure_robustness(
     """Accuracy on clean images, and on the same images after each transform.
 
     Args:
-        forward: Normalised images (B, C, H, W) to branch logits (branches, B, classes).
+        engine: What computes.
         images: Labelled images.
         preprocessing: The model's.
         requested: What `transforms` gives.
@@ -164,10 +163,9 @@ def measure_robustness(
             n_correct = 0
             for start in range(0, len(chosen), batch_size):
                 indices = range(start, min(start + batch_size, len(chosen)))
-                logits = forward(
-                    preprocessing.normalise(np.stack(list(fit(transform, indices))))
-                ).mean(axis=0)
-                n_correct += int(topk_correct(logits, truth[start : indices.stop]).sum())
+                pixels = np.stack(list(fit(transform, indices)))
+                output = engine(preprocessing.normalise(pixels))
+                n_correct += int(topk_correct(output.logits, truth[start : indices.stop]).sum())
                 progress(len(accuracy) * len(chosen) + indices.stop, total)
             accuracy[transform] = n_correct / len(chosen)
     names = dict.fromkeys(item.name for item in requested if isinstance(item, Corruption))

@@ -48,8 +48,9 @@ from torch import Tensor
 from crossvit.errors import ConfigError
 from crossvit.model.attention import AttentionMap, SelfAttention, record_attention
 from crossvit.model.config import CrossViTConfig
-from crossvit.model.crossvit import CrossViT, EncoderBlock
+from crossvit.model.crossvit import CrossViT
 from crossvit.model.fusion import Grid, interpolate_grid
+from crossvit.model.layers import EncoderBlock
 from crossvit.model.registry import FUSIONS
 
 AttentionKey = tuple[str, int, int | None, int]  # kind, stage, branch, block

@@ -1,36 +1,57 @@
-"""The inference form of a model on a CPU: the same function, computed the way processors do it fastest.
+"""The inference form of a model on a CPU: the same function, as processors compute it fastest.
 
-docs/performance.md says what each change gave. Shapes: B batch, C channels, H x W pixels, N tokens, D width.
+docs/performance.md says what each change gave. Shapes: B batch, C channels, H x W pixels, N
+tokens, D width.
 """
 
 from __future__ import annotations
 
-import copy
+import logging
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from crossvit.fast.cross_attention import cross_read
+from crossvit.fast.eligibility import (
+    why_no_whole_registers,
+    why_not_exact,
+    why_not_untouched,
+)
+from crossvit.fast.form import InferenceForm, OwnCode, is_eligible, own_copy
 from crossvit.fast.native.bindings import Native
 from crossvit.fast.native.build import native
-from crossvit.fast.native_form import KernelBlock, KernelTokens, kernels_for, takes_stem
+from crossvit.fast.native_form import KernelBlock, KernelTokens, kernels_for, why_no_kernel_stem
 from crossvit.fast.packed_linear import PackedLinear, Resize, attention_of, scaled_qkv
-from crossvit.model.crossvit import CrossViT, EncoderBlock, MultiScaleEncoder, check_images
-from crossvit.model.fusion import NORM_EPS, CrossAttentionFusion, CrossRead, Grid, summary
-from crossvit.model.tokens import Tokens, resample_positions, resize
+from crossvit.fast.patch_embed import fast_resize
+from crossvit.model.crossvit import CrossViT, MultiScaleEncoder, check_images
+from crossvit.model.fusion import CrossAttentionFusion, CrossRead, Grid, next_around, summary
+from crossvit.model.layers import EncoderBlock
+from crossvit.model.tokens import Tokens, resample_positions
 
-CACHE_TOKENS = 6500  # tokens a pass takes at most: with our kernels 16 images a pass beat 6 and 8 of both models; see dev/LOG.md
+log = logging.getLogger("crossvit")
+
+# Tokens a pass takes at most: with native kernels 16 images a pass beat 6 and 8 of both models;
+# see dev/LOG.md.
+CACHE_TOKENS = 6500
 
 
-class CpuForm(nn.Module):
-    """A model for inference. images: (B, C, H, W) float32, normalised. Batches are cut to what the caches hold.
+class CpuForm(InferenceForm):
+    """A model for inference. images: (B, C, H, W) float32, normalised.
 
-    dtype: of what goes into products, float32 or bfloat16; LayerNorm, sums and softmax compute in float32 either way. Tokens
-    are in float32 where our kernels compute the blocks, else in dtype.
+    Batches are cut to what the caches hold. Parts that have been changed compute by their own
+    code, in fp32 with products in `dtype` by autocast.
     """
 
     def __init__(self, model: CrossViT, *, dtype: torch.dtype) -> None:
+        """
+        Args:
+            model: A CrossViT that is not changed at its root.
+            dtype: Of what goes into products, float32 or bfloat16; LayerNorm, sums and softmax
+                compute in float32 either way. Tokens are in float32 where native kernels compute
+                the blocks, else in dtype.
+        """
         super().__init__()
         self.config = model.config
         self.dtype = dtype
@@ -40,18 +61,19 @@ class CpuForm(nn.Module):
         self.images_a_pass = max(1, CACHE_TOKENS // tokens)
         rows = self.images_a_pass * tokens
         kernels = kernels_for(model, dtype)
+        token_dtype = dtype if kernels is None else torch.float32
+        make = _Parts(dtype, token_dtype, rows, kernels)
         self.tokens = nn.ModuleList(
-            _fast_tokens(embed, self.config.image_size, dtype, kernels)  # type: ignore[arg-type]
-            for embed in model.tokens
+            make.tokens(embed, self.config.image_size, f"tokens.{index}")
+            for index, embed in enumerate(model.tokens)
         )
         self.encoders = nn.ModuleList(
-            _FastEncoder(encoder, rows, dtype, kernels)  # type: ignore[arg-type]
-            for encoder in model.encoders
+            make.encoder(encoder, f"encoders.{index}")
+            for index, encoder in enumerate(model.encoders)
         )
-        self.norms = nn.ModuleList(_FastNorm(norm) for norm in model.norms)  # type: ignore[arg-type]
-        self.heads = copy.deepcopy(
-            model.heads
-        ).float()  # a head reads one token: precision costs nothing there
+        self.norms = nn.ModuleList(make.norm(norm) for norm in model.norms)
+        # a head reads one token: precision costs nothing there
+        self.heads = own_copy(model.heads).float()
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -61,71 +83,117 @@ class CpuForm(nn.Module):
     @torch.inference_mode()
     def branch_logits(self, images: Tensor) -> Tensor:
         """(branches, B, num_classes), float32."""
+        self.check_call()
         check_images(images, self.config)
-        return torch.cat(
-            [self._pass(part) for part in images.float().split(self.images_a_pass)], dim=1
-        )
+        parts = images.float().split(self.images_a_pass)
+        return torch.cat([self._pass(part) for part in parts], dim=1)
 
     def _pass(self, images: Tensor) -> Tensor:
-        grids = [
-            branch.grid((images.shape[-2], images.shape[-1])) for branch in self.config.branches
-        ]
+        size = (images.shape[-2], images.shape[-1])
+        grids = [branch.grid(size) for branch in self.config.branches]
         tokens = [embed(images) for embed in self.tokens]
         for encoder in self.encoders:
             tokens = encoder(tokens, grids)
         logits = []
-        for norm, head, own in zip(self.norms, self.heads, tokens, strict=True):
-            read = (
-                norm(own[:, :1])
-                if self.has_class_token
-                else summary(norm(own), has_class_token=False)
-            )
+        for norm, head, x in zip(self.norms, self.heads, tokens, strict=True):
+            if self.has_class_token:
+                read = norm(x[:, :1])
+            else:
+                read = summary(norm(x), has_class_token=False)
             logits.append(head(read[:, 0].float()))
         return torch.stack(logits)
 
 
-def _fast_tokens(
-    embed: Tokens, image_size: tuple[int, int], dtype: torch.dtype, kernels: Native | None
-) -> nn.Module:
-    if kernels and takes_stem(embed, dtype, kernels):
-        return KernelTokens(embed, dtype, kernels)
-    return _FastTokens(embed, image_size, dtype, dtype if kernels is None else torch.float32)
+class _Parts:
+    """Makes a form of each part of a model, or leaves it to its own code."""
+
+    def __init__(
+        self, dtype: torch.dtype, token_dtype: torch.dtype, rows: int, kernels: Native | None
+    ) -> None:
+        self.dtype, self.token_dtype = dtype, token_dtype
+        self.rows, self.kernels = rows, kernels
+
+    def own_code(self, module: nn.Module) -> OwnCode:
+        return OwnCode(module, self.dtype, self.token_dtype)
+
+    def tokens(self, embed: nn.Module, image_size: tuple[int, int], name: str) -> nn.Module:
+        if not is_eligible(embed, Tokens, name):
+            return self.own_code(embed)
+        assert isinstance(embed, Tokens)
+        if self.kernels and why_no_kernel_stem(embed, self.dtype, self.kernels) is None:
+            return KernelTokens(embed, self.dtype, self.kernels)
+        return _FastTokens(embed, image_size, self.dtype, self.token_dtype)
+
+    def norm(self, norm: nn.Module) -> nn.Module:
+        exact = why_not_exact(norm, nn.LayerNorm) is None and norm.weight is not None
+        return _FastNorm(norm) if exact else self.own_code(norm)  # type: ignore[arg-type]
+
+    def block(self, block: nn.Module, name: str) -> nn.Module:
+        if not is_eligible(block, EncoderBlock, name):
+            return self.own_code(block)
+        assert isinstance(block, EncoderBlock)
+        if self.kernels:
+            if (reason := why_no_whole_registers(block)) is not None:
+                log.info("%s computes by its own code, not by a faster form: %s", name, reason)
+                return self.own_code(block)
+            return KernelBlock(block, self.dtype, self.kernels)
+        return _FastBlock(block, self.rows, self.dtype)
+
+    def encoder(self, encoder: nn.Module, name: str) -> nn.Module:
+        if not is_eligible(encoder, MultiScaleEncoder, name):
+            return self.own_code(encoder)
+        assert isinstance(encoder, MultiScaleEncoder)
+        blocks = [
+            [
+                self.block(block, f"{name}.blocks.{branch}.{index}")
+                for index, block in enumerate(of_branch.children())
+            ]
+            for branch, of_branch in enumerate(encoder.blocks)
+        ]
+        if (reason := why_not_untouched(encoder.fusion)) is not None:
+            log.info("%s.fusion computes by its own code: %s", name, reason)
+            return _FastEncoder(blocks, self.own_code(encoder.fusion))
+        fusion = own_copy(encoder.fusion)
+        _pack_inside(fusion, self.rows, self.token_dtype)
+        return _FastEncoder(blocks, fusion.to(self.token_dtype))
 
 
 class _FastTokens(nn.Module):
-    """`Tokens` with the stem in `dtype`, channels last. kept: the dtype of the tokens."""
+    """`Tokens` with the stem in `dtype`, channels last: (B, C, H, W) -> (B, N, D)."""
 
     def __init__(
-        self, embed: Tokens, image_size: tuple[int, int], dtype: torch.dtype, kept: torch.dtype
+        self,
+        embed: Tokens,
+        image_size: tuple[int, int],
+        dtype: torch.dtype,
+        token_dtype: torch.dtype,
     ) -> None:
         super().__init__()
-        self.branch, self.grid, self.kept = embed.branch, embed.grid, kept
+        self.branch, self.grid, self.token_dtype = embed.branch, embed.grid, token_dtype
+        self.image_size = image_size
         size = embed.branch.image_size(image_size)
         # Without kernels products are the faster way.
-        self.products = (
-            None if size == image_size or native() is not None else Resize(image_size, size)
-        )
-        self.given = image_size
-        # The T2T tokeniser is attention over thousands of tokens, and not worth a form of its own.
-        self.stem_dtype = dtype if embed.branch.tokeniser != "t2t" else torch.float32
-        self.stem = (
-            copy.deepcopy(embed.patches).to(self.stem_dtype).to(memory_format=torch.channels_last)
-        )
+        has_products = size != image_size and native() is None
+        self.resize_products = Resize(image_size, size) if has_products else None
+        # T2T is attention over thousands of tokens, and not worth a form of its own.
+        in_fp32 = embed.branch.tokeniser == "t2t" or why_not_untouched(embed.patches) is not None
+        self.stem_dtype = torch.float32 if in_fp32 else dtype
+        stem = own_copy(embed.patches).to(self.stem_dtype)
+        self.stem = stem.to(memory_format=torch.channels_last)
         self.class_token = None if embed.class_token is None else embed.class_token.detach().clone()
         self.positions = embed.positions.detach().clone()
 
     def forward(self, images: Tensor) -> Tensor:
-        given = (images.shape[-2], images.shape[-1])
-        if self.products is not None and given == self.given:
-            own = self.products(images)
+        size = (images.shape[-2], images.shape[-1])
+        if self.resize_products is not None and size == self.image_size:
+            view = self.resize_products(images)
         else:
-            own = resize(images, self.branch.image_size(given))
-        own = own.to(self.stem_dtype, memory_format=torch.channels_last)
-        patches = self.stem(own).flatten(2).transpose(1, 2)  # (B, n, D)
-        positions = resample_positions(self.positions, self.grid, self.branch.grid(given))
-        tokens = torch.empty(
-            patches.shape[0], positions.shape[1], patches.shape[2], dtype=self.kept
-        )
+            view = fast_resize(images, self.branch.image_size(size))
+        view = view.to(self.stem_dtype, memory_format=torch.channels_last)
+        patches = self.stem(view).flatten(2).transpose(1, 2)  # (B, n, D)
+        positions = resample_positions(self.positions, self.grid, self.branch.grid(size))
+        shape = (patches.shape[0], positions.shape[1], patches.shape[2])
+        tokens = torch.empty(shape, dtype=self.token_dtype)
         if self.class_token is not None:
             tokens[:, :1] = self.class_token + positions[:, :1]
         first = positions.shape[1] - patches.shape[1]
@@ -138,39 +206,35 @@ class _FastNorm(nn.Module):
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
-        self.weight, self.bias = (
-            norm.weight.detach().float().clone(),
-            norm.bias.detach().float().clone(),
-        )
+        self.weight = norm.weight.detach().float().clone()
+        self.bias = None if norm.bias is None else norm.bias.detach().float().clone()
+        self.eps = norm.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, NORM_EPS)
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
 class _FastBlock(nn.Module):
-    """`EncoderBlock` on packed weights; both residuals are added by the product before them. (B, N, D) -> (B, N, D)."""
+    """`EncoderBlock` on packed weights, which also add the residuals: (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, block: nn.Module, rows: int, dtype: torch.dtype) -> None:
+    def __init__(self, block: EncoderBlock, rows: int, dtype: torch.dtype) -> None:
         super().__init__()
-        assert isinstance(block, EncoderBlock)
         attention = block.attention
         self.num_heads = attention.num_heads
         self.kernels = native()
-        self.attention_norm, self.mlp_norm = (
-            _FastNorm(block.attention_norm),
-            _FastNorm(block.mlp_norm),
-        )
+        self.attention_norm = _FastNorm(block.attention_norm)
+        self.mlp_norm = _FastNorm(block.mlp_norm)
         weight, bias = scaled_qkv(
             attention.qkv.weight.detach(), attention.qkv.bias.detach(), self.num_heads
         )
         self.qkv = PackedLinear(weight.to(dtype), bias.to(dtype), rows=rows)
         self.out = _packed(attention.out, rows, dtype)
-        self.hidden, self.down = (_packed(block.mlp[index], rows, dtype) for index in (0, 3))
+        self.up, self.down = (_packed(block.mlp[index], rows, dtype) for index in (0, 3))
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = attention_of(self.qkv(self.attention_norm(x)), self.num_heads, self.kernels)
-        x = self.out.add(mixed, x)
-        return self.down.add(self.hidden.gelu(self.mlp_norm(x)), x)
+        context = attention_of(self.qkv(self.attention_norm(x)), self.num_heads, self.kernels)
+        x = self.out.add(context, x)
+        return self.down.add(self.up.gelu(self.mlp_norm(x)), x)
 
 
 def _packed(linear: nn.Module, rows: int, dtype: torch.dtype) -> PackedLinear:
@@ -179,49 +243,40 @@ def _packed(linear: nn.Module, rows: int, dtype: torch.dtype) -> PackedLinear:
 
 
 def _pack_inside(module: nn.Module, rows: int, dtype: torch.dtype) -> None:
-    """Every linear layer in `module` as a packed one, but keys and values, whose weights lazy cross-attention multiplies."""
+    """Put a packed layer in place of every exact linear one in `module`, but keys and values.
+
+    Lazy cross-attention multiplies their weights.
+    """
     for name, child in module.named_children():
         if not isinstance(child, nn.Linear):
             _pack_inside(child, rows, dtype)
-        elif name not in ("key", "value"):
+        elif name not in ("key", "value") and child.bias is not None:
             setattr(module, name, _packed(child, rows, dtype))
 
 
 class _FastEncoder(nn.Module):
-    """`MultiScaleEncoder`: every branch's blocks, then the fusion, which writes class tokens in place where it may."""
+    """`MultiScaleEncoder`: every branch's blocks, then the fusion, in place where it may be."""
 
-    def __init__(
-        self, encoder: MultiScaleEncoder, rows: int, dtype: torch.dtype, kernels: Native | None
-    ) -> None:
+    def __init__(self, blocks: Sequence[Sequence[nn.Module]], fusion: nn.Module) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList()
-        for own in encoder.blocks:
-            assert isinstance(own, nn.ModuleList)
-            fast = (
-                KernelBlock(block, dtype, kernels) if kernels else _FastBlock(block, rows, dtype)
-                for block in own
-            )
-            self.blocks.append(nn.Sequential(*fast))
-        self.fusion = copy.deepcopy(encoder.fusion)
-        kept = torch.float32 if kernels else dtype
-        _pack_inside(self.fusion, rows, kept)
-        self.fusion.to(kept)
-        reads = list(self.fusion.reads) if isinstance(self.fusion, CrossAttentionFusion) else []
+        self.blocks = nn.ModuleList(nn.Sequential(*of_branch) for of_branch in blocks)
+        self.fusion = fusion
+        exact = why_not_exact(fusion, CrossAttentionFusion) is None
+        reads = list(fusion.reads.children()) if exact else []
         self.in_place = bool(reads) and all(
-            isinstance(read, CrossRead) and read.has_class_token for read in reads
+            isinstance(read, CrossRead)
+            and why_not_exact(read, CrossRead) is None
+            and read.has_class_token
+            for read in reads
         )
 
     def forward(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
-        encoded = [blocks(own) for blocks, own in zip(self.blocks, tokens, strict=True)]
+        encoded = [blocks(x) for blocks, x in zip(self.blocks, tokens, strict=True)]
         if not self.in_place:
             return self.fusion(encoded, grids)  # type: ignore[no-any-return]
-        others = [*encoded[1:], *encoded[:1]]
-        reads = self.fusion.reads
-        # A read takes its own class token and the other's patches, so all are made before any is written.
-        read = [
-            read.read(own[:, :1], other)
-            for read, own, other in zip(reads, encoded, others, strict=True)
-        ]
-        for own, new in zip(encoded, read, strict=True):
-            own[:, :1] = new
+        # Each reads its own class token and the next one's patches: all, before any is written.
+        triples = zip(self.fusion.reads.children(), encoded, next_around(encoded), strict=True)
+        class_tokens = [cross_read(read, x[:, :1], source) for read, x, source in triples]
+        for x, class_token in zip(encoded, class_tokens, strict=True):
+            x[:, :1] = class_token
         return encoded

@@ -1,6 +1,6 @@
-"""Patches as tokens in bf16 on a CPU, where the stem is one convolution whose stride is its kernel: a product with the patches.
+"""Patches as tokens in bf16 on a CPU, where the stem is one product with patches side by side.
 
-Shapes: B batch, C channels, P side of a patch, n patches, N = n tokens, and the class token where there is one, D width.
+Shapes: B batch, C channels, P side of a patch, n patches, N = n tokens and the class token, D width.
 """
 
 from __future__ import annotations
@@ -9,68 +9,73 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from crossvit.fast.native.bindings import LANES, Linear
-from crossvit.fast.native.build import kernels_here, native
-from crossvit.fast.self_attention import is_as_written, is_eager, is_plain, is_reduced
-
-
-def takes_patches(
-    images: Tensor, stem: nn.Module, class_token: Tensor | None, positions: Tensor
-) -> bool:
-    """Whether `patch_tokens` computes it: under bf16 autocast on a CPU, with the kernels, a stem that is nothing but its patches'
-    product, no gradient for the images, and nothing that traces or transforms."""
-    if not (
-        isinstance(stem, nn.Conv2d)
-        and is_as_written(stem, nn.Conv2d)
-        and is_reduced()
-        and is_eager(images)
-    ):
-        return False
-    tensors = (
-        images,
-        stem.weight,
-        stem.bias,
-        positions,
-        *(() if class_token is None else (class_token,)),
-    )
-    if (
-        not all(is_plain(tensor) for tensor in tensors)
-        or images.requires_grad
-        or not images.numel()
-        or not has_patches(stem)
-    ):
-        return False
-    side, first = stem.kernel_size[0], int(class_token is not None)
-    count = (images.shape[-2] // side) * (images.shape[-1] // side)
-    fits = images.ndim == 4 and images.shape[1] == stem.in_channels  # else torch says what is wrong
-    fits = fits and count > 0 and positions.shape == (1, first + count, stem.out_channels)
-    return fits and (kernels := native()) is not None and kernels.has_bf16
+from crossvit.fast.eligibility import (
+    fused_form,
+    why_no_patch_kernel,
+    why_no_resize_kernel,
+    why_not,
+)
+from crossvit.fast.native.bindings import Linear
+from crossvit.fast.native.build import kernels_here
+from crossvit.fast.recompute import gradients_with_graph
+from crossvit.fast.resize import bicubic
+from crossvit.model.tokens import Tokens, resample_positions, resize
 
 
-def has_patches(stem: nn.Module) -> bool:
-    """Whether it is one convolution of patches side by side, of whole registers."""
-    if (
-        not isinstance(stem, nn.Conv2d)
-        or stem.kernel_size != stem.stride
-        or stem.kernel_size[0] != stem.kernel_size[1]
-    ):
-        return False
-    plain = (
-        stem.padding == (0, 0)
-        and stem.dilation == (1, 1)
-        and stem.groups == 1
-        and stem.bias is not None
-    )
-    return plain and all(size % LANES == 0 for size in (len(stem.weight), stem.weight[0].numel()))
+@fused_form(Tokens)
+class FusedTokens(Tokens):
+    """`Tokens` whose resize and stem are native kernels where they can be."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or why_not(self, images):
+            return super().forward(images)
+        size = (images.shape[-2], images.shape[-1])
+        view = fast_resize(images, self.branch.image_size(size))
+        positions = resample_positions(self.positions, self.grid, self.branch.grid(size))
+        if why_no_patch_kernel(view, self.patches, self.class_token, positions) is None:
+            assert isinstance(self.patches, nn.Conv2d)  # which is asked above
+            return self.drop(patch_tokens(view, self.patches, self.class_token, positions))  # type: ignore[no-any-return]
+        tokens = self.patches(view).flatten(2).transpose(1, 2)  # (B, n, D)
+        if self.class_token is not None:
+            tokens = torch.cat((self.class_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)
+        return self.drop(tokens + positions)  # type: ignore[no-any-return]
+
+
+def fast_resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """`crossvit.model.tokens.resize` by the native kernel where it takes the images."""
+    if images.shape[-2:] != size and why_no_resize_kernel(images) is None:
+        return bicubic(images, size)
+    return resize(images, size)
 
 
 def patch_tokens(
     images: Tensor, stem: nn.Conv2d, class_token: Tensor | None, positions: Tensor
 ) -> Tensor:
-    """[class token ‖ stem(images)] + positions: (B, C, H, W) -> (B, N, D) fp32. Differentiable once."""
+    """[class token ‖ stem(images)] + positions: (B, C, H, W) -> (B, N, D) fp32."""
     return _PatchTokens.apply(images, positions, class_token, stem.weight, stem.bias)  # type: ignore[no-any-return]
+
+
+def _plain_patch_tokens(
+    patches: Tensor | None,
+    positions: Tensor,
+    class_token: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+) -> Tensor:
+    """The same in fp32 of the patches (B n, C P²), differentiable any number of times.
+
+    Without patches, which are saved where the stem has gradients, it is their share alone.
+    """
+    count = positions.shape[1] - (class_token is not None)
+    if patches is None:
+        tokens = positions.new_zeros(1, count, positions.shape[2])
+    else:
+        tokens = F.linear(patches.float(), weight.flatten(1), bias).unflatten(0, (-1, count))
+    if class_token is not None:
+        tokens = torch.cat((class_token.expand(len(tokens), -1, -1), tokens), dim=1)
+    return tokens + positions
 
 
 class _PatchTokens(torch.autograd.Function):
@@ -78,43 +83,41 @@ class _PatchTokens(torch.autograd.Function):
     def forward(
         ctx: Any, images: Tensor, positions: Tensor, class_token: Tensor | None, *parameters: Tensor
     ) -> Tensor:
-        kernels, keeps, positions = (
-            kernels_here(),
-            any(ctx.needs_input_grad[3:]),
-            positions.contiguous(),
-        )
+        kernels, saves = kernels_here(), any(ctx.needs_input_grad[3:])
         weight, bias = parameters
-        ctx.shape, ctx.first = weight.shape, int(class_token is not None)
+        ctx.first = int(class_token is not None)
         packed = kernels.pack(weight.flatten(1).contiguous(), torch.bfloat16, transposed=True)
         stem, side = Linear(packed, bias.contiguous()), weight.shape[-1]
         tokens, patches = kernels.patch_tokens(
-            images.contiguous(), stem, side, positions, first=ctx.first, keeps=keeps
+            images.contiguous(),
+            stem,
+            side,
+            positions.contiguous(),
+            first=ctx.first,
+            keeps=saves,
         )
         if class_token is not None:
             tokens[:, :1] = class_token + positions[:, :1]
-        ctx.save_for_backward(patches)
+        ctx.save_for_backward(patches, positions, class_token, weight, bias)
         return tokens
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (patches,) = ctx.saved_tensors
-        of_weight = of_bias = None
+    def backward(ctx: Any, grad_tokens: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors  # unpacked once: a checkpoint allows no more
+        if torch.is_grad_enabled():
+            return gradients_with_graph(_plain_patch_tokens, tensors, grad_tokens)
+        patches, _, _, weight, _ = tensors
+        grad_weight = grad_bias = None
         if patches is not None:
-            of_weight, of_bias = (
-                gradient.new_empty(ctx.shape[0], patches.shape[1]),
-                gradient.new_empty(ctx.shape[0]),
-            )
-            of_patches = gradient[:, ctx.first :].to(
+            grad_weight = grad_tokens.new_empty(len(weight), patches.shape[1])
+            grad_bias = grad_tokens.new_empty(len(weight))
+            grad_patches = grad_tokens[:, ctx.first :].to(
                 torch.bfloat16, memory_format=torch.contiguous_format
             )
-            kernels_here().linear_gradient(of_patches, patches, (of_weight, of_bias), adds=False)
-            of_weight = of_weight.reshape(ctx.shape)
-        of_positions = gradient.sum(dim=0, keepdim=True)
-        return (
-            None,
-            of_positions,
-            of_positions[:, :1].clone() if ctx.first else None,
-            of_weight,
-            of_bias,
-        )
+            kernels_here().linear_gradient(
+                grad_patches, patches, (grad_weight, grad_bias), adds=False
+            )
+            grad_weight = grad_weight.reshape(weight.shape)
+        grad_positions = grad_tokens.sum(dim=0, keepdim=True)
+        grad_class_token = grad_positions[:, :1].clone() if ctx.first else None
+        return None, grad_positions, grad_class_token, grad_weight, grad_bias

@@ -1,10 +1,11 @@
-"""An encoder block in bf16 on a CPU, a few images at a time: each half is one function, so that what it makes stays in the cache.
+"""An encoder block in bf16 on a CPU, a few images at a time: each sublayer is one function.
 
-    attention half:  y = x + m · Out(Attention(QKV(LN x)))        MLP half:  y = x + m · Down(GELU(Up(LN x)))
+    attention:  y = x + m · Out(Attention(QKV(LN x)))        MLP:  y = x + m · Down(GELU(Up(LN x)))
 
-x, y and parameters are fp32; what goes into a product or comes out of one is bf16, as under torch's autocast. m is the factor
-of stochastic depth, one a sample. Kept for the backward pass: x, its norm, and qkv with what was mixed, or what GELU takes;
-weights of attention and GELU are computed again. Gradients of weights are summed in fp32. Differentiable once.
+What a part of the batch makes stays in the cache. x, y and parameters are fp32; what goes into a
+product or comes out of one is bf16, as under torch's autocast. m is the scale of stochastic depth,
+one a sample. Saved for the backward pass: x, its norm, and qkv with the context, or what GELU
+takes; weights of attention and GELU are computed again. Gradients of weights are summed in fp32.
 
 Shapes: B batch, b images of a part, N tokens, D width, H heads, F hidden width of the MLP.
 """
@@ -17,17 +18,37 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
-from crossvit.fast.native.bindings import LANES, Linear, Norm
-from crossvit.fast.native.build import kernels_here, native
-from crossvit.fast.self_attention import is_eager, is_plain, is_reduced
+from crossvit.fast.eligibility import fused_form, why_not
+from crossvit.fast.native.bindings import Linear, Norm
+from crossvit.fast.native.build import kernels_here
+from crossvit.fast.recompute import gradients_with_graph
+from crossvit.fast.self_attention import plain_attention
+from crossvit.model.layers import EncoderBlock
 
 PART_TOKENS = 3300  # that are worked on at once: the best of 800 to 6,500; see dev/LOG.md
 
 
-class Half(NamedTuple):
-    """The parameters of one half: its LayerNorm (weight and bias (D), eps), its linear layers in and out."""
+@fused_form(EncoderBlock)
+class FusedEncoderBlock(EncoderBlock):
+    """`EncoderBlock` by native kernels, a sublayer each: (B, N, D) -> the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or why_not(self, x):
+            return super().forward(x)
+        attention, mlp = self.attention, self.mlp
+        up, down = mlp[0], mlp[3]
+        assert isinstance(up, nn.Linear)  # as built, which is asked above
+        assert isinstance(down, nn.Linear)
+        first = Sublayer.of(self.attention_norm, attention.qkv, attention.out)
+        second = Sublayer.of(self.mlp_norm, up, down)
+        x = attention_sublayer(x, first, attention.num_heads, self.drop_path.scale(x))
+        return mlp_sublayer(x, second, self.drop_path.scale(x))
+
+
+class Sublayer(NamedTuple):
+    """The parameters of one sublayer: its LayerNorm, its linear layers in and out."""
 
     norm_weight: Tensor
     norm_bias: Tensor
@@ -38,122 +59,174 @@ class Half(NamedTuple):
     eps: float
 
     @classmethod
-    def of(cls, norm: nn.LayerNorm, inward: nn.Linear, outward: nn.Linear) -> Half:
+    def of(cls, norm: nn.LayerNorm, linear_in: nn.Linear, linear_out: nn.Linear) -> Sublayer:
         return cls(
             norm.weight,
             norm.bias,
-            inward.weight,
-            inward.bias,
-            outward.weight,
-            outward.bias,
+            linear_in.weight,
+            linear_in.bias,
+            linear_out.weight,
+            linear_out.bias,
             norm.eps,
         )
 
 
-def takes(x: Tensor, half: Half, *, head_width: int) -> bool:
-    """Whether a half is computed here: on a CPU with the kernels, under bf16 autocast, fp32 tokens and parameters, all widths
-    whole registers, and nothing that traces or transforms."""
-    if not (x.numel() and is_eager(x) and is_reduced()):
-        return False
-    if not all(is_plain(tensor) for tensor in (x, *half[:-1])) or x.ndim != 3:
-        return False
-    (inner, width), (_, outer) = half.in_weight.shape, half.out_weight.shape
-    fits = (
-        x.shape[-1] == width == len(half.norm_weight) == len(half.out_weight)
-    )  # else torch says what is wrong
-    whole = all(size % LANES == 0 for size in (width, inner, outer, head_width))
-    return fits and whole and (kernels := native()) is not None and kernels.has_bf16
+def attention_sublayer(
+    x: Tensor, sublayer: Sublayer, num_heads: int, drop_path_scale: Tensor | None
+) -> Tensor:
+    """x + m · Out(Attention(QKV(LN x))): (B, N, D) -> (B, N, D).
+
+    drop_path_scale: m, (B, 1, 1) fp32 or None for 1.
+    """
+    return _AttentionSublayer.apply(  # type: ignore[no-any-return]
+        x, drop_path_scale, num_heads, sublayer.eps, *sublayer[:-1]
+    )
 
 
-def attention_half(x: Tensor, half: Half, num_heads: int, factor: Tensor | None) -> Tensor:
-    """x + factor · Out(Attention(QKV(LN x))): (B, N, D) -> (B, N, D). factor: (B, 1, 1) or None."""
-    return _AttentionHalf.apply(x, factor, num_heads, half.eps, *half[:-1])  # type: ignore[no-any-return]
+def mlp_sublayer(x: Tensor, sublayer: Sublayer, drop_path_scale: Tensor | None) -> Tensor:
+    """x + m · Down(GELU(Up(LN x))): (B, N, D) -> (B, N, D).
+
+    drop_path_scale: m, (B, 1, 1) fp32 or None for 1.
+    """
+    return _MLPSublayer.apply(x, drop_path_scale, sublayer.eps, *sublayer[:-1])  # type: ignore[no-any-return]
 
 
-def mlp_half(x: Tensor, half: Half, factor: Tensor | None) -> Tensor:
-    """x + factor · Down(GELU(Up(LN x))): (B, N, D) -> (B, N, D). factor: (B, 1, 1) or None."""
-    return _MLPHalf.apply(x, factor, half.eps, *half[:-1])  # type: ignore[no-any-return]
+def _plain_attention_sublayer(
+    num_heads: int, eps: float, x: Tensor, scale: Tensor | None, *parameters: Tensor
+) -> Tensor:
+    """The same in fp32 by torch, differentiable any number of times."""
+    norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = parameters
+    normalised = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    context = plain_attention(F.linear(normalised, in_weight, in_bias), num_heads)
+    update = F.linear(context, out_weight, out_bias)
+    return x + (update if scale is None else update * scale)
 
 
-class _AttentionHalf(torch.autograd.Function):
+def _plain_mlp_sublayer(eps: float, x: Tensor, scale: Tensor | None, *parameters: Tensor) -> Tensor:
+    """The same in fp32 by torch, differentiable any number of times."""
+    norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = parameters
+    normalised = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+    hidden = F.gelu(F.linear(normalised, in_weight, in_bias))
+    update = F.linear(hidden, out_weight, out_bias)
+    return x + (update if scale is None else update * scale)
+
+
+class _AttentionSublayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, factor: Tensor | None, num_heads: int, eps: float, *parameters: Tensor
+        ctx: Any, x: Tensor, scale: Tensor | None, num_heads: int, eps: float, *parameters: Tensor
     ) -> Tensor:
-        kernels, x, keeps = kernels_here(), x.contiguous(), any(ctx.needs_input_grad)
-        norm, inward, outward = _layers(parameters, eps)
-        ctx.scale = math.sqrt(num_heads / x.shape[-1])
-        qkv, kept = kernels.norm_linear(x, norm, inward, keeps=keeps)
-        log_sums = x.new_empty(len(x), num_heads, x.shape[1]) if keeps else None
-        mixed = kernels.attention(qkv, num_heads, scale=ctx.scale, log_sums=log_sums)
-        if keeps:
-            ctx.save_for_backward(factor, *_weights(parameters), x, *kept, qkv, mixed, log_sums)
-        return kernels.linear_residual(mixed, outward, x, factor)
+        kernels, dense, saves = kernels_here(), x.contiguous(), any(ctx.needs_input_grad)
+        norm, linear_in, linear_out = _layers(parameters, eps)
+        ctx.num_heads, ctx.eps, ctx.scale = num_heads, eps, math.sqrt(num_heads / x.shape[-1])
+        qkv, normalised = kernels.norm_linear(dense, norm, linear_in, keeps=saves)
+        log_sums = x.new_empty(len(x), num_heads, x.shape[1]) if saves else None
+        context = kernels.attention(qkv, num_heads, scale=ctx.scale, log_sums=log_sums)
+        if saves:
+            ctx.save_for_backward(x, scale, *parameters, *normalised, qkv, context, log_sums)
+        return kernels.linear_residual(context, linear_out, dense, scale)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        kernels = kernels_here()
-        factor, norm_weight, in_weight, out_weight, *kept = ctx.saved_tensors
-        found = _Gradients(ctx.needs_input_grad[-6:], kept[0], norm_weight, in_weight, out_weight)
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors  # unpacked once: a checkpoint allows no more
+        inputs, saved = tensors[:8], tensors[8:]
+        if torch.is_grad_enabled():
+            grads = gradients_with_graph(
+                lambda *tensors: _plain_attention_sublayer(ctx.num_heads, ctx.eps, *tensors),
+                inputs,
+                grad_out,
+            )
+            return *grads[:2], None, None, *grads[2:]
+        kernels, scale = kernels_here(), inputs[1]
+        dense, norm_weight, in_weight, out_weight = _of_backward(inputs)
+        grads_of = _Gradients(ctx.needs_input_grad[-6:], dense, norm_weight, in_weight, out_weight)
         in_packed, out_packed = _packed(in_weight), _packed(out_weight)
-        for part in _parts(kept[0]):
-            own_factor = None if factor is None else factor[part]
-            x, normalised, statistics, qkv, mixed, log_sums = (one[part] for one in kept)
-            past = gradient[part].contiguous()
-            update, of_mixed = kernels.linear_residual_gradient(past, own_factor, out_packed)
-            of_qkv = kernels.attention_gradient(qkv, mixed, of_mixed, log_sums, scale=ctx.scale)
-            kernels.norm_linear_gradient(
-                of_qkv, in_packed, past, x, norm=(norm_weight, statistics), found=found.behind(part)
+        for part in _parts(dense):
+            part_scale = None if scale is None else scale[part]
+            x, normalised, statistics, qkv, context, log_sums = (
+                tensor[part] for tensor in (dense, *saved)
             )
-            found.add((of_qkv, normalised), (update, mixed))
-        return found.x, None, None, None, *found.of_parameters()
+            residual_grad = grad_out[part].contiguous()
+            grad_update, grad_context = kernels.linear_residual_gradient(
+                residual_grad, part_scale, out_packed
+            )
+            grad_qkv = kernels.attention_gradient(
+                qkv, context, grad_context, log_sums, scale=ctx.scale
+            )
+            kernels.norm_linear_gradient(
+                grad_qkv,
+                in_packed,
+                residual_grad,
+                x,
+                norm=(norm_weight, statistics),
+                found=grads_of.norm_buffers(part),
+            )
+            grads_of.add((grad_qkv, normalised), (grad_update, context))
+        return grads_of.x, None, None, None, *grads_of.parameters()
 
 
-class _MLPHalf(torch.autograd.Function):
+class _MLPSublayer(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, factor: Tensor | None, eps: float, *parameters: Tensor
+        ctx: Any, x: Tensor, scale: Tensor | None, eps: float, *parameters: Tensor
     ) -> Tensor:
-        x, keeps = x.contiguous(), any(ctx.needs_input_grad)
-        y, hidden, kept = kernels_here().mlp(x, _layers(parameters, eps), factor, keeps=keeps)
-        if keeps:
-            ctx.save_for_backward(factor, *_weights(parameters), x, *kept, hidden)
-        return y
+        dense, saves = x.contiguous(), any(ctx.needs_input_grad)
+        ctx.eps = eps
+        out, hidden, normalised = kernels_here().mlp(
+            dense, _layers(parameters, eps), scale, keeps=saves
+        )
+        if saves:
+            ctx.save_for_backward(x, scale, *parameters, *normalised, hidden)
+        return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        kernels = kernels_here()
-        factor, norm_weight, in_weight, out_weight, *kept = ctx.saved_tensors
-        found = _Gradients(ctx.needs_input_grad[-6:], kept[0], norm_weight, in_weight, out_weight)
-        packed = _packed(out_weight), _packed(in_weight)
-        for part in _parts(kept[0]):
-            own_factor = None if factor is None else factor[part]
-            x, normalised, statistics, hidden = (one[part] for one in kept)
-            norm, past = (norm_weight, statistics), gradient[part].contiguous()
-            update, activated, of_hidden = kernels.mlp_gradient(
-                past, own_factor, packed, hidden, x, norm=norm, found=found.behind(part)
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors  # unpacked once: a checkpoint allows no more
+        inputs, saved = tensors[:8], tensors[8:]
+        if torch.is_grad_enabled():
+            grads = gradients_with_graph(
+                lambda *tensors: _plain_mlp_sublayer(ctx.eps, *tensors), inputs, grad_out
             )
-            found.add((of_hidden, normalised), (update, activated))
-        return found.x, None, None, *found.of_parameters()
+            return *grads[:2], None, *grads[2:]
+        kernels, scale = kernels_here(), inputs[1]
+        dense, norm_weight, in_weight, out_weight = _of_backward(inputs)
+        grads_of = _Gradients(ctx.needs_input_grad[-6:], dense, norm_weight, in_weight, out_weight)
+        packed = _packed(out_weight), _packed(in_weight)
+        for part in _parts(dense):
+            part_scale = None if scale is None else scale[part]
+            x, normalised, statistics, hidden = (tensor[part] for tensor in (dense, *saved))
+            grad_update, activated, grad_hidden = kernels.mlp_gradient(
+                grad_out[part].contiguous(),
+                part_scale,
+                packed,
+                hidden,
+                x,
+                norm=(norm_weight, statistics),
+                found=grads_of.norm_buffers(part),
+            )
+            grads_of.add((grad_hidden, normalised), (grad_update, activated))
+        return grads_of.x, None, None, *grads_of.parameters()
 
 
 def _layers(parameters: Sequence[Tensor], eps: float) -> tuple[Norm, Linear, Linear]:
-    """A half's layers, ready for products in bf16."""
+    """A sublayer's layers, ready for products in bf16."""
     norm_weight, norm_bias, in_weight, in_bias, out_weight, out_bias = (
-        one.contiguous() for one in parameters
+        parameter.contiguous() for parameter in parameters
     )
-    inward, outward = (
+    packed_in, packed_out = (
         kernels_here().pack(weight, torch.bfloat16, transposed=True)
         for weight in (in_weight, out_weight)
     )
-    return Norm(norm_weight, norm_bias, eps), Linear(inward, in_bias), Linear(outward, out_bias)
+    return (
+        Norm(norm_weight, norm_bias, eps),
+        Linear(packed_in, in_bias),
+        Linear(packed_out, out_bias),
+    )
 
 
-def _weights(parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """What a backward pass needs of the parameters."""
-    return tuple(parameters[index].contiguous() for index in (0, 2, 4))
+def _of_backward(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Of x, m and the parameters what a backward pass needs, dense: x and the three weights."""
+    return tuple(inputs[index].contiguous() for index in (0, 2, 4, 6))
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -167,7 +240,7 @@ def _parts(x: Tensor) -> Iterator[slice]:
 
 
 class _Gradients:
-    """Where the gradients of one half go, in fp32: of x, and (weight, bias) of the norm and, if wanted, of each linear layer."""
+    """The fp32 buffers of one sublayer's gradients: of x, the norm, and each linear layer if wanted."""
 
     def __init__(
         self,
@@ -177,9 +250,14 @@ class _Gradients:
         in_weight: Tensor,
         out_weight: Tensor,
     ) -> None:
+        """
+        Args:
+            wanted: Of the norm's weight and bias, the first layer's, the second's.
+            x: The input (B, N, D); the others are parameters, for their shapes.
+        """
         self.x = torch.empty_like(x)
-        self.of_norm = (torch.zeros_like(norm_weight), torch.zeros_like(norm_weight))
-        self.of_linear: list[tuple[Tensor, Tensor] | None] = [
+        self.norm = (torch.zeros_like(norm_weight), torch.zeros_like(norm_weight))
+        self.linear: list[tuple[Tensor, Tensor] | None] = [
             (x.new_empty(weight.shape), x.new_empty(len(weight)))
             if any(wanted[first : first + 2])
             else None
@@ -187,16 +265,18 @@ class _Gradients:
         ]
         self._adds = False
 
-    def behind(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """Where what comes out at the norm's far side goes."""
-        return self.x[part], *self.of_norm
+    def norm_buffers(self, part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """What the LayerNorm's backward pass writes and adds to: (grad_x, grad_weight, grad_bias)."""
+        return self.x[part], *self.norm
 
-    def add(self, inward: tuple[Tensor, Tensor], outward: tuple[Tensor, Tensor]) -> None:
-        """Of each linear layer: the gradient of what it gave in a part, and what it read."""
-        for found, (gradient, read) in zip(self.of_linear, (inward, outward), strict=True):
-            if found is not None:
-                kernels_here().linear_gradient(gradient, read, found, adds=self._adds)
+    def add(self, linear_in: tuple[Tensor, Tensor], linear_out: tuple[Tensor, Tensor]) -> None:
+        """Of each linear layer: the gradient of its output in a part, and its input."""
+        for buffers, (grad, inp) in zip(self.linear, (linear_in, linear_out), strict=True):
+            if buffers is not None:
+                kernels_here().linear_gradient(grad, inp, buffers, adds=self._adds)
         self._adds = True
 
-    def of_parameters(self) -> tuple[Tensor | None, ...]:
-        return (*self.of_norm, *(one for found in self.of_linear for one in found or (None, None)))
+    def parameters(self) -> tuple[Tensor | None, ...]:
+        """In the order of `Sublayer`."""
+        pairs = (buffers or (None, None) for buffers in self.linear)
+        return (*self.norm, *(grad for pair in pairs for grad in pair))

@@ -1,11 +1,12 @@
-"""Fusion: how the branches exchange information at the end of a multi-scale encoder (the paper's Figure 3).
+"""Fusion: how the branches exchange information at the end of a multi-scale encoder (Figure 3).
 
-Every scheme has one signature: the branches' tokens and their grids in, the branches' tokens out, all read before any is
-written (a parallel update). `registry.FUSIONS` has them by name.
+Every scheme has one signature: the branches' tokens and their grids in, the branches' tokens out,
+all read before any is written (a parallel update). `registry.FUSIONS` has them by name.
 
-Shapes: B batch, n patches, D width, D* the common width; X_b = [c_b ‖ P_b], (B, 1 + n_b, D_b), are the tokens of branch b.
-f_b projects to another width, g_b back. A branch without a class token is all patches: the mean of its patches stands
-in for c_b, and what would replace c_b is added to every patch, since the paper does not say where it goes.
+Shapes: B batch, n patches, D width, D* the common width; X_b = [c_b ‖ P_b], (B, 1 + n_b, D_b), are
+the tokens of branch b. f_b projects to another width, g_b back. A branch without a class token is
+all patches: the mean of its patches stands in for c_b, and what would replace c_b is added to
+every patch, since the paper does not say where it goes.
 """
 
 from __future__ import annotations
@@ -19,16 +20,14 @@ from torch.nn import functional as F
 
 from crossvit.model.attention import CrossAttention, SelfAttention
 from crossvit.model.config import BranchConfig, CrossViTConfig
-from crossvit.model.drop_path import DropPath
-
-NORM_EPS = 1e-6  # the released models' LayerNorm (PAPER, section 1)
+from crossvit.model.layers import NORM_EPS, DropPath
 
 Grid = tuple[int, int]
 T = TypeVar("T")
 
 
 def summary(tokens: Tensor, has_class_token: bool) -> Tensor:
-    """What stands for a whole branch: its class token, or the mean of its patches. (B, N, D) -> (B, 1, D)."""
+    """What stands for a branch, its class token or its patches' mean: (B, N, D) -> (B, 1, D)."""
     return tokens[:, :1] if has_class_token else tokens.mean(dim=1, keepdim=True)
 
 
@@ -38,7 +37,7 @@ def patches_of(tokens: Tensor, has_class_token: bool) -> Tensor:
 
 
 def with_summary(tokens: Tensor, new: Tensor, has_class_token: bool) -> Tensor:
-    """`tokens` with the class token replaced by `new` (B, 1, D), or with `new` added to every patch if there is none."""
+    """`tokens` with `new` (B, 1, D) as class token, or added to every patch if there is none."""
     return torch.cat((new, tokens[:, 1:]), dim=1) if has_class_token else tokens + new
 
 
@@ -46,10 +45,8 @@ def projection(dim: int, out_dim: int, config: CrossViTConfig) -> nn.Module:
     """f or g: LayerNorm → GELU → Linear as released; `projection_*` of the config leave parts out."""
     if dim == out_dim and config.projection_identity:
         return nn.Identity()
-    before = [nn.LayerNorm(dim, eps=NORM_EPS)] * config.projection_norm + [
-        nn.GELU()
-    ] * config.projection_gelu
-    return nn.Sequential(*before, nn.Linear(dim, out_dim))
+    norm = [nn.LayerNorm(dim, eps=NORM_EPS)] * config.projection_norm
+    return nn.Sequential(*norm, *[nn.GELU()] * config.projection_gelu, nn.Linear(dim, out_dim))
 
 
 class TokenProjection(nn.Module):
@@ -67,6 +64,17 @@ class TokenProjection(nn.Module):
         if self.class_token is None:
             return self.patches(tokens)  # type: ignore[no-any-return]
         return torch.cat((self.class_token(tokens[:, :1]), self.patches(tokens[:, 1:])), dim=1)
+
+
+def token_projections(config: CrossViTConfig, *, back: bool) -> nn.ModuleList:
+    """f of every branch, to the widest branch's width D*; or g, `back` from it."""
+    common = widest(config).dim
+    pairs = [(common, b.dim) if back else (b.dim, common) for b in config.branches]
+    has_class_token = config.branches[0].class_token
+    return nn.ModuleList(
+        TokenProjection(dim, out_dim, config, has_class_token=has_class_token)
+        for dim, out_dim in pairs
+    )
 
 
 class NoFusion(nn.Module):
@@ -88,98 +96,70 @@ class AllAttentionFusion(nn.Module):
 
     def __init__(self, config: CrossViTConfig, *, drop_path: float) -> None:
         super().__init__()
-        widest = _widest(config)
-        self.project = nn.ModuleList(
-            TokenProjection(branch.dim, widest.dim, config, has_class_token=branch.class_token)
-            for branch in config.branches
-        )
-        self.norms = nn.ModuleList(
-            nn.LayerNorm(widest.dim, eps=NORM_EPS) for _ in range(config.fusion_depth)
-        )
-        self.attentions = nn.ModuleList(
-            SelfAttention(
-                widest.dim, widest.heads, drop=config.drop, attention_drop=config.attention_drop
-            )
-            for _ in range(config.fusion_depth)
-        )
+        dim, heads, depth = widest(config).dim, widest(config).heads, config.fusion_depth
+        drops = {"drop": config.drop, "attention_drop": config.attention_drop}
+        self.project = token_projections(config, back=False)
+        self.norms = nn.ModuleList(nn.LayerNorm(dim, eps=NORM_EPS) for _ in range(depth))
+        self.attentions = nn.ModuleList(SelfAttention(dim, heads, **drops) for _ in range(depth))
         self.drop_path = DropPath(drop_path)
-        self.restore = nn.ModuleList(
-            TokenProjection(widest.dim, branch.dim, config, has_class_token=branch.class_token)
-            for branch in config.branches
-        )
+        self.restore = token_projections(config, back=True)
 
     def forward(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
-        projected = [project(own) for project, own in zip(self.project, tokens, strict=True)]
+        projected = [project(x) for project, x in zip(self.project, tokens, strict=True)]
         joined = torch.cat(projected, dim=1)  # (B, sum of N_b, D*)
         for norm, attention in zip(self.norms, self.attentions, strict=True):
             joined = joined + self.drop_path(attention(norm(joined)))
-        parts = joined.split([own.shape[1] for own in projected], dim=1)
+        parts = joined.split([x.shape[1] for x in projected], dim=1)
         return [restore(part) for restore, part in zip(self.restore, parts, strict=True)]
 
 
 class ClassTokenFusion(nn.Module):
-    """Equation 3: the class tokens are added. Z_b = [g_b(Σ_a f_a c_a) ‖ P_b], the sum at the widest branch's width."""
+    """Equation 3: the class tokens are added. Z_b = [g_b(Σ_a f_a c_a) ‖ P_b], the sum at width D*."""
 
     def __init__(self, config: CrossViTConfig, *, drop_path: float) -> None:
         super().__init__()
-        widest = _widest(config)
-        self.has_class_token = widest.class_token
-        self.project = nn.ModuleList(
-            projection(branch.dim, widest.dim, config) for branch in config.branches
-        )
-        self.restore = nn.ModuleList(
-            projection(widest.dim, branch.dim, config) for branch in config.branches
-        )
+        common, branches = widest(config), config.branches
+        self.has_class_token = common.class_token
+        self.project = nn.ModuleList(projection(b.dim, common.dim, config) for b in branches)
+        self.restore = nn.ModuleList(projection(common.dim, b.dim, config) for b in branches)
 
     def forward(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
         pairs = zip(self.project, tokens, strict=True)
-        shared = sum(
-            (project(summary(own, self.has_class_token)) for project, own in pairs),
-            tokens[0].new_zeros(()),
-        )
+        projected = (project(summary(x, self.has_class_token)) for project, x in pairs)
+        shared = sum(projected, tokens[0].new_zeros(()))
         return [
-            with_summary(own, restore(shared), self.has_class_token)
-            for restore, own in zip(self.restore, tokens, strict=True)
+            with_summary(x, restore(shared), self.has_class_token)
+            for restore, x in zip(self.restore, tokens, strict=True)
         ]
 
 
 class PairwiseFusion(nn.Module):
-    """Equation 4: class tokens are added as in `ClassTokenFusion`, and patches where they lie over each other.
+    """Equation 4: class tokens are added as in `ClassTokenFusion`, patches where they overlap.
 
-    Z_b patches = g_b(Σ_a f_a P_a). f_a is taken on branch a's own grid, the sum on the widest branch's grid, and g_b on
-    branch b's grid; between grids the tokens are interpolated bilinearly (the paper does not say how).
+    Z_b patches = g_b(Σ_a f_a P_a). f_a is taken on branch a's own grid, the sum on the widest
+    branch's grid, and g_b on branch b's grid; between grids the tokens are interpolated
+    bilinearly (the paper does not say how).
     """
 
     def __init__(self, config: CrossViTConfig, *, drop_path: float) -> None:
         super().__init__()
-        widest = _widest(config)
-        self.common = config.branches.index(widest)
-        self.has_class_token = widest.class_token
-        self.project = nn.ModuleList(
-            TokenProjection(branch.dim, widest.dim, config, has_class_token=branch.class_token)
-            for branch in config.branches
-        )
-        self.restore = nn.ModuleList(
-            TokenProjection(widest.dim, branch.dim, config, has_class_token=branch.class_token)
-            for branch in config.branches
-        )
+        self.common = config.branches.index(widest(config))
+        self.has_class_token = widest(config).class_token
+        self.project = token_projections(config, back=False)
+        self.restore = token_projections(config, back=True)
 
     def forward(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
-        common = grids[self.common]
-        projected = [
-            project(own) for project, own in zip(self.project, tokens, strict=True)
-        ]  # (B, N_b, D*)
-        zero = tokens[0].new_zeros(())
+        common, zero = grids[self.common], tokens[0].new_zeros(())
+        projected = [project(x) for project, x in zip(self.project, tokens, strict=True)]
         patches = sum(
             (
-                interpolate_grid(patches_of(own, self.has_class_token), grid, common)
-                for own, grid in zip(projected, grids, strict=True)
+                interpolate_grid(patches_of(x, self.has_class_token), grid, common)
+                for x, grid in zip(projected, grids, strict=True)
             ),
             zero,
         )
-        class_tokens = [
-            sum((own[:, :1] for own in projected), zero)
-        ] * self.has_class_token  # (B, 1, D*), if there are any
+        # the class tokens' sum (B, 1, D*), if there are any
+        class_tokens = [sum((x[:, :1] for x in projected), zero)] * self.has_class_token
         return [
             restore(torch.cat((*class_tokens, interpolate_grid(patches, common, grid)), dim=1))
             for restore, grid in zip(self.restore, grids, strict=True)
@@ -187,9 +167,9 @@ class PairwiseFusion(nn.Module):
 
 
 class CrossReadBlock(nn.Module):
-    """t ← t + CrossAttention(LN[t ‖ P]): (B, 1, D), (B, 1 + n, D) -> (B, 1, D). The residual is in the projected space.
+    """t ← t + CrossAttention(LN[t ‖ P]): t (B, 1, D), P (B, n, D) -> (B, 1, D).
 
-    P comes with a row before it that t takes the place of, so that nothing is joined (`make bench-fusion`).
+    The residual is in the projected space. There is no feed-forward.
     """
 
     def __init__(self, branch: BranchConfig, config: CrossViTConfig, *, drop_path: float) -> None:
@@ -204,91 +184,79 @@ class CrossReadBlock(nn.Module):
         )
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, query: Tensor, other: Tensor) -> Tensor:
-        first, attention = self.norm(query), self.attention
-        if isinstance(attention, CrossAttention) and attention.folds(first, other, self.norm):
-            read = attention.of_normalised(first, other, self.norm)
-        else:
-            joined = self.norm(other)
-            joined[:, :1] = first
-            read = attention(joined)
-        return query + self.drop_path(read)  # type: ignore[no-any-return]
+    def forward(self, query: Tensor, patches: Tensor) -> Tensor:
+        tokens = torch.cat((query, patches), dim=1)  # (B, 1 + n, D)
+        return query + self.drop_path(self.attention(self.norm(tokens)))  # type: ignore[no-any-return]
 
 
 class CrossRead(nn.Module):
     """Equations 5–7 for one branch: its class token reads the other branch's patches.
 
-        t = f(c_own);  t ← t + CrossAttention(LN[t ‖ P_other]), L times;  Z = [g(t) ‖ P_own]
+        t = f(c);  t ← t + CrossAttention(LN[t ‖ P_source]), L times;  Z = [g(t) ‖ P_target]
 
-    own: (B, 1 + n_own, D_own), other: (B, 1 + n_other, D_other) -> (B, 1 + n_own, D_own). There is no feed-forward. Every
-    block sees the other branch's patches; with `as_released` only the first does, and the later ones see t alone.
+    target: (B, 1 + n, D), source: (B, 1 + n', D') -> (B, 1 + n, D). Every block sees the source's
+    patches; with `as_released` only the first does, and the later ones see t alone.
     """
 
     def __init__(
-        self, own: BranchConfig, other: BranchConfig, config: CrossViTConfig, *, drop_path: float
+        self,
+        target: BranchConfig,
+        source: BranchConfig,
+        config: CrossViTConfig,
+        *,
+        drop_path: float,
     ) -> None:
         super().__init__()
-        self.has_class_token = own.class_token
+        self.has_class_token = target.class_token
         self.as_released = config.as_released
-        self.project = projection(own.dim, other.dim, config)
+        self.project = projection(target.dim, source.dim, config)
         self.blocks = nn.ModuleList(
-            CrossReadBlock(other, config, drop_path=drop_path) for _ in range(config.fusion_depth)
+            CrossReadBlock(source, config, drop_path=drop_path) for _ in range(config.fusion_depth)
         )
-        self.restore = projection(other.dim, own.dim, config)
+        self.restore = projection(source.dim, target.dim, config)
 
-    def forward(self, own: Tensor, other: Tensor) -> Tensor:
-        if not self.has_class_token:
-            return own + self.read(summary(own, has_class_token=False), other)
-        first, patches = own.split(
-            [1, own.shape[1] - 1], dim=1
-        )  # whose gradient is made in one pass; that of two slices in five
-        return torch.cat((self.read(first, other), patches), dim=1)
-
-    def read(self, query: Tensor, other: Tensor) -> Tensor:
-        """g(t), what the class token c_own becomes: (B, 1, D_own) -> the same."""
-        query = self.project(query)  # (B, 1, D_other)
-        if not self.has_class_token:
-            other = torch.cat((query, other), dim=1)
+    def forward(self, target: Tensor, source: Tensor) -> Tensor:
+        query = self.project(summary(target, self.has_class_token))  # (B, 1, D')
+        patches = patches_of(source, self.has_class_token)
         for block in self.blocks:
-            query = block(query, other)
+            query = block(query, patches)
             if self.as_released:
-                other = other[:, :1]
-        return self.restore(query)  # type: ignore[no-any-return]
+                patches = patches[:, :0]
+        return with_summary(target, self.restore(query), self.has_class_token)
 
 
 class CrossAttentionFusion(nn.Module):
-    """Every branch reads from the next one around the ring; with two branches each reads from the other."""
+    """Every branch reads from the next around the ring; of two branches each reads from the other."""
 
     def __init__(self, config: CrossViTConfig, *, drop_path: float) -> None:
         super().__init__()
-        pairs = zip(config.branches, _next_around(config.branches), strict=True)
+        pairs = zip(config.branches, next_around(config.branches), strict=True)
         self.reads = nn.ModuleList(
-            CrossRead(own, other, config, drop_path=drop_path) for own, other in pairs
+            CrossRead(target, source, config, drop_path=drop_path) for target, source in pairs
         )
 
     def forward(self, tokens: Sequence[Tensor], grids: Sequence[Grid]) -> list[Tensor]:
-        return [
-            read(own, other)
-            for read, own, other in zip(self.reads, tokens, _next_around(tokens), strict=True)
-        ]
+        triples = zip(self.reads, tokens, next_around(tokens), strict=True)
+        return [read(target, source) for read, target, source in triples]
 
 
 def interpolate_grid(patches: Tensor, grid: Grid, size: Grid) -> Tensor:
-    """Patches on one grid to another, bilinearly: (B, n, D) on `grid` -> (B, m, D) on `size`; the same grid is the identity."""
+    """Patches of one grid on another, bilinearly: (B, n, D) on `grid` -> (B, m, D) on `size`.
+
+    The same grid is the identity.
+    """
     if grid == size:
         return patches
     image = patches.transpose(1, 2).unflatten(2, grid)  # (B, D, rows, columns)
-    return (
-        F.interpolate(image, size=size, mode="bilinear", align_corners=False)
-        .flatten(2)
-        .transpose(1, 2)
-    )
+    image = F.interpolate(image, size=size, mode="bilinear", align_corners=False)
+    return image.flatten(2).transpose(1, 2)
 
 
-def _widest(config: CrossViTConfig) -> BranchConfig:
-    """The branch whose width and grid are the common ones; the last of several equally wide (the paper's L)."""
+def widest(config: CrossViTConfig) -> BranchConfig:
+    """The branch whose width and grid are the common ones; of equally wide ones the last (L)."""
     return max(reversed(config.branches), key=lambda branch: branch.dim)
 
 
-def _next_around(ring: Sequence[T]) -> list[T]:
+def next_around(ring: Sequence[T]) -> list[T]:
+    """Of each entry the one after it, of the last the first."""
     return [*ring[1:], *ring[:1]]

@@ -68,7 +68,7 @@ class Registry:
         )
 
 
-BLOCKS = Registry("block", {"pre-norm": "crossvit.model.crossvit:EncoderBlock"})
+BLOCKS = Registry("block", {"pre-norm": "crossvit.model.layers:EncoderBlock"})
 FUSIONS = Registry(
     "fusion",
     {

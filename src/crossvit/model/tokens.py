@@ -1,4 +1,4 @@
-"""Image to tokens: the branch's own view of the image, its patches as vectors, its class token and positions.
+"""Image to tokens: the branch's view of the image, its patches as vectors, class token, positions.
 
 Shapes: B batch, C channels, H x W pixels, n = rows x columns patches, D width.
 """
@@ -9,32 +9,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossvit.fast.patch_embed import patch_tokens, takes_patches
-from crossvit.fast.resize import bicubic, takes_resize
 from crossvit.model.config import BranchConfig
 from crossvit.model.registry import TOKENISERS
 
 
 def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bicubic, without antialiasing, as the released models were trained. (B, C, H, W) -> (B, C, *size)."""
+    """Bicubic, without antialiasing, as the released models were trained.
+
+    (B, C, H, W) -> (B, C, *size); the same size is the identity.
+    """
     if images.shape[-2:] == size:
         return images
-    if takes_resize(images):
-        return bicubic(images, size)
     return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
 
 
 def resample_positions(positions: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """Position embeddings of `grid` for a grid of `size`: (1, [1 +] n, D) -> (1, [1 +] m, D), bicubic (the paper's way to
-    another resolution); a class token's row stays as it is, and the same grid is the identity."""
+    """Position embeddings of `grid` for a grid of `size`: (1, [1 +] n, D) -> (1, [1 +] m, D).
+
+    Bicubic, the paper's way to another resolution. A class token's row stays as it is, and the
+    same grid is the identity.
+    """
     if grid == size:
         return positions
     rest = positions.shape[1] - grid[0] * grid[1]
     image = positions[:, rest:].transpose(1, 2).unflatten(2, grid)  # (1, D, rows, columns)
-    resampled = F.interpolate(image.float(), size=size, mode="bicubic", align_corners=False).to(
-        positions.dtype
-    )
-    return torch.cat((positions[:, :rest], resampled.flatten(2).transpose(1, 2)), dim=1)
+    resampled = F.interpolate(image.float(), size=size, mode="bicubic", align_corners=False)
+    patches = resampled.to(positions.dtype).flatten(2).transpose(1, 2)
+    return torch.cat((positions[:, :rest], patches), dim=1)
 
 
 def convolutions(branch: BranchConfig, in_channels: int) -> nn.Module:
@@ -48,10 +49,11 @@ def convolutions(branch: BranchConfig, in_channels: int) -> nn.Module:
 
 
 class Tokens(nn.Module):
-    """[c ‖ P] + positions for one branch: (B, C, H, W) -> (B, 1 + n, D), or (B, n, D) without a class token.
+    """[c ‖ P] + positions for one branch: (B, C, H, W) -> (B, 1 + n, D), (B, n, D) without c.
 
-    The images are the model's input; the branch resizes them to its own size (`BranchConfig.image_size`). Positions are
-    those of `image_size` and are resampled for an input of another size.
+    The images are the model's input; the branch resizes them to its own size
+    (`BranchConfig.image_size`). Positions are those of `image_size` and are resampled for an
+    input of another size.
     """
 
     def __init__(
@@ -70,20 +72,14 @@ class Tokens(nn.Module):
         self.class_token = (
             nn.Parameter(torch.zeros(1, 1, branch.dim)) if branch.class_token else None
         )
-        self.positions = nn.Parameter(
-            torch.zeros(1, branch.class_token + rows * columns, branch.dim)
-        )
+        count = branch.class_token + rows * columns
+        self.positions = nn.Parameter(torch.zeros(1, count, branch.dim))
         self.drop = nn.Dropout(drop)
 
     def forward(self, images: Tensor) -> Tensor:
-        height, width = images.shape[-2:]
-        size = self.branch.image_size((height, width))
-        images = resize(images, size)
-        positions = resample_positions(self.positions, self.grid, self.branch.grid((height, width)))
-        if takes_patches(
-            images, self.patches, self.class_token, positions
-        ):  # the same, in bf16 on a CPU
-            return self.drop(patch_tokens(images, self.patches, self.class_token, positions))  # type: ignore[no-any-return]
+        size = (images.shape[-2], images.shape[-1])
+        images = resize(images, self.branch.image_size(size))
+        positions = resample_positions(self.positions, self.grid, self.branch.grid(size))
         tokens = self.patches(images).flatten(2).transpose(1, 2)  # (B, n, D)
         if self.class_token is not None:
             tokens = torch.cat((self.class_token.expand(tokens.shape[0], -1, -1), tokens), dim=1)

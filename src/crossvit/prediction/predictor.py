@@ -187,8 +187,8 @@ class Predictor:
     def _probabilities(self, views: NDArray[np.float32]) -> NDArray[np.float64]:
         """(V, B, C, H, W) -> (B, classes)."""
         with self._turn:
-            branch_logits = [self.engine(view) for view in views]  # (branches, B, classes) each
-        fused = np.mean([logits.mean(axis=0) for logits in branch_logits], axis=0)  # (B, classes)
+            outputs = [self.engine(view) for view in views]
+        fused = np.mean([output.logits for output in outputs], axis=0)  # (B, classes)
         logits: NDArray[np.float64] = fused.astype(np.float64) / self.trained.temperature
         with np.errstate(invalid="ignore"):  # `_answer` says what is not finite
             total = (

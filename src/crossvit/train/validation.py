@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from crossvit.data.images import ImageSet
+from crossvit.engines.protocol import EngineOutput
 from crossvit.engines.torch import TorchEngine
 from crossvit.evaluation.evaluator import measure, summarise
 from crossvit.evaluation.metrics import best_thresholds, probabilities
@@ -28,12 +29,12 @@ class HeldOut:
     ) -> tuple[Evaluation, tuple[float, ...]]:
         """(figures, thresholds): of several labels an image, the probability from which each class is said that has the best F1
         on these images; empty otherwise. thorough: as for `summarise`."""
-        logits, images = self._measure(engine)
+        output, images = self._measure(engine)
         plan = self.plan
         with np.errstate(all="ignore"):  # weights that have run away are noticed by the loss
-            thresholds = self._thresholds(logits, images)
+            thresholds = self._thresholds(output, images)
             evaluation = summarise(
-                logits,
+                output,
                 images,
                 patches=[branch.patch for branch in plan.config.branches],
                 run=self.run,
@@ -44,20 +45,20 @@ class HeldOut:
             )
         return evaluation, thresholds
 
-    def _thresholds(self, logits: NDArray[np.float32], images: ImageSet) -> tuple[float, ...]:
+    def _thresholds(self, output: EngineOutput, images: ImageSet) -> tuple[float, ...]:
         if images.task != MULTI_LABEL:
             return ()
-        chances = probabilities(logits.mean(axis=0), task=MULTI_LABEL)
+        chances = probabilities(output.logits, task=MULTI_LABEL)
         return tuple(best_thresholds(chances, images.targets()).round(6).tolist())
 
-    def _measure(self, engine: TorchEngine) -> tuple[NDArray[np.float32], ImageSet]:
-        """Branch logits of the images. Each process measures its share, none twice."""
+    def _measure(self, engine: TorchEngine) -> tuple[EngineOutput, ImageSet]:
+        """What the model gives of the images. Each process measures its share, none twice."""
         images, team = self.plan.held_out, self.team
         if len(images) < team.size:
             return measure(engine, images, self.plan.preprocessing, kept=self.kept)
         own = images.take(range(*team.bounds(len(images))))
-        logits, _ = measure(engine, own, self.plan.preprocessing, kept=self.kept)
-        return np.concatenate(team.gather(logits), axis=1), images
+        output, _ = measure(engine, own, self.plan.preprocessing, kept=self.kept)
+        return EngineOutput.join(team.gather(output)), images
 
 
 def mean_average_precision(evaluation: Evaluation) -> float | None:

@@ -67,11 +67,21 @@ def why_none() -> str:
     return found if isinstance(found, str) else ""
 
 
-@contextlib.contextmanager
-def without_kernels() -> Iterator[None]:
+def are_wanted() -> bool:
+    """Whether kernels may be used here: false within `without_kernels`."""
+    return _wanted
+
+
+def without_kernels() -> contextlib.AbstractContextManager[None]:
     """Inside, torch computes everything."""
+    return kernels_wanted(False)
+
+
+@contextlib.contextmanager
+def kernels_wanted(wanted: bool) -> Iterator[None]:
+    """Inside, kernels may be used or not."""
     global _wanted  # noqa: PLW0603  # one setting for the process, like torch's own
-    before, _wanted = _wanted, False
+    before, _wanted = _wanted, wanted
     try:
         yield
     finally:

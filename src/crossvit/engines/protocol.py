@@ -1,0 +1,51 @@
+"""What every engine is: normalised images in, logits out. No torch.
+
+Shapes: B images, C channels, H x W pixels of the model's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Images = NDArray[np.float32]
+Logits = NDArray[np.float32]
+
+
+class EngineOutput(NamedTuple):
+    """What a forward pass gives, float32.
+
+    Attributes:
+        logits: (B, classes), what the model answers.
+        branch_logits: (branches, B, classes), each branch's own.
+    """
+
+    logits: Logits
+    branch_logits: Logits
+
+    @classmethod
+    def of_branches(cls, branch_logits: Logits) -> EngineOutput:
+        """Of a model whose logits are the mean of its branches' (branches, B, classes)."""
+        return cls(branch_logits.mean(axis=0), branch_logits)
+
+    @classmethod
+    def join(cls, outputs: Sequence[EngineOutput]) -> EngineOutput:
+        """One after the other, along B."""
+        if len(outputs) == 1:
+            return outputs[0]
+        return cls(
+            np.concatenate([output.logits for output in outputs]),
+            np.concatenate([output.branch_logits for output in outputs], axis=1),
+        )
+
+
+class Engine(Protocol):
+    """`engine(images)`: (B, C, H, W) float32, normalised -> `EngineOutput`."""
+
+    name: str
+    precision: str
+
+    def __call__(self, images: Images) -> EngineOutput: ...
