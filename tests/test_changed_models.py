@@ -47,7 +47,7 @@ from crossvit.model.attention import SelfAttention, attention_kernel
 from crossvit.model.cost import cost
 from crossvit.model.crossvit import CrossViT
 from crossvit.model.layers import EncoderBlock
-from crossvit.model.registry import BLOCKS
+from crossvit.model.registry import BLOCKS, FUSIONS
 from crossvit.prediction.predictor import Predictor
 from crossvit.results import TrainingResult
 from crossvit.trained import Trained, open_trained
@@ -476,6 +476,46 @@ def test_the_reason_is_known(row: str) -> None:
         for part in changed("nothing").modules()
         if (kind := _plain_kind(part)) is not None
     )
+
+
+# As they are built.
+BUILT: dict[str, dict[str, Any]] = {
+    **{fusion: {"fusion": fusion} for fusion in FUSIONS},
+    "no class token": {
+        "branches": tuple(
+            dataclasses.replace(branch, class_token=False) for branch in CONFIG.branches
+        )
+    },
+    "dagger": {
+        "branches": (
+            CONFIG.branches[0],
+            dataclasses.replace(CONFIG.branches[1], patch=12, tokeniser="dagger"),
+        )
+    },
+    "t2t": {
+        "image_size": (48, 48),
+        "branches": (
+            dataclasses.replace(CONFIG.branches[0], patch=16, tokeniser="t2t"),
+            dataclasses.replace(CONFIG.branches[1], patch=12, image_scale=1.0),
+        ),
+    },
+    "dropout": {"drop": 0.1, "attention_drop": 0.1, "drop_path": 0.1},
+    "bare projections": {"projection_norm": False, "projection_gelu": False},
+    "as released": {"fusion_depth": 2, "as_released": True},
+}
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_no_model_as_it_is_built_is_left_to_its_own_code(name: str) -> None:
+    """Otherwise the forms would never be used, and every comparison would hold."""
+    model = crossvit.create_model(CONFIG, **BUILT[name]).eval()
+    reasons = {
+        path: reason
+        for path, module in model.named_modules()
+        if (kind := _plain_kind(module)) is not None
+        and (reason := why_not(module) or why_not_exact(module, kind)) is not None
+    }
+    assert reasons == {}
 
 
 def _plain_kind(module: nn.Module) -> type[nn.Module] | None:

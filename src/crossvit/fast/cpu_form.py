@@ -262,7 +262,7 @@ class _FastEncoder(nn.Module):
         self.blocks = nn.ModuleList(nn.Sequential(*of_branch) for of_branch in blocks)
         self.fusion = fusion
         exact = why_not_exact(fusion, CrossAttentionFusion) is None
-        reads = list(fusion.reads.children()) if exact else []
+        reads = [*fusion.get_submodule("reads").children()] if exact else []
         self.in_place = bool(reads) and all(
             isinstance(read, CrossRead)
             and why_not_exact(read, CrossRead) is None
@@ -275,8 +275,9 @@ class _FastEncoder(nn.Module):
         if not self.in_place:
             return self.fusion(encoded, grids)  # type: ignore[no-any-return]
         # Each reads its own class token and the next one's patches: all, before any is written.
-        triples = zip(self.fusion.reads.children(), encoded, next_around(encoded), strict=True)
-        class_tokens = [cross_read(read, x[:, :1], source) for read, x, source in triples]
+        reads = self.fusion.get_submodule("reads").children()
+        triples = zip(reads, encoded, next_around(encoded), strict=True)
+        class_tokens = [cross_read(read, x[:, :1], source) for read, x, source in triples]  # type: ignore[arg-type]
         for x, class_token in zip(encoded, class_tokens, strict=True):
             x[:, :1] = class_token
         return encoded

@@ -254,8 +254,10 @@ def _difference_in_content(module: nn.Module, kind: type[nn.Module]) -> str | No
     if parameters - expected or module._buffers:
         names = ", ".join(sorted([*(parameters - expected), *module._buffers]))
         return f"has parameters or buffers that no {kind.__name__} has ({names})"
-    if expected - parameters:
-        return f"has parameters that are computed from others ({', '.join(expected - parameters)})"
+    # one that a module is built without is an attribute that is None
+    missing = {name for name in expected - parameters if module.__dict__.get(name, "") is not None}
+    if missing:
+        return f"has parameters that are computed from others ({', '.join(sorted(missing))})"
     if kind in CHILDREN and set(module._modules) != CHILDREN[kind]:
         return f"has other modules in it ({', '.join(sorted(module._modules))})"
     for name, value in SETTINGS.get(kind, {}).items():
