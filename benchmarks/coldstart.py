@@ -34,7 +34,7 @@ import timm, torch
 import crossvit
 from crossvit.run import Run
 from crossvit.trained import open_trained, paper_preprocessing
-from crossvit.engines.onnxruntime import export
+from crossvit.engines.onnx_graph import export
 from crossvit.weights.files import header, write_weights
 from crossvit.weights.keys import to_ours
 

@@ -15,6 +15,9 @@ import contextlib
 import copy
 import dataclasses
 import importlib.util
+import json
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -32,18 +35,19 @@ from torch.overrides import TorchFunctionMode
 import crossvit
 from conftest import lively
 from crossvit import CrossViTConfig
-from crossvit.engines.onnxruntime import OnnxRuntimeEngine, fingerprint
+from crossvit.engines.onnx_graph import fingerprint
+from crossvit.engines.onnxruntime import OnnxRuntimeEngine
 from crossvit.engines.openvino import OpenVINOEngine
 from crossvit.engines.torch import TorchEngine
 from crossvit.errors import ConfigError, EngineError, UsageError
 from crossvit.explanation.relevance import read
 from crossvit.fast.accelerate import accelerate, decelerate
-from crossvit.fast.eligibility import why_not, why_not_exact
+from crossvit.fast.eligibility import AS_BUILT, plain_class, why_not, why_not_exact
 from crossvit.fast.export_form import GraphForm
-from crossvit.fast.native.build import without_kernels
+from crossvit.fast.native.build import are_wanted, without_kernels
 from crossvit.fast.seal import FUNCTIONS, is_sealed, sealed_hashes, source_hash, title
 from crossvit.model import attention as attention_module
-from crossvit.model.attention import SelfAttention, attention_kernel
+from crossvit.model.attention import SelfAttention, attention_kernel, chosen_kernel
 from crossvit.model.cost import cost
 from crossvit.model.crossvit import CrossViT
 from crossvit.model.layers import EncoderBlock
@@ -519,8 +523,6 @@ def test_no_model_as_it_is_built_is_left_to_its_own_code(name: str) -> None:
 
 
 def _plain_kind(module: nn.Module) -> type[nn.Module] | None:
-    from crossvit.fast.eligibility import AS_BUILT, plain_class
-
     kinds = [kind for kind in AS_BUILT if isinstance(module, kind)]
     return plain_class(module) if plain_class(module) in AS_BUILT else next(iter(kinds), None)
 
@@ -571,9 +573,6 @@ def test_gradients_of_gradients(precision: torch.dtype, fusion: str, images: Ten
 
 def test_recomputation_of_a_checkpoint_is_under_the_forward_passs_switches(images: Tensor) -> None:
     """The backward pass comes after the switches have gone, and computes by the same kernel."""
-    from crossvit.fast.native.build import are_wanted
-    from crossvit.model.attention import chosen_kernel
-
     model = changed("nothing").train()
     model.set_gradient_checkpointing()
     states: list[tuple[bool, str]] = []
@@ -638,9 +637,6 @@ print(json.dumps([plain.tolist(), *(float((a - plain).abs().max()) for a in answ
 
 def test_an_edited_source_is_computed(tmp_path: Path) -> None:
     """The package's own file, edited as a researcher does, in a process of its own."""
-    import json
-    import shutil
-
     shutil.copytree(Path(crossvit.__file__).parent, tmp_path / "crossvit")
     file = tmp_path / "crossvit" / "model" / "layers.py"
     before = file.read_text()
@@ -652,7 +648,7 @@ def test_an_edited_source_is_computed(tmp_path: Path) -> None:
         file.write_text(text)
         done = subprocess.run(  # this interpreter on a copy of this package
             [sys.executable, "-c", EDITED, json.dumps(CONFIG.to_dict())],
-            env={**__import__("os").environ, "PYTHONPATH": str(tmp_path)},
+            env={**os.environ, "PYTHONPATH": str(tmp_path)},
             capture_output=True,
             text=True,
             check=True,
@@ -777,6 +773,18 @@ def test_a_kept_graph_goes_by_the_code_of_a_registered_block(
         digests.append(fingerprint(dataclasses.replace(trained, config=config)))
     assert digests[0] == digests[2] != digests[1]
     assert fingerprint(trained) not in digests
+
+
+@pytest.mark.parametrize("patch", [_forward_of_a_class, _attention_of_a_module])
+def test_a_kept_graph_goes_by_what_this_process_has_patched(
+    patch: Callable[[], Context], tiny_run: TrainingResult
+) -> None:
+    trained = open_trained(tiny_run.run)
+    before = fingerprint(trained)
+    with patch():
+        assert len({before, fingerprint(trained)}) == 2
+        assert fingerprint(trained) == fingerprint(trained)
+    assert fingerprint(trained) == before
 
 
 def test_a_block_that_is_no_encoder_block_has_no_relevance(images: Tensor) -> None:

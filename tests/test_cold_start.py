@@ -40,7 +40,7 @@ def trained(tiny_run: TrainingResult) -> Trained:
 def filled_cache(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cache with the model as an ONNX file and nothing else."""
     pytest.importorskip("onnxruntime")
-    from crossvit.engines.onnxruntime import onnx_file
+    from crossvit.engines.onnx_graph import onnx_file
 
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:

@@ -432,10 +432,35 @@ def test_a_batch_that_memory_does_not_hold_is_halved_and_said_once(
         choose.BatchSplitting(Broken())(images)
 
 
+def test_an_engine_is_compared_with_the_plain_models_logits_once(
+    trained: Trained,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:
+    """With the witness beside the graph, at the first load on a machine; torch computes where they differ."""
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path))
+    assert load_engine(trained, engine="onnxruntime").name == "onnxruntime"
+    (witness,) = (tmp_path / "onnx").glob("*.witness.npy")
+    (agreed,) = (tmp_path / "onnx").glob("*.agrees")
+    exact = np.load(witness)
+    np.save(witness, exact + 0.01)
+    assert load_engine(trained, engine="onnxruntime").name == "onnxruntime"  # compared already
+    agreed.unlink()
+    assert load_engine(trained, engine="onnxruntime").name == "torch"
+    assert said(caplog)[-1].startswith(
+        "engine onnxruntime in fp32 differs from the plain model by "
+    )
+    np.save(witness, exact)
+    assert load_engine(trained, engine="onnxruntime").name == "onnxruntime"
+
+
 def test_a_model_that_cannot_be_exported_is_an_engine_error(
     trained: Trained, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    onnx = pytest.importorskip("crossvit.engines.onnxruntime")
+    onnx = pytest.importorskip("crossvit.engines.onnx_graph")
     monkeypatch.setenv("CROSSVIT_CACHE", str(tmp_path))
     monkeypatch.setattr(onnx, "is_installed", lambda package: False)
     with pytest.raises(EngineError, match="exporting to ONNX needs onnx and onnxscript"):

@@ -86,7 +86,7 @@ def test_the_form_is_a_copy() -> None:
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small model's graph: cross-attention, a resize, a stem of convolutions and one of patches."""
-    onnx = pytest.importorskip("crossvit.engines.onnxruntime")
+    onnx = pytest.importorskip("crossvit.engines.onnx_graph")
     pytest.importorskip("onnxscript")
     path: Path = tmp_path_factory.mktemp("graph") / "small.onnx"
     onnx.export_module(

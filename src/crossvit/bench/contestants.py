@@ -142,7 +142,8 @@ def _compiled(model: nn.Module, precision: str, device: torch.device, *, zentorc
 
 def _exported(model: nn.Module, how: str, precision: str, pair: Pair, *, in_parts: bool) -> Call:
     """in_parts: whether OpenVINO is given a large batch as our engine gives it."""
-    from crossvit.engines.onnxruntime import OnnxRuntimeEngine, export_module
+    from crossvit.engines.onnx_graph import export_module
+    from crossvit.engines.onnxruntime import OnnxRuntimeEngine
     from crossvit.engines.openvino import OpenVINOEngine, try_compiling
     from crossvit.fast.export_form import GraphForm
 

@@ -22,6 +22,7 @@ from crossvit.train.callbacks import Watch
 from crossvit.train.durations import spoken
 
 if TYPE_CHECKING:
+    from crossvit.fast.explain import FormUsed
     from crossvit.model.paper_tables import Row
     from crossvit.results import DataCheck, Epoch, ImagePair, Rehearsal, TrainingResult
 
@@ -161,6 +162,27 @@ def print_models(rows: Sequence[dict[str, Any]]) -> None:
             "released" if row["weights"] else "",
         )
     _wide_console().print(table)
+
+
+def print_forms(name: str, machine: str, rows: Sequence[FormUsed]) -> None:
+    """Which form computes each kind of module, a table for each situation."""
+    print(f"{name} on {machine}")
+    for situation in dict.fromkeys(row.situation for row in rows):
+        table = Table(
+            Column(situation, no_wrap=True, min_width=22),
+            Column("n", justify="right"),
+            Column("computed by", no_wrap=True, min_width=28),
+            "why not faster",
+            box=None,
+            pad_edge=False,
+            header_style="bold",
+        )
+        for row in rows:
+            if row.situation == situation:
+                n = "" if row.n is None else str(row.n)
+                table.add_row(row.module, n, row.form, row.reason)
+        print()
+        _wide_console().print(table)
 
 
 def print_data_check(found: DataCheck) -> None:

@@ -80,7 +80,7 @@ def recipes(name: str | None = None, /, *, json: Switch = False) -> int:
 
 
 @app.command
-def models(*, paper: Switch = False, json: Switch = False) -> int:
+def models(*, paper: Switch = False, explain: str | None = None, json: Switch = False) -> int:
     """List the models: name, input, parameters, multiply-accumulates of one image, and top-1 on ImageNet-1k in the paper.
 
     Multiply-accumulates are counted as the paper counts, with the keys and values of cross-attention built for every token;
@@ -90,9 +90,14 @@ def models(*, paper: Switch = False, json: Switch = False) -> int:
     ----------
     paper
         Print the paper's tables of models with our counts beside its own, and why a cell differs.
+    explain
+        A name, or a run: print which form computes each kind of its modules on this machine, in training and
+        inference, and why not a faster one.
     json
         Print one JSON object on stdout.
     """
+    if explain is not None:
+        return _explain(explain, as_json=json)
     from crossvit.cli.terminal import print_models, print_paper
     from crossvit.model.cost import cost
     from crossvit.model.paper_tables import ROWS, TABLES
@@ -123,6 +128,32 @@ def models(*, paper: Switch = False, json: Switch = False) -> int:
         _print_json({"models": rows})
     else:
         print_models(rows)
+    return 0
+
+
+def _explain(name: str, *, as_json: bool) -> int:
+    """`models --explain`."""
+    import torch
+
+    from crossvit.cli.terminal import print_forms
+    from crossvit.factory import create_model
+    from crossvit.fast.explain import forms_used
+    from crossvit.hardware import processor
+    from crossvit.model.presets import preset
+    from crossvit.run import Run
+    from crossvit.trained import open_trained
+
+    if Run(name).path.exists():
+        model = open_trained(name).build()
+    else:
+        model = create_model(preset(name).name)
+    rows = forms_used(model)
+    machine = f"{processor()}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    if as_json:
+        forms = [row._asdict() for row in rows]
+        _print_json({"model": name, "machine": machine, "forms": forms})
+    else:
+        print_forms(name, machine, rows)
     return 0
 
 

@@ -1,35 +1,23 @@
-"""The ONNX file of a trained model, kept in the cache, and ONNX Runtime on it."""
+"""ONNX Runtime on the graph of a trained model."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import json
 import logging
 import os
 import shutil
 import tempfile
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from crossvit.cache import cache_folder, digest_of
+from crossvit.engines.onnx_graph import check_parity, first_line, onnx_file
 from crossvit.engines.protocol import EngineOutput, Images, Logits
 from crossvit.errors import EngineError
-from crossvit.files import write_atomically
-from crossvit.hardware import instruction_sets, is_installed, physical_cores
-from crossvit.model.config import CrossViTConfig
-from crossvit.model.registry import BLOCKS, FUSIONS, TOKENISERS
-from crossvit.run import Run
+from crossvit.hardware import instruction_sets, physical_cores
 from crossvit.trained import Trained
 
-if TYPE_CHECKING:
-    from torch import nn
-
-PACKAGE = Path(__file__).parents[1]
-EXPORT_FORM = 2  # raised when the graph that is exported changes
 MAPPED_BYTES = 1024  # a weight from this size on lies apart from the kept graph, where it is mapped into memory and not parsed
 
 log = logging.getLogger("crossvit")
@@ -47,7 +35,7 @@ class OnnxRuntimeEngine:
             self.session = _kept_session(path) if keep else _session(path)
         except Exception as error:
             raise EngineError(
-                f"ONNX Runtime cannot load the model ({_first_line(error)})"
+                f"ONNX Runtime cannot load the model ({first_line(error)})"
             ) from error
         self.precision = "fp32"
 
@@ -55,7 +43,10 @@ class OnnxRuntimeEngine:
     def load(cls, trained: Trained, *, precision: str = "fp32") -> OnnxRuntimeEngine:
         """EngineError where the model cannot be exported or loaded."""
         assert precision == "fp32"
-        return cls(onnx_file(trained), keep=True)
+        path = onnx_file(trained)
+        engine = cls(path, keep=True)
+        check_parity(engine, path, trained)
+        return engine
 
     def __call__(self, images: Images) -> EngineOutput:
         return EngineOutput.of_branches(self.compute(images))
@@ -100,7 +91,7 @@ def _kept_session(path: Path) -> Any:
             _keep_optimised(path, kept)
         return _session(kept / "graph.onnx", optimised=True)
     except Exception as error:  # noqa: BLE001  # ONNX Runtime's many, and a folder that cannot be written
-        log.info("the optimised graph in %s is not used: %s", kept, _first_line(error))
+        log.info("the optimised graph in %s is not used: %s", kept, first_line(error))
         shutil.rmtree(kept, ignore_errors=True)
         return _session(path)
 
@@ -119,105 +110,3 @@ def _keep_optimised(path: Path, kept: Path) -> None:
         except OSError:
             if not kept.is_dir():  # otherwise another process was first
                 raise
-
-
-def onnx_file(trained: Trained) -> Path:
-    """The model as ONNX, images (batch, C, H, W) -> branch logits (branches, batch, classes): kept in the cache under the
-    digest of its weights, and exported where it is not there. Finding a kept one imports no torch."""
-    path = cache_folder() / "onnx" / f"{fingerprint(trained)}.onnx"
-    if not path.is_file():
-        export(trained, path)
-    return path
-
-
-def fingerprint(trained: Trained) -> str:
-    """Digest of the weights' bytes, the config, and the code that a graph is made from: an edited block never finds the graph
-    of before. Imports no torch unless the model has parts of somebody's own."""
-    source = (
-        trained.weights.path if trained.weights is not None else Run(trained.source).weights_path
-    )
-    digest = hashlib.sha256(
-        json.dumps([EXPORT_FORM, trained.config.to_dict()], sort_keys=True).encode()
-    )
-    digest.update(bytes.fromhex(digest_of(source)))
-    for file in [
-        *sorted((PACKAGE / "model").glob("*.py")),
-        *sorted((PACKAGE / "fast").glob("*.py")),
-    ]:
-        digest.update(file.read_bytes())
-    for part in _registered_parts(trained.config):
-        digest.update(_source_of(part))
-    return digest.hexdigest()[:32]
-
-
-def _registered_parts(config: CrossViTConfig) -> list[Any]:
-    """The classes that a config's names stand for, of those that are not built in."""
-    tokenisers = [(TOKENISERS, branch.tokeniser) for branch in config.branches]
-    named = [(BLOCKS, config.block), (FUSIONS, config.fusion), *tokenisers]
-    return [registry[name] for registry, name in named if name not in registry.built_in]
-
-
-def _source_of(part: Any) -> bytes:
-    """The file that a class is written in; of one that has none, something that is never the same."""
-    try:
-        return Path(inspect.getfile(part)).read_bytes()
-    except (OSError, TypeError):
-        return os.urandom(16)
-
-
-def export(trained: Trained, path: Path) -> None:
-    """Write `trained` to `path`, whole or not at all. EngineError where torch or ONNX cannot."""
-    _require_packages()
-    from crossvit.fast.export_form import GraphForm
-
-    config = trained.config
-    export_module(
-        GraphForm(trained.build()),
-        path,
-        in_channels=config.in_channels,
-        image_size=config.image_size,
-    )
-
-
-def export_module(
-    module: nn.Module, path: Path, *, in_channels: int, image_size: tuple[int, int]
-) -> None:
-    """Write any module of images (batch, C, H, W) as an ONNX file with that input, any batch, and one output `logits`."""
-    _require_packages()
-    import torch
-
-    example = torch.zeros(2, in_channels, *image_size)  # a batch of 1 would be made a constant
-    quiet = logging.getLogger("torch.onnx")
-    before = quiet.level
-    quiet.setLevel(logging.ERROR)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module,
-                (example,),
-                dynamo=True,
-                verbose=False,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=1 << 16)},),
-            )
-        assert program is not None
-        write_atomically(path, program.model_proto.SerializeToString())
-    except Exception as error:
-        raise EngineError(f"the model cannot be exported to ONNX ({_first_line(error)})") from error
-    finally:
-        quiet.setLevel(before)
-
-
-def _require_packages() -> None:
-    missing = [package for package in ("onnx", "onnxscript") if not is_installed(package)]
-    if missing:
-        raise EngineError(
-            f"exporting to ONNX needs {' and '.join(missing)} (pip install 'crossvit[onnx]')"
-        )
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

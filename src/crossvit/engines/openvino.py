@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from crossvit.engines.onnxruntime import onnx_file
+from crossvit.engines.onnx_graph import check_parity, onnx_file
 from crossvit.engines.protocol import EngineOutput, Images, Logits
 from crossvit.errors import EngineError, UsageError
 from crossvit.files import write_atomically
@@ -55,7 +55,9 @@ class OpenVINOEngine:
             raise UsageError("this processor has no bf16 for OpenVINO: use --precision fp32")
         path = onnx_file(trained)
         try_compiling(path, precision)
-        return cls(path, precision=precision)
+        engine = cls(path, precision=precision)
+        check_parity(engine, path, trained)
+        return engine
 
     def __call__(self, images: Images) -> EngineOutput:
         return EngineOutput.of_branches(self.compute(images))

@@ -20,6 +20,7 @@ import numpy as np
 from crossvit.cache import cache_folder
 from crossvit.engines.protocol import Engine, EngineOutput, Images
 from crossvit.errors import EngineError, UsageError
+from crossvit.fast.parity import TOLERANCE, difference
 from crossvit.files import write_atomically
 from crossvit.hardware import is_installed, processor, version_of
 from crossvit.trained import Trained
@@ -37,9 +38,6 @@ PRECISIONS = {
     "onnxruntime": ("fp32",),
     "openvino": ("fp32", "bf16"),
 }
-# Largest difference from torch in fp32, over the largest logit, that still is the same function: fp32 as the issue of
-# speed asks; bf16 has 8 bits, and over a whole model 2 to 3 % is what autocast gives as well (docs/performance.md).
-TOLERANCE = {"fp32": 1e-4, "bf16": 6e-2, "fp16": 1e-2}
 TRIAL_SECONDS = 2.0  # of timing in all, on first use of `auto`
 TRIAL_BATCH = 8
 SETTLE_SECONDS = 0.1  # before a call that is timed: an engine's threads spin for a while after its last product, on our cores
@@ -189,15 +187,12 @@ def _agrees(name: str, engine: Engine, images: Images, exact: EngineOutput, prec
             (str(error).splitlines() or [type(error).__name__])[0][:200],
         )
         return False
-    pairs = list(zip(output, exact, strict=True))
-    largest = max(float(np.abs(expected).max()) for _, expected in pairs)
-    distance = max(float(np.abs(logits - expected).max()) for logits, expected in pairs)
-    difference = distance / max(largest, 1e-6)
-    if difference <= TOLERANCE[precision]:
+    apart = difference(output, exact)
+    if apart <= TOLERANCE[precision]:
         return True
     log.warning(
         "engine %s differs from torch by %.1e of the largest logit (%.0e is let through); left out",
-        name, difference, TOLERANCE[precision],
+        name, apart, TOLERANCE[precision],
     )  # fmt: skip
     return False
 

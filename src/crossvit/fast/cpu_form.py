@@ -19,7 +19,7 @@ from crossvit.fast.eligibility import (
     why_not_exact,
     why_not_untouched,
 )
-from crossvit.fast.form import InferenceForm, OwnCode, is_eligible, own_copy
+from crossvit.fast.form import InferenceForm, OwnCode, own_copy, why_not_form
 from crossvit.fast.native.bindings import Native
 from crossvit.fast.native.build import native
 from crossvit.fast.native_form import KernelBlock, KernelTokens, kernels_for, why_no_kernel_stem
@@ -71,7 +71,9 @@ class CpuForm(InferenceForm):
             make.encoder(encoder, f"encoders.{index}")
             for index, encoder in enumerate(model.encoders)
         )
-        self.norms = nn.ModuleList(make.norm(norm) for norm in model.norms)
+        self.norms = nn.ModuleList(
+            make.norm(norm, f"norms.{index}") for index, norm in enumerate(model.norms)
+        )
         # a head reads one token: precision costs nothing there
         self.heads = own_copy(model.heads).float()
         self.requires_grad_(False).eval()
@@ -113,35 +115,36 @@ class _Parts:
         self.dtype, self.token_dtype = dtype, token_dtype
         self.rows, self.kernels = rows, kernels
 
-    def own_code(self, module: nn.Module) -> OwnCode:
-        return OwnCode(module, self.dtype, self.token_dtype)
+    def own_code(self, module: nn.Module, reason: str) -> OwnCode:
+        return OwnCode(module, self.dtype, self.token_dtype, reason)
 
     def tokens(self, embed: nn.Module, image_size: tuple[int, int], name: str) -> nn.Module:
-        if not is_eligible(embed, Tokens, name):
-            return self.own_code(embed)
+        if (reason := why_not_form(embed, Tokens, name)) is not None:
+            return self.own_code(embed, reason)
         assert isinstance(embed, Tokens)
         if self.kernels and why_no_kernel_stem(embed, self.dtype, self.kernels) is None:
             return KernelTokens(embed, self.dtype, self.kernels)
-        return _FastTokens(embed, image_size, self.dtype, self.token_dtype)
+        return FastTokens(embed, image_size, self.dtype, self.token_dtype)
 
-    def norm(self, norm: nn.Module) -> nn.Module:
-        exact = why_not_exact(norm, nn.LayerNorm) is None and norm.weight is not None
-        return _FastNorm(norm) if exact else self.own_code(norm)  # type: ignore[arg-type]
+    def norm(self, norm: nn.Module, name: str) -> nn.Module:
+        if (reason := why_not_form(norm, nn.LayerNorm, name)) is not None:
+            return self.own_code(norm, reason)
+        assert isinstance(norm, nn.LayerNorm)
+        return FastNorm(norm)
 
     def block(self, block: nn.Module, name: str) -> nn.Module:
-        if not is_eligible(block, EncoderBlock, name):
-            return self.own_code(block)
+        if (reason := why_not_form(block, EncoderBlock, name)) is not None:
+            return self.own_code(block, reason)
         assert isinstance(block, EncoderBlock)
-        if self.kernels:
-            if (reason := why_no_whole_registers(block)) is not None:
-                log.info("%s computes by its own code, not by a faster form: %s", name, reason)
-                return self.own_code(block)
-            return KernelBlock(block, self.dtype, self.kernels)
-        return _FastBlock(block, self.rows, self.dtype)
+        if not self.kernels:
+            return FastBlock(block, self.rows, self.dtype)
+        if (reason := why_no_whole_registers(block)) is not None:
+            return self.own_code(block, reason)
+        return KernelBlock(block, self.dtype, self.kernels)
 
     def encoder(self, encoder: nn.Module, name: str) -> nn.Module:
-        if not is_eligible(encoder, MultiScaleEncoder, name):
-            return self.own_code(encoder)
+        if (reason := why_not_form(encoder, MultiScaleEncoder, name)) is not None:
+            return self.own_code(encoder, reason)
         assert isinstance(encoder, MultiScaleEncoder)
         blocks = [
             [
@@ -152,13 +155,13 @@ class _Parts:
         ]
         if (reason := why_not_untouched(encoder.fusion)) is not None:
             log.info("%s.fusion computes by its own code: %s", name, reason)
-            return _FastEncoder(blocks, self.own_code(encoder.fusion))
+            return FastEncoder(blocks, self.own_code(encoder.fusion, reason))
         fusion = own_copy(encoder.fusion)
         _pack_inside(fusion, self.rows, self.token_dtype)
-        return _FastEncoder(blocks, fusion.to(self.token_dtype))
+        return FastEncoder(blocks, fusion.to(self.token_dtype))
 
 
-class _FastTokens(nn.Module):
+class FastTokens(nn.Module):
     """`Tokens` with the stem in `dtype`, channels last: (B, C, H, W) -> (B, N, D)."""
 
     def __init__(
@@ -201,12 +204,12 @@ class _FastTokens(nn.Module):
         return tokens
 
 
-class _FastNorm(nn.Module):
+class FastNorm(nn.Module):
     """LayerNorm of tokens in any dtype, its weights and sums in fp32."""
 
     def __init__(self, norm: nn.LayerNorm) -> None:
         super().__init__()
-        self.weight = norm.weight.detach().float().clone()
+        self.weight = None if norm.weight is None else norm.weight.detach().float().clone()
         self.bias = None if norm.bias is None else norm.bias.detach().float().clone()
         self.eps = norm.eps
 
@@ -214,7 +217,7 @@ class _FastNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
-class _FastBlock(nn.Module):
+class FastBlock(nn.Module):
     """`EncoderBlock` on packed weights, which also add the residuals: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, block: EncoderBlock, rows: int, dtype: torch.dtype) -> None:
@@ -222,8 +225,8 @@ class _FastBlock(nn.Module):
         attention = block.attention
         self.num_heads = attention.num_heads
         self.kernels = native()
-        self.attention_norm = _FastNorm(block.attention_norm)
-        self.mlp_norm = _FastNorm(block.mlp_norm)
+        self.attention_norm = FastNorm(block.attention_norm)
+        self.mlp_norm = FastNorm(block.mlp_norm)
         weight, bias = scaled_qkv(
             attention.qkv.weight.detach(), attention.qkv.bias.detach(), self.num_heads
         )
@@ -254,7 +257,7 @@ def _pack_inside(module: nn.Module, rows: int, dtype: torch.dtype) -> None:
             setattr(module, name, _packed(child, rows, dtype))
 
 
-class _FastEncoder(nn.Module):
+class FastEncoder(nn.Module):
     """`MultiScaleEncoder`: every branch's blocks, then the fusion, in place where it may be."""
 
     def __init__(self, blocks: Sequence[Sequence[nn.Module]], fusion: nn.Module) -> None:

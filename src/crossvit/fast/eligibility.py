@@ -10,9 +10,11 @@ Shapes: B batch, N tokens, D width, H heads, K = D / H width of a head.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +36,7 @@ from crossvit.model.layers import MLP, DropPath, EncoderBlock
 from crossvit.model.t2t import TokenTransformer
 from crossvit.model.tokens import Tokens
 
+P = ParamSpec("P")
 FUSED: dict[type[nn.Module], type[nn.Module]] = {}  # plain class -> its fused subclass
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -65,12 +68,38 @@ def why_not(module: nn.Module, x: Tensor | None = None) -> str | None:
     plain = plain_class(module)
     if plain not in AS_BUILT:
         return f"is a {type(module).__name__}, which has no fast form"
-    if (reason := _difference_below(module, plain)) is not None:
-        return reason
+    reason = _difference_below(module, plain)
     if x is None:
-        return None
-    reasons = (check(module, x) for check in AT_THIS_CALL.get(plain, ()))
-    return next((reason for reason in reasons if reason is not None), None)
+        return reason
+    if reason is None:
+        reasons = (check(module, x) for check in AT_THIS_CALL.get(plain, ()))
+        reason = next((reason for reason in reasons if reason is not None), None)
+    return _answered(plain.__name__, reason)
+
+
+# ------------------------------------------------------------- what has been asked
+
+_answers: list[tuple[str, str | None]] | None = None
+
+
+@contextlib.contextmanager
+def record_answers() -> Iterator[list[tuple[str, str | None]]]:
+    """Inside, every question of a call is appended to the list this gives.
+
+    Each as (name of the form, why it was not taken or None): `crossvit models --explain`.
+    """
+    global _answers  # noqa: PLW0603  # one list for the process
+    before, _answers = _answers, []
+    try:
+        yield _answers
+    finally:
+        _answers = before
+
+
+def _answered(form: str, reason: str | None) -> str | None:
+    if _answers is not None:
+        _answers.append((form, reason))
+    return reason
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -440,6 +469,20 @@ AT_THIS_CALL: dict[type[nn.Module], tuple[Callable[[Any, Tensor], str | None], .
 # ------------------------------------------- of one operation, asked by the fused forms
 
 
+def _recorded(form: str) -> Callable[[Callable[P, str | None]], Callable[P, str | None]]:
+    """Let `record_answers` hear a function's answers under the name `form`."""
+
+    def decorate(function: Callable[P, str | None]) -> Callable[P, str | None]:
+        @functools.wraps(function)
+        def ask(*args: P.args, **kwargs: P.kwargs) -> str | None:
+            return _answered(form, function(*args, **kwargs))
+
+        return ask
+
+    return decorate
+
+
+@_recorded("attention kernel")
 def why_no_attention_kernel(qkv: Tensor, num_heads: int) -> str | None:
     """Why the native attention does not take `qkv` (B, N, 3 D)."""
     if (kernels := native()) is None:
@@ -452,6 +495,7 @@ def why_no_attention_kernel(qkv: Tensor, num_heads: int) -> str | None:
     return None if kernels.takes(qkv, num_heads) else "a shape or dtype that the kernel lacks"
 
 
+@_recorded("cross-attention kernel")
 def why_no_cross_kernel(x: Tensor) -> str | None:
     """Why the native lazy cross-attention does not take tokens x (B, N, D)."""
     if (kernels := native()) is None:
@@ -480,6 +524,7 @@ def why_no_norm_fold(norm: nn.Module, query: Tensor, x: Tensor) -> str | None:
     return None if fits else "the LayerNorm has no weights, or other shapes"
 
 
+@_recorded("resize kernel")
 def why_no_resize_kernel(images: Tensor) -> str | None:
     """Why the native bicubic resize does not take images (B, C, H, W)."""
     if native() is None:
@@ -489,6 +534,7 @@ def why_no_resize_kernel(images: Tensor) -> str | None:
     return None if min(images.shape[-2:]) >= TAPS else f"a side is shorter than {TAPS} pixels"
 
 
+@_recorded("patch kernel")
 def why_no_patch_kernel(
     images: Tensor, stem: nn.Module, class_token: Tensor | None, positions: Tensor
 ) -> str | None:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from crossvit.errors import EngineError
 from crossvit.fast.eligibility import why_not_exact
-from crossvit.fast.form import is_eligible, own_copy
+from crossvit.fast.form import own_copy, why_not_form
 from crossvit.fast.packed_linear import Resize, scaled_qkv
 from crossvit.model.crossvit import CrossViT
 from crossvit.model.layers import EncoderBlock
@@ -39,9 +39,9 @@ class GraphForm(nn.Module):
             raise EngineError(f"the model cannot be exported as it is changed: {reason}")
         replacements: dict[nn.Module, nn.Module] = {}
         for name, module in model.named_modules():
-            if isinstance(module, Tokens) and is_eligible(module, Tokens, name):
+            if isinstance(module, Tokens) and not why_not_form(module, Tokens, name):
                 replacements[module] = _GraphTokens(module, model.config.image_size)
-            if isinstance(module, EncoderBlock) and is_eligible(module, EncoderBlock, name):
+            if isinstance(module, EncoderBlock) and not why_not_form(module, EncoderBlock, name):
                 replacements[module] = _GraphBlock(module)
         self.model: CrossViT = own_copy(model, replacements)
         self.model.set_gradient_checkpointing(False)

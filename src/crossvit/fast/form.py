@@ -55,16 +55,19 @@ class OwnCode(nn.Module):
     What it gives is a copy, so that later parts may compute in place.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype, token_dtype: torch.dtype) -> None:
+    def __init__(
+        self, module: nn.Module, dtype: torch.dtype, token_dtype: torch.dtype, reason: str
+    ) -> None:
         """
         Args:
             module: Is copied.
+            reason: Why no form stands in for it.
             dtype: Of what goes into products.
             token_dtype: Of the tokens that it gives.
         """
         super().__init__()
         self.module = own_copy(module).float()
-        self.dtype, self.token_dtype = dtype, token_dtype
+        self.dtype, self.token_dtype, self.reason = dtype, token_dtype, reason
 
     def forward(self, x: Tensor | Sequence[Tensor], *args: Any) -> Any:
         inputs = x.float() if isinstance(x, Tensor) else [tokens.float() for tokens in x]
@@ -96,9 +99,9 @@ def why_not_lazy(module: CrossAttention) -> str | None:
     return why_not_exact(module, CrossAttention)
 
 
-def is_eligible(module: nn.Module, kind: type[nn.Module], name: str) -> bool:
-    """Whether a form may take the place of `module`, a `kind`; else the reason is in the log."""
-    if (reason := why_not_exact(module, kind)) is None:
-        return True
-    log.info("%s computes by its own code, not by a faster form: %s", name, reason)
-    return False
+def why_not_form(module: nn.Module, kind: type[nn.Module], name: str) -> str | None:
+    """Why no form may take the place of `module`, a `kind`; the reason is in the log too."""
+    reason = why_not_exact(module, kind)
+    if reason is not None:
+        log.info("%s computes by its own code, not by a faster form: %s", name, reason)
+    return reason
