@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 SETUP := pyproject.toml constraints.txt
 
-.PHONY: help quickstart test test-all check format bench bench-cold bench-levers bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints bench-loader bench-predict clean
+TWINS := tests/test_changed_models.py tests/test_model.py tests/test_fusion.py tests/test_kernels.py tests/test_kernels_apart.py \
+	tests/test_kernels_cross.py tests/test_cache_sized.py tests/test_graph.py tests/test_engines.py
+
+.PHONY: help quickstart test test-all check seal format bench bench-cold bench-levers bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints bench-loader bench-predict clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -27,6 +30,12 @@ check: $(VENV)/.installed-check  ## format, lint, types and the rooms' import co
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+seal: $(VENV)/.installed-test  ## accept edited functions of model/, if every fast form still equals them
+	cp src/crossvit/fast/seal.json .seal.before
+	$(BIN)/python -m crossvit.fast.seal
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(TWINS) || (mv .seal.before src/crossvit/fast/seal.json; exit 1)
+	rm .seal.before
 
 format: $(VENV)/.installed-check  ## rewrite the code in the project's format
 	$(BIN)/ruff format .

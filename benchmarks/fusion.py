@@ -20,8 +20,11 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from crossvit import BranchConfig, CrossViTConfig
+from crossvit.fast.accelerate import accelerate
+from crossvit.fast.cross_attention import LazyCrossAttention, cross_read
 from crossvit.model.attention import CrossAttention
-from crossvit.model.fusion import NORM_EPS, CrossReadBlock
+from crossvit.model.fusion import CrossRead
+from crossvit.model.layers import NORM_EPS
 
 DIM, HEADS, BATCH = 256, 4, 4  # crossvit_9's L branch
 TOKENS = (197, 401, 577, 1157, 4096)
@@ -48,7 +51,7 @@ class JoinedBlock(PaperBlock):
 
     def __init__(self) -> None:
         super().__init__()
-        self.attention.keys_values = "lazy"
+        self.attention.__class__ = LazyCrossAttention
 
 
 class FoldedBlock(JoinedBlock):
@@ -90,7 +93,19 @@ def make_block(form: str) -> nn.Module:
     if form in own:
         return own[form]()
     branch = BranchConfig(patch=16, dim=DIM, heads=HEADS, depth=1)
-    return CrossReadBlock(branch, CrossViTConfig(branches=(branch, branch)), drop_path=0.0)
+    config = CrossViTConfig(branches=(branch, branch), projection_identity=True)
+    return _Read(accelerate(CrossRead(branch, branch, config, drop_path=0.0)))
+
+
+class _Read(nn.Module):
+    """The read of an accelerated fusion, f and g the identity: (B, 1, D), (B, N, D) -> (B, 1, D)."""
+
+    def __init__(self, read: CrossRead) -> None:
+        super().__init__()
+        self.read = read
+
+    def forward(self, query: Tensor, source: Tensor) -> Tensor:
+        return cross_read(self.read, query, source)
 
 
 def milliseconds(work: Callable[[], object]) -> float:
@@ -138,11 +153,13 @@ def main() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for tokens in TOKENS:
             attentions = {
-                form: CrossAttention(DIM, HEADS, keys_values=form).to(dtype) for form in FORMS
+                form: accelerate(CrossAttention(DIM, HEADS, keys_values=form)).to(dtype)
+                for form in FORMS
             }
             blocks = {form: make_block(form).to(dtype) for form in (*FORMS, *TRIED)}
-            for block_of in blocks.values():
-                block_of.load_state_dict(blocks["lazy"].state_dict())
+            weights = blocks["lazy"].get_submodule("read.blocks.0").state_dict()
+            for name in ("materialised", *TRIED):
+                blocks[name].load_state_dict(weights)
             x, query = (
                 torch.randn(BATCH, tokens, DIM).to(dtype),
                 torch.randn(BATCH, 1, DIM).to(dtype),
