@@ -5,71 +5,25 @@ from __future__ import annotations
 import functools
 import os
 import zipfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from crossvit import BranchConfig, CrossViTConfig
 from crossvit.cli import run as crossvit_command
 from crossvit.data.sources import open_data
-from crossvit.fast.accelerate import accelerate
-from crossvit.model.crossvit import CrossViT
-from crossvit.results import Epoch, TrainingResult
-from crossvit.train.callbacks import Watch
+from crossvit.fast.native.build import look_again
+from crossvit.results import TrainingResult
 from crossvit.train.loop import fit
 from crossvit.train.recipe import load_recipe
+from support.runs import TINY
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 PACKS = Path(os.environ.get("CROSSVIT_DATA_PACKS", Path(__file__).parents[2] / "shared" / "data"))
-
-# One epoch of a very small model: enough to go through everything.
-TINY = {
-    "model": "crossvit_pico_32",
-    "epochs": 1,
-    "batch_size": 16,
-    "precision": "fp32",
-    "device": "cpu",
-}
-
-
-# Two branches of different grids, widths and depths on an oblong image: small enough for double precision.
-SMALL = CrossViTConfig(
-    image_size=(24, 36),
-    num_classes=5,
-    stages=2,
-    branches=(
-        BranchConfig(patch=4, dim=16, heads=2, depth=1, tokeniser="halving"),
-        BranchConfig(patch=6, dim=24, heads=3, depth=2, image_scale=0.9),
-    ),
-)
-
-
-class Heard(Watch):
-    """Remembers what a training run says."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self.epochs: list[Epoch] = []
-
-    def say(self, line: str) -> None:
-        self.lines.append(line)
-
-    def epoch_done(self, entry: Epoch) -> None:
-        self.epochs.append(entry)
-
-
-def lively(config: CrossViTConfig, seed: int = 0) -> CrossViT:
-    """A model whose logits differ from image to image."""
-    torch.manual_seed(seed)
-    model = accelerate(CrossViT(config)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 @pytest.fixture(scope="session")
@@ -133,3 +87,22 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
         return status, printed.out, printed.err
 
     return call
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """The native kernels are looked for again, before and after."""
+    look_again()
+    yield
+    look_again()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """In one line what this machine could not test, by the reasons of the skipped tests."""
+    counts: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = str(report.longrepr[2] if isinstance(report.longrepr, tuple) else report.longrepr)
+        counts[reason.removeprefix("Skipped: ")] += 1
+    if counts:
+        named = "; ".join(f"{reason} ({count})" for reason, count in counts.most_common())
+        terminalreporter.write_line(f"not tested on this machine: {named}")

@@ -88,6 +88,11 @@ def kernels_wanted(wanted: bool) -> Iterator[None]:
         _wanted = before
 
 
+def look_again() -> None:
+    """Forget what was found, so that the next call looks at the environment and the compiler anew."""
+    _found.cache_clear()
+
+
 @lru_cache
 def _found() -> Native | str:
     """The kernels, or why there are none, which is in the log too (at level INFO)."""
