@@ -6,8 +6,7 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 SETUP := pyproject.toml constraints.txt
 
-TWINS := tests/fast/test_changed_models.py tests/model/test_model.py tests/model/test_fusion.py tests/fast/test_kernels.py tests/fast/test_kernels_apart.py \
-	tests/fast/test_kernels_cross.py tests/fast/test_chunked_attention.py tests/fast/test_export_form.py tests/engines/test_engines.py
+TWINS := tests/fast tests/model tests/engines/test_engines.py
 
 .PHONY: help quickstart test test-all check seal format bench bench-cold bench-levers bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints bench-loader bench-predict clean
 

@@ -309,7 +309,7 @@ def modules_of(script: str, *words: object) -> set[str]:
         check=True,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
     )
     return set(done.stdout.splitlines()[-1].split())
 

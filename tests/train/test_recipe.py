@@ -15,7 +15,8 @@ import torch
 import crossvit
 from crossvit.errors import ConfigError, UnknownNameError
 from crossvit.results import TrainingResult
-from crossvit.train.durations import STEP_UNITS, parse_duration, spoken
+from crossvit.text import duration
+from crossvit.train.durations import STEP_UNITS, parse_duration
 from crossvit.train.loop import fit
 from crossvit.train.optim import freeze, learning_rate, make_optimiser, parameter_groups, place_of
 from crossvit.train.recipe import (
@@ -162,7 +163,7 @@ def test_every_parameter_is_in_one_group_and_what_should_not_decay_does_not() ->
 
 def test_step_seeds_differ() -> None:
     assert len({step_seed(seed, step) for seed in range(3) for step in range(100)}) == 300
-    assert [spoken(seconds) for seconds in (0.2, 45, 200, 8000)] == [
+    assert [duration(seconds) for seconds in (0.2, 45, 200, 8000)] == [
         "1 s",
         "45 s",
         "3 min",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from crossvit.cli.flag import Switch
+from crossvit.text import json_line, percent
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -106,7 +107,7 @@ def bench(
         write_atomically(folder / "bench.json", dumps(record, indent=1, allow_nan=False).encode())
         plot(found, folder / "bench.svg")
     if json:
-        print(dumps(record, allow_nan=False))
+        print(json_line(record))
     else:
         print_bench(found)
     return 0
@@ -147,9 +148,9 @@ def print_bench(found: Bench) -> None:
                 f"{row.images_per_second:.1f}",
                 f"{row.ratio:.2f}x ({row.ratio_low:.2f}–{row.ratio_high:.2f})",
                 "" if row.difference is None else f"{row.difference:.1e}",
-                "" if row.same_top1 is None else f"{100 * row.same_top1:.0f} %",
+                "" if row.same_top1 is None else f"{percent(row.same_top1, decimals=0)}",
                 "" if row.megabytes is None else f"{row.megabytes:.0f}",
-                "" if row.limit_share is None else f"{100 * row.limit_share:.0f} %",
+                "" if row.limit_share is None else f"{percent(row.limit_share, decimals=0)}",
             )
         console.print(table)
     for by in dict.fromkeys(point.by for point in found.growth):

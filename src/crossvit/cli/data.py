@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_module
 from typing import Any
 
 from cyclopts import App
 
 from crossvit.cli.flag import Switch
+from crossvit.text import json_line
 
 app = App(name="data")  # its help is in verbs.py, which loads this when it is called
 
@@ -96,4 +96,4 @@ def shard(
 
 
 def _print_json(record: dict[str, Any]) -> None:
-    print(json_module.dumps(record, ensure_ascii=False, allow_nan=False))
+    print(json_line(record))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import shlex
-from json import dumps
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from crossvit.cli.flag import Switch
+from crossvit.text import json_line, percent
 
 if TYPE_CHECKING:
     from crossvit.results import (
@@ -143,7 +143,7 @@ def evaluate(
         page = evaluation_page(result, command=command, record=record)
         write_atomically(Path(report), page.encode("utf-8", "surrogateescape"))
     if json:
-        print(dumps(to_json(result), ensure_ascii=False, allow_nan=False))
+        print(json_line(to_json(result)))
     else:
         print_evaluation(result)
         if report is not None:
@@ -156,24 +156,22 @@ def print_evaluation(result: Evaluation) -> None:
     correct = round(result.top1 * result.n)
     part = f"all {result.n:,}" if result.split == "all" else f"{result.n:,} {result.split}"
     of = f"({correct:,} of {part} images of {result.data})"
-    print(f"top-1  {_percent(result.top1)}{_between(result.intervals.get('top1'))}  {of}")
+    print(f"top-1  {percent(result.top1)}{_between(result.intervals.get('top1'))}  {of}")
     if len(result.classes) >= TOP5_FROM:
-        print(f"top-5  {_percent(result.top5)}{_between(result.intervals.get('top5'))}")
+        print(f"top-5  {percent(result.top5)}{_between(result.intervals.get('top5'))}")
     print(
-        f"F1     {_percent(result.macro_f1)}{_between(result.intervals.get('macro_f1'))}  (mean over the classes)"
+        f"F1     {percent(result.macro_f1)}{_between(result.intervals.get('macro_f1'))}  (mean over the classes)"
     )
     if result.multi_label is not None:
         _print_multi_label(result.multi_label, result.intervals.get("map"))
     for branch in result.branches:
-        print(
-            f"branch {branch.name} alone  {_percent(branch.top1)}  ({branch.patch}-pixel patches)"
-        )
+        print(f"branch {branch.name} alone  {percent(branch.top1)}  ({branch.patch}-pixel patches)")
     hardest = sorted((score for score in result.classes if score.n), key=lambda score: score.f1)[
         :HARDEST
     ]
     print(
         "hardest classes  "
-        + ", ".join(f"{score.label} (F1 {_percent(score.f1)})" for score in hardest)
+        + ", ".join(f"{score.label} (F1 {percent(score.f1)})" for score in hardest)
     )
     if result.calibration is not None:
         _print_calibration(result.calibration, result.run)
@@ -185,10 +183,10 @@ def print_evaluation(result: Evaluation) -> None:
 
 def _print_multi_label(scores: MultiLabel, interval: Interval | None) -> None:
     print(
-        f"mAP    {_percent(scores.map)}{_between(interval)}  (mean average precision of the classes)"
+        f"mAP    {percent(scores.map)}{_between(interval)}  (mean average precision of the classes)"
     )
     print(
-        f"exact  {_percent(scores.exact)}  of images have just their classes; F1 over all decisions {_percent(scores.micro_f1)}"
+        f"exact  {percent(scores.exact)}  of images have just their classes; F1 over all decisions {percent(scores.micro_f1)}"
     )
 
 
@@ -196,12 +194,12 @@ def _print_calibration(found: Calibration, run: str) -> None:
     was = found.replaced or found
     surplus = sum(row.n * (row.confidence - row.accuracy) for row in was.bins)
     stated = "overstated" if surplus > 0 else "understated"
-    ece = f"ECE {_percent(was.ece)} at temperature {was.temperature:.2f}"
+    ece = f"ECE {percent(was.ece)} at temperature {was.temperature:.2f}"
     if math.isclose(was.temperature, was.suggested_temperature, rel_tol=SAME_TEMPERATURE):
         advice = ", the best for these images"
     else:
         by_hand = "" if found.stored else " (--calibrate stores it)"
-        advice = f"; {_percent(was.suggested_ece)} at {was.suggested_temperature:.2f}{by_hand}"
+        advice = f"; {percent(was.suggested_ece)} at {was.suggested_temperature:.2f}{by_hand}"
     points = round(100 * was.ece)
     print(
         f"calibration  confidence is {stated} by about {points} point{'s' * (points != 1)}: {ece}{advice}"
@@ -215,13 +213,13 @@ def _print_calibration(found: Calibration, run: str) -> None:
 def _print_selective(found: Selective) -> None:
     if found.suggested is None:
         print(
-            f"abstention   no confidence threshold gets wrong answers down to {_percent(found.target_risk)}"
+            f"abstention   no confidence threshold gets wrong answers down to {percent(found.target_risk)}"
         )
         return
     point = found.suggested
     print(
-        f"abstention   ignore answers below a confidence of {_percent(point.threshold)}: {_percent(point.coverage)} of the "
-        f"images get one, and {_percent(point.risk)} of those are wrong (target: at most {_percent(found.target_risk)})"
+        f"abstention   ignore answers below a confidence of {percent(point.threshold)}: {percent(point.coverage)} of the "
+        f"images get one, and {percent(point.risk)} of those are wrong (target: at most {percent(found.target_risk)})"
     )
 
 
@@ -230,8 +228,8 @@ def _print_robustness(found: Robustness) -> None:
     from rich.table import Column, Table
 
     console = Console(highlight=False)
-    print(f"robustness   top-1 {_percent(found.unspoilt)} of {found.n:,} unchanged images", end="")
-    print("" if found.mean is None else f", {_percent(found.mean)} on average over corruptions")
+    print(f"robustness   top-1 {percent(found.unspoilt)} of {found.n:,} unchanged images", end="")
+    print("" if found.mean is None else f", {percent(found.mean)} on average over corruptions")
     if found.corruptions:
         table = Table(
             Column("corruption", no_wrap=True), box=None, pad_edge=False, header_style="bold"
@@ -239,7 +237,7 @@ def _print_robustness(found: Robustness) -> None:
         for severity in range(1, len(found.corruptions[0].top1) + 1):
             table.add_column(f"{severity}", justify="right", no_wrap=True)
         for score in found.corruptions:
-            table.add_row(score.name.replace("_", " "), *map(_percent, score.top1))
+            table.add_row(score.name.replace("_", " "), *map(percent, score.top1))
         console.print(table)
     if found.sizes:
         table = Table(
@@ -247,12 +245,8 @@ def _print_robustness(found: Robustness) -> None:
         )
         table.add_column("top-1", justify="right")
         for size in found.sizes:
-            table.add_row(f"{size.pixels} pixels", _percent(size.top1))
+            table.add_row(f"{size.pixels} pixels", percent(size.top1))
         console.print(table)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"
 
 
 def _between(interval: Interval | None) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from crossvit.cli.flag import Switch
+from crossvit.text import json_line, percent
 
 if TYPE_CHECKING:
     from crossvit.results import Explanation, Faithfulness, MapScore
@@ -131,13 +131,7 @@ def _explain(
                 _print_explanation(explanation)
             progress(done + 1, len(paths))
     if json:
-        print(
-            dumps(
-                {"run": run, "n": len(paths), "failed": failed, "explanations": found},
-                ensure_ascii=False,
-                allow_nan=False,
-            )
-        )
+        print(json_line({"run": run, "n": len(paths), "failed": failed, "explanations": found}))
     return 1 if failed else 0
 
 
@@ -176,7 +170,7 @@ def _check(
             skip_bad=skip_bad,
             progress=progress,
         )
-    record = dumps(to_json(result), ensure_ascii=False, allow_nan=False)
+    record = json_line(to_json(result))
     if out is not None:
         write_atomically(Path(out) / "faithfulness.png", faithfulness_png(result))
         write_atomically(Path(out) / "faithfulness.json", record.encode())
@@ -233,17 +227,17 @@ def _print_explanation(explanation: Explanation) -> None:
     assert explanation.top is not None
     assert explanation.explained is not None
     parts = [
-        f"branch {branch.name} {branch.top.label} {_percent(branch.top.probability)}"
+        f"branch {branch.name} {branch.top.label} {percent(branch.top.probability)}"
         for branch in explanation.branches
     ]
     if explanation.explained.label != explanation.top.label:
         parts.insert(
             0,
-            f"explained {explanation.explained.label} {_percent(explanation.explained.probability)}",
+            f"explained {explanation.explained.label} {percent(explanation.explained.probability)}",
         )
     if explanation.disagreement is not None:
-        parts.append(f"branches differ by {_percent(explanation.disagreement)}")
-    said = f"{explanation.top.label} {_percent(explanation.top.probability)}"
+        parts.append(f"branches differ by {percent(explanation.disagreement)}")
+    said = f"{explanation.top.label} {percent(explanation.top.probability)}"
     print(f"{explanation.image}  {said}  ({', '.join(parts)})  {explanation.picture}")
 
 
@@ -281,7 +275,3 @@ def _gain(score: MapScore, way: str) -> str:
         return ""
     gain, interval = getattr(score, f"{way}_gain"), getattr(score, f"{way}_gain_interval")
     return f"{gain:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from json import dumps
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -54,6 +53,7 @@ def plan(
     from crossvit.errors import UsageError
     from crossvit.model.presets import preset
     from crossvit.results import to_json
+    from crossvit.text import json_line
     from crossvit.train.gpu_budget import measured_rate, scaled
     from crossvit.train.recipe import load_recipe
 
@@ -78,9 +78,8 @@ def plan(
     ]
     if json:
         print(
-            dumps(
-                {"model": model, "recipe": recipe, "epochs": chosen.epochs, "plans": to_json(runs)},
-                allow_nan=False,
+            json_line(
+                {"model": model, "recipe": recipe, "epochs": chosen.epochs, "plans": to_json(runs)}
             )
         )
     else:

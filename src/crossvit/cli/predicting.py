@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from itertools import chain
-from json import dumps
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from crossvit.cli.flag import Switch
 from crossvit.cli.gc_control import leave_out_what_is_there, uncollected
+from crossvit.text import duration, json_line, percent
 
 if TYPE_CHECKING:
     from crossvit.prediction.predictor import Predictor
@@ -141,7 +141,7 @@ def _print(predictor: Predictor, images: Iterator[str], *, json: bool) -> int:
             "failed": failed,
             "predictions": found,
         }
-        print(dumps(record, ensure_ascii=False, allow_nan=False))
+        print(json_line(record))
     return 1 if failed else 0
 
 
@@ -159,14 +159,14 @@ def _line(prediction: Prediction, *, multi_label: bool) -> str:
     elif prediction.abstained:
         answer = "no answer"
     else:
-        answer = f"{prediction.top[0].label}  {100 * prediction.top[0].probability:.1f} %"
+        answer = f"{prediction.top[0].label}  {percent(prediction.top[0].probability)}"
         others = prediction.top[1:]
     rest = ", ".join(_said(label) for label in others if label.probability >= WORTH_SAYING)
     return f"{name}  {answer}" + (f"  ({rest})" if rest else "")
 
 
 def _said(label: Label) -> str:
-    return f"{label.label} {100 * label.probability:.1f} %"
+    return f"{label.label} {percent(label.probability)}"
 
 
 def _write(
@@ -194,7 +194,7 @@ def _write(
         )
         return 130
     if json:
-        print(dumps(to_json(result), ensure_ascii=False, allow_nan=False))
+        print(json_line(to_json(result)))
         return 1 if result.failed else 0
     earlier = f", {result.skipped:,} of them earlier" if result.skipped else ""
     speed = (
@@ -227,8 +227,6 @@ def _counting(images: Callable[[], Iterator[str]] | None) -> Iterator[Callable[[
         TimeRemainingColumn,
     )
 
-    from crossvit.train.durations import spoken
-
     total: int | None = None
     before: int | None = None  # images done when this process began
     started = said = time.monotonic()
@@ -255,7 +253,7 @@ def _counting(images: Callable[[], Iterator[str]] | None) -> Iterator[Callable[[
         if not console.is_terminal and now - said >= SECONDS_A_LINE:
             said = now
             left = (
-                f" of {total:,}, {spoken((total - done) / rate)} left"
+                f" of {total:,}, {duration((total - done) / rate)} left"
                 if total is not None and rate
                 else ""
             )

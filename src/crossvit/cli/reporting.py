@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from json import dumps
 from typing import TYPE_CHECKING, TypedDict
 
 from crossvit.cli.flag import Switch
+from crossvit.text import json_line, percent
 
 if TYPE_CHECKING:
     from crossvit.results import RunsCompared
@@ -103,9 +103,7 @@ def report(
         text = run_page(result, evaluation)
     write_atomically(page, text.encode("utf-8", "surrogateescape"))
     if json:
-        print(
-            dumps(to_json(compared if others else evaluation), ensure_ascii=False, allow_nan=False)
-        )
+        print(json_line(to_json(compared if others else evaluation)))
         return 0
     if others:
         print_comparison(compared)
@@ -124,11 +122,11 @@ def print_comparison(found: RunsCompared) -> None:
         interval = figures.intervals.get("top1")
         between = f" [{100 * interval.low:.1f} to {100 * interval.high:.1f}]" if interval else ""
         branches = ", ".join(
-            f"branch {branch.name} {100 * branch.top1:.1f} %" for branch in figures.branches
+            f"branch {branch.name} {percent(branch.top1)}" for branch in figures.branches
         )
         macs = "" if run.macs is None else f"{run.macs / 1e9:.3f} GMACs, "
         cost = f"{run.parameters / 1e6:.2f} M parameters, {macs}{run.seconds:.0f} s of training"
-        print(f"{run.name:{width}}  top-1 {100 * figures.top1:.1f} %{between}  {branches}  {cost}")
+        print(f"{run.name:{width}}  top-1 {percent(figures.top1)}{between}  {branches}  {cost}")
     first = found.runs[0].name
     for run, test in zip(found.runs[1:], found.tests, strict=True):
         interval = test.interval

@@ -18,8 +18,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from crossvit.text import duration, percent
 from crossvit.train.callbacks import Watch
-from crossvit.train.durations import spoken
 
 if TYPE_CHECKING:
     from crossvit.fast.explain import FormUsed
@@ -117,9 +117,9 @@ def print_training(result: TrainingResult) -> None:
     epoch = outcome.selected_epoch if outcome else None
     precision = outcome.map if outcome else None  # of several labels an image
     score = (
-        f"top-1  {_percent(result.top1)} of"
+        f"top-1  {percent(result.top1)} of"
         if precision is None
-        else f"mAP    {_percent(precision)} on"
+        else f"mAP    {percent(precision)} on"
     )
     print(f"{score} {result.n:,} {part} images ({result.seconds:.0f} s of training)")
     if epoch is not None:
@@ -133,7 +133,9 @@ def print_training(result: TrainingResult) -> None:
 def print_rehearsal(result: Rehearsal) -> None:
     steps = f"{result.steps:,} steps of {1000 * result.seconds_a_step:,.0f} ms"
     evaluation = f"{result.evaluation_seconds:.1f} s of evaluation"
-    print(f"time    about {spoken(result.total_seconds)}: {steps}, after each epoch {evaluation},")
+    print(
+        f"time    about {duration(result.total_seconds)}: {steps}, after each epoch {evaluation},"
+    )
     print(
         f"        and {result.checkpoints:,} checkpoints of {1000 * result.checkpoint_seconds:,.0f} ms"
     )
@@ -271,7 +273,3 @@ def _wide_console() -> Console:
     console = Console(highlight=False)
     console.width = max(console.width, TABLE_WIDTH)
     return console
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f} %"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from json import dumps
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
@@ -14,6 +13,7 @@ from crossvit.cli.flag import Switch
 from crossvit.cli.options import TrainingOptions
 from crossvit.errors import UsageError
 from crossvit.run import Run
+from crossvit.text import json_line
 
 if TYPE_CHECKING:
     from crossvit.results import Evaluation, TrainingResult
@@ -90,7 +90,7 @@ def train(
         return 0
     if dry_run:
         if json:
-            print(dumps(to_json(rehearsal), ensure_ascii=False, allow_nan=False))
+            print(json_line(to_json(rehearsal)))
         else:
             print_rehearsal(rehearsal)
         return 0
@@ -100,7 +100,7 @@ def train(
             Run(out).report_path, run_page(result, evaluation).encode("utf-8", "surrogateescape")
         )
     if json:
-        print(dumps(to_json(result), ensure_ascii=False, allow_nan=False))
+        print(json_line(to_json(result)))
     else:
         print_training(result)
     return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from cyclopts import App
 
 from crossvit import __version__
 from crossvit.cli.flag import Switch
+from crossvit.text import json_line
 
 app = App(
     name="crossvit",
@@ -158,4 +158,4 @@ def _explain(name: str, *, as_json: bool) -> int:
 
 
 def _print_json(record: dict[str, Any]) -> None:
-    print(json.dumps(record, ensure_ascii=False, allow_nan=False))
+    print(json_line(record))

@@ -9,6 +9,7 @@ from pathlib import Path
 from cyclopts import App
 
 from crossvit.cli.flag import Switch
+from crossvit.text import json_line, percent
 
 app = App(name="weights")  # its help is in verbs.py, which loads this when it is called
 
@@ -48,7 +49,7 @@ def show(source: str, /, *, json: Switch = False) -> int:
         "parameters": parameters,
     }
     if json:
-        print(json_module.dumps({**record, "config": config.to_dict()}, ensure_ascii=False))
+        print(json_line({**record, "config": config.to_dict()}))
         return 0
     height, width = config.image_size
     print(
@@ -93,7 +94,7 @@ def convert(
 
     done = convert_weights(source, destination, to=to, overwrite=overwrite)
     if json:
-        print(json_module.dumps(to_json(done), ensure_ascii=False))
+        print(json_line(to_json(done)))
     else:
         model = done.model or "a config of its own"
         print(
@@ -175,5 +176,5 @@ def _facts(source: str) -> dict[str, str]:
     return {
         "Trained on": f"{Path(data.location).name} ({data.train:,} images), {recipe['epochs']} epochs, from "
         + (f"the weights of {recipe['weights']}" if recipe["weights"] else "scratch"),
-        "Top-1": f"{100 * result.top1:.1f} % of {result.n:,} {where}",
+        "Top-1": f"{percent(result.top1)} of {result.n:,} {where}",
     }

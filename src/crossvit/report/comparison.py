@@ -7,8 +7,9 @@ import dataclasses
 from markupsafe import Markup
 
 from crossvit.report import plots
-from crossvit.report.templates import environment, spoken_seconds
+from crossvit.report.templates import environment
 from crossvit.results import ClassScore, Comparison, Interval, RunsCompared
+from crossvit.text import measured_duration
 
 MARGIN = 0.12  # share of an axis that is empty at either end
 CHANCE = 0.05  # p-value below which a difference counts as more than chance
@@ -46,7 +47,7 @@ def comparison_page(found: RunsCompared, *, command: str) -> str:
             classes=classes,
             largest=max(0.001, *(abs(row.difference) for row in classes)),
             curves=[Markup(svg) for svg in curves],  # noqa: S704  # our own SVGs
-            spoken_seconds=spoken_seconds,
+            spoken_seconds=measured_duration,
             command=command,
         )
     )

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from crossvit.report.overlay import HEAT, Colours, Scene, Values, scale
 from crossvit.results import BranchAnswer, Explanation, Label, TokenMap
+from crossvit.text import percent
 
 DPI = 100
 WIDTH = 12.0  # inches of the sheet for up to two branches: 1,200 pixels
@@ -152,7 +153,7 @@ def _summary(head: SubFigure, block: SubFigure, explanation: Explanation) -> Non
     by_branch: list[tuple[str, Values]] = []
     if several:
         for branch in explanation.branches:
-            title = f"{branch.name}, rollout ({100 * branch.from_other:.0f} % from other branches)"
+            title = f"{branch.name}, rollout ({percent(branch.from_other, decimals=0)} from other branches)"
             by_branch.append((title, _whole(explanation, "rollout", branch.name)))
         by_branch += [
             (f"{name}, for {class_name}", _whole(explanation, "gradient", name)) for name in names
@@ -257,7 +258,7 @@ def _difference(axes: Axes, explanation: Explanation, name: str, names: Sequence
     than = rest[0] if len(rest) == 1 else "the others"
     axes.set_title(f"{name} more (orange) or {than} (blue)")
     if len(rest) == 1 and explanation.disagreement is not None:
-        note = f"branches differ by {100 * explanation.disagreement:.0f} %; colours to ±{reach:.1f}"
+        note = f"branches differ by {percent(explanation.disagreement, decimals=0)}; colours to ±{reach:.1f}"
         axes.text(0.03, 0.03, note, transform=axes.transAxes, fontsize=7.5, bbox=NOTE)
 
 
@@ -397,7 +398,7 @@ def _extent_aspect(explanation: Explanation) -> float:
 
 
 def _labelled(label: Label) -> str:
-    return f"{_short(label.label)} {100 * label.probability:.1f} %"
+    return f"{_short(label.label)} {percent(label.probability)}"
 
 
 def _short(name: str) -> str:

@@ -14,8 +14,9 @@ from markupsafe import Markup
 
 from crossvit.report import plots
 from crossvit.report.matrix import Matrix, matrix_of
-from crossvit.report.templates import environment, spoken_seconds
+from crossvit.report.templates import environment
 from crossvit.results import DataCheck, Evaluation, Mistake, RunRecord, TrainingResult
+from crossvit.text import measured_duration
 
 PICTURE_BYTES = 2_500_000  # of pictures and maps of mistakes that a page takes; as base64 a third more, of 5 MB in all
 
@@ -134,7 +135,7 @@ def _facts(evaluation: Evaluation, record: RunRecord | None) -> list[tuple[str, 
     if evaluation.seconds:
         rate = evaluation.n / evaluation.seconds
         facts.append(
-            ("evaluation", f"{spoken_seconds(evaluation.seconds)} ({rate:,.0f} images a second)")
+            ("evaluation", f"{measured_duration(evaluation.seconds)} ({rate:,.0f} images a second)")
         )
     facts.append(("inference engine", f"{evaluation.engine}, {evaluation.precision}"))
     facts.append(
@@ -149,7 +150,7 @@ def _facts(evaluation: Evaluation, record: RunRecord | None) -> list[tuple[str, 
         several = f", {record.processes} processes" if record.processes > 1 else ""
         threads = f"{record.threads} thread{'s' * (record.threads != 1)}"
         where = f"{record.device}, {record.precision}, {threads}{several}"
-        facts.append(("training", f"{spoken_seconds(record.result.seconds)} on {where}"))
+        facts.append(("training", f"{measured_duration(record.result.seconds)} on {where}"))
     versions = {"crossvit": record.crossvit, **record.versions}
     facts.append(("versions", ", ".join(f"{name} {number}" for name, number in versions.items())))
     return facts

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from crossvit.results import Calibration, Epoch, Selective, SizeScore
+from crossvit.text import percent
 
 # Placeholders, which the colours of the page's style (style.css) replace in the SVG.
 INK = "#123456"
@@ -107,7 +108,7 @@ def curves(epochs: Sequence[Epoch]) -> list[str]:
             ),
             _svg(
                 accuracy_figure,
-                f"Accuracy over {len(epochs)} epochs; held out {100 * last.val_top1:.1f} % at the end",
+                f"Accuracy over {len(epochs)} epochs; held out {percent(last.val_top1)} at the end",
             ),
         ]
 
@@ -193,7 +194,7 @@ def reliability(calibration: Calibration) -> str:
         lower.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         lower.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=3))
         return _svg(
-            figure, f"Reliability diagram: expected calibration error {100 * calibration.ece:.1f} %"
+            figure, f"Reliability diagram: expected calibration error {percent(calibration.ece)}"
         )
 
 
@@ -210,7 +211,7 @@ def risk_coverage(selective: Selective) -> str:
         )
         axes.fill_between(coverage, risk, color=HELD_OUT, alpha=0.12, linewidth=0)
         top = max([*risk, selective.target_risk, 0.01]) * 1.3
-        target = f"target: at most {100 * selective.target_risk:.1f} % wrong"
+        target = f"target: at most {percent(selective.target_risk)} wrong"
         axes.axhline(
             selective.target_risk, color=INK, alpha=0.45, linewidth=1, linestyle="--", label=target
         )
@@ -261,7 +262,7 @@ def sizes(scores: Sequence[SizeScore], top1: float) -> str:
             ylim=(0, 1.02), xlabel="shorter side of the image, pixels", title="Accuracy (top-1)"
         )
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        figures = ", ".join(f"{100 * score.top1:.1f} % at {score.pixels}" for score in ordered)
+        figures = ", ".join(f"{percent(score.top1)} at {score.pixels}" for score in ordered)
         return _svg(figure, f"Accuracy by the side of the image in pixels: {figures}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import importlib.resources
 
@@ -10,8 +11,7 @@ import jinja2
 from markupsafe import Markup
 
 from crossvit.results import Evaluation, Interval
-
-THIN = "\u202f"  # the narrow space before a per cent sign
+from crossvit.text import THIN, percent
 
 
 def environment(*, script: bool = False) -> jinja2.Environment:
@@ -28,7 +28,7 @@ def environment(*, script: bool = False) -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {
-        "percent": _percent,
+        "percent": functools.partial(percent, space=THIN),
         "points": lambda difference: f"{_signed(difference)}{THIN}points",
         "signed": _signed,
         "interval": _interval,
@@ -63,10 +63,6 @@ def _branch_name(name: str) -> str:
     return words.get(name, f"branch {name}")
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.1f}{THIN}%"
-
-
 def _signed(difference: float) -> str:
     """A difference of shares in points, with its sign; a minus as wide as the plus."""
     points = round(100 * difference, 1)
@@ -87,10 +83,3 @@ def _wrong(evaluation: Evaluation) -> int:
 
 def _interval(interval: Interval) -> str:
     return f"{100 * interval.low:.1f} – {100 * interval.high:.1f}{THIN}%"
-
-
-def spoken_seconds(seconds: float) -> str:
-    """`4.2 s`, `130 s`, `35 min`, `3.4 h`."""
-    if seconds < 600:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

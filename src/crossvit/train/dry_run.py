@@ -17,7 +17,8 @@ import torch
 
 from crossvit.engines.torch import autocast
 from crossvit.evaluation.evaluator import BATCH_SIZE
-from crossvit.train.durations import parse_duration, spoken
+from crossvit.text import duration
+from crossvit.train.durations import parse_duration
 from crossvit.train.trainer import Training
 from crossvit.train.validation import HeldOut
 
@@ -47,7 +48,7 @@ def described(training: Training) -> list[str]:
     return [
         f"model  {plan.model_name}: {parameters / 1e6:.2f} M parameters{frozen} at {height}x{width}{plan.why_model}",
         f"train  {recipe.epochs} x {training.per_epoch} steps, batch {recipe.batch_size}, "
-        f"{training.precision} on {training.device.type} with {workforce}, about {spoken(left)}",
+        f"{training.precision} on {training.device.type} with {workforce}, about {duration(left)}",
     ]
 
 

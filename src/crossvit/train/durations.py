@@ -65,11 +65,3 @@ _EXAMPLES = {
     "min": "15 min",
     "h": "1 h",
 }
-
-
-def spoken(seconds: float) -> str:
-    """`45 s`, `3 min`, `2 h 10 min`."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
