@@ -16,7 +16,8 @@ from pathlib import Path
 import numpy as np
 from packs import unpacked
 
-from crossvit.prediction.predictor import Predictor, find_images
+from crossvit.prediction.image_paths import find_images
+from crossvit.prediction.predictor import Predictor
 from crossvit.prediction.to_file import predict_to_file
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from crossvit.prediction.predictor import Predictor, find_images
+from crossvit.prediction.image_paths import find_images
+from crossvit.prediction.predictor import Predictor
 from crossvit.results import BatchPrediction, TrainingResult, plain_name
 from crossvit.trained import open_trained
 from support.tables import awkward, rows_of

@@ -26,13 +26,12 @@ from crossvit.data.sources import is_image_file, open_data
 from crossvit.engines.protocol import EngineOutput
 from crossvit.errors import UsageError
 from crossvit.evaluation.evaluator import measure
+from crossvit.prediction.image_paths import find_images, scan_images
 from crossvit.prediction.predictor import (
     READ_AHEAD,
     VIEWS,
     Predictor,
     centre,
-    find_images,
-    scan_images,
 )
 from crossvit.results import Label, TrainingResult
 from crossvit.trained import Trained, open_trained

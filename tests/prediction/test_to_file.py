@@ -21,7 +21,8 @@ import pytest
 
 from crossvit.errors import RunError, UsageError
 from crossvit.prediction import result_files as prediction_files
-from crossvit.prediction.predictor import Predictor, find_images
+from crossvit.prediction.image_paths import find_images
+from crossvit.prediction.predictor import Predictor
 from crossvit.prediction.result_files import open_results
 from crossvit.prediction.to_file import predict_to_file
 from crossvit.results import TrainingResult, plain_name

@@ -22,7 +22,7 @@ from crossvit.data.sources import open_data
 from crossvit.engines.protocol import EngineOutput
 from crossvit.errors import DataError, RunError, UnknownNameError, UsageError
 from crossvit.evaluation.evaluator import summarise
-from crossvit.prediction.predictor import find_images
+from crossvit.prediction.image_paths import find_images
 from crossvit.results import TrainingResult, to_json
 from crossvit.results.run_record import SCHEMA
 from crossvit.run import Run

@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow.dataset
 
-from crossvit.prediction.predictor import find_images
+from crossvit.prediction.image_paths import find_images
 
 
 def write_csv(place: Path, rows: list[dict[str, str]]) -> Path:

@@ -110,7 +110,7 @@ def _explain(
 ) -> int:  # fmt: skip
     from crossvit.cli.progress import counting
     from crossvit.explanation.explainer import Explainer
-    from crossvit.prediction.predictor import find_images
+    from crossvit.prediction.image_paths import find_images
     from crossvit.results import to_json
 
     paths = find_images(images)

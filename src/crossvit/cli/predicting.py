@@ -82,7 +82,8 @@ def predict(
     from crossvit.errors import UsageError
 
     with uncollected():
-        from crossvit.prediction.predictor import Predictor, listed_images, scan_images
+        from crossvit.prediction.image_paths import listed_images, scan_images
+        from crossvit.prediction.predictor import Predictor
     if paths and from_ is not None:
         raise UsageError("images are given as paths and with --from: give one of them")
     if not paths and from_ is None:

@@ -5,10 +5,6 @@ Shapes: B images of a batch, V views of each, C channels, H and W of the model's
 
 from __future__ import annotations
 
-import contextlib
-import glob
-import os
-import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from crossvit.data.preprocess import SUFFIXES, ImageSource, Picture, source_name
+from crossvit.data.preprocess import ImageSource, Picture, source_name
 from crossvit.engines.select import load_engine
 from crossvit.errors import DataError, UsageError, unknown_name
 from crossvit.results import Label, Prediction
@@ -30,7 +26,6 @@ from crossvit.trained import MULTI_LABEL, open_trained
 BATCH_SIZE = 32
 READ_AHEAD = 2  # batches that are decoded while one is computed; memory grows with it, speed does not beyond two
 THRESHOLD = 0.5  # of a multi-label model that has none of its own: more likely there than not
-STANDARD_INPUT = "-"
 
 
 class View(NamedTuple):
@@ -237,97 +232,3 @@ def centre(picture: Picture, share: float) -> Picture:
 def _middle_of(side: int, share: float) -> tuple[int, int]:
     kept = max(1, round(share * side))
     return (side - kept) // 2, (side - kept) // 2 + kept
-
-
-def find_images(paths: Sequence[str]) -> list[str]:
-    """As `scan_images`, all at once."""
-    return list(scan_images(paths))
-
-
-def scan_images(paths: Sequence[str]) -> Iterator[str]:
-    """The images at files, folders (searched through) and globs, in the order given and within each in the order of their paths.
-
-    Folders are read as the images are taken; of each only its own names are held. A file that is not there is given back, to
-    become a result with an error, unless nothing at all is there: then, and for an empty folder or glob, UsageError at once.
-    """
-    firsts = [_first(given) for given in paths]
-    if not any(Path(first).exists() for first in firsts):
-        raise UsageError(
-            f"no image at {', '.join(paths)}: give files, folders or a glob such as 'photos/*.jpg'"
-        )
-    return chain.from_iterable(map(_images_at, paths))
-
-
-def listed_images(place: str) -> Iterator[str]:
-    """The names in the file `place`, or on standard input for `-`: one a line, whatever bytes they are; empty lines are passed
-    over. UsageError if there is no such file."""
-    if place != STANDARD_INPUT and not Path(place).is_file():
-        raise UsageError(
-            f"no file {place}: --from takes a list of images, a name a line, or - for standard input"
-        )
-    return _names_in(place)
-
-
-def _names_in(place: str) -> Iterator[str]:
-    with (
-        contextlib.nullcontext(sys.stdin.buffer)
-        if place == STANDARD_INPUT
-        else Path(place).open("rb") as lines
-    ):
-        names = (os.fsdecode(line.rstrip(b"\r\n")) for line in lines)
-        yield from filter(None, names)
-
-
-def _first(given: str) -> str:
-    first = next(_images_at(given), None)
-    if first is None and Path(given).expanduser().is_dir():
-        raise UsageError(f"folder {given} has no images (read here: {' '.join(SUFFIXES)})")
-    if first is None:
-        raise UsageError(
-            f"no image at {given}: give files, folders or a glob such as 'photos/*.jpg'"
-        )
-    return first
-
-
-def _images_at(given: str) -> Iterator[str]:
-    path = Path(given).expanduser()
-    if path.is_dir():
-        yield from _images_below(str(path))
-    elif path.is_file():
-        yield str(path)
-    elif glob.has_magic(given):
-        yield from sorted(
-            match for match in glob.glob(given, recursive=True) if Path(match).is_file()
-        )
-    else:
-        yield given
-
-
-def _images_below(folder: str) -> Iterator[str]:
-    """In the order of the whole paths as text, in which a folder's name ends with its slash. A folder that cannot be read is
-    given back itself, to become a result with an error."""
-    try:
-        with os.scandir(folder) as entries:
-            names = sorted(
-                entry.name + "/" * entry.is_dir(follow_symlinks=False)
-                for entry in entries
-                if _is_wanted(entry)
-            )
-    except OSError:
-        names = []
-        yield folder
-    for name in names:
-        path = str(Path(folder, name))
-        if name.endswith("/"):
-            yield from _images_below(path)
-        else:
-            yield path
-
-
-def _is_wanted(entry: os.DirEntry[str]) -> bool:
-    """A folder (not a link to one, which might lead back), or a file that is not hidden and ends as an image does."""
-    if entry.is_dir(follow_symlinks=False):
-        return True
-    return (
-        entry.name.lower().endswith(SUFFIXES) and not entry.name.startswith(".") and entry.is_file()
-    )
