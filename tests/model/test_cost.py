@@ -14,7 +14,7 @@ from crossvit.model.cost import cost
 from crossvit.model.paper_tables import ROWS, TABLES
 from crossvit.model.presets import PRESETS
 
-# name: parameters, parameters without position embeddings, GMACs with keys and values built (PAPER, section 2)
+# name: parameters, parameters without position embeddings, GMACs with keys and values built (docs/paper.md, Models)
 COUNTS = {
     "crossvit_tiny_240": (7_014_800, 6_938_480, 1.563),
     "crossvit_small_240": (26_856_272, 26_703_632, 5.616),
@@ -28,7 +28,7 @@ COUNTS = {
     "crossvit_18_dagger_240": (44_266_976, 44_088_896, 9.473),
     "crossvit_18_dagger_408": (44_606_560, 44_088_896, 32.409),
     "crossvit_18_dagger_504": (44_887_904, 44_088_896, 56.602),
-    # Table 6 and its likely make-up (PAPER, section 4)
+    # Table 6 and its likely make-up (docs/paper.md, Ablations)
     "crossvit_small_240_none": (23_738_960, 23_586_320, 5.350),
     "crossvit_small_240_all_attention": (26_846_480, 26_693_840, 7.583),
     "crossvit_small_240_class_token": (24_183_056, 24_030_416, 5.350),
@@ -42,7 +42,7 @@ COUNTS = {
     "vit_18_dagger_224": (37_908_296, 37_820_040, 8.149),
 }
 
-# Table 7: millions of parameters without position embeddings, GMACs (PAPER, section 4)
+# Table 7: millions of parameters without position embeddings, GMACs (docs/paper.md, Ablations)
 TABLE_7 = {
     "crossvit_small_240": (26.704, 5.616),
     "crossvit_small_240_a": (26.658, 6.731),

@@ -511,7 +511,7 @@ def test_every_recipe_says_its_command_hardware_time_and_result(name: str) -> No
 
 
 def test_the_papers_recipes_are_the_papers() -> None:
-    """PAPER, section 5."""
+    """docs/paper.md, Training recipes."""
     imagenet, transfer = load_recipe("imagenet"), load_recipe("transfer")
     own, optimiser = imagenet, imagenet.optimiser
     assert (own.epochs, own.batch_size, optimiser.optimiser, optimiser.weight_decay) == (
@@ -546,5 +546,5 @@ def test_the_papers_recipes_are_the_papers() -> None:
         "imagenet",
         "imagenet-384",
         "transfer",
-    ):  # PAPER, section 7: their exceptions match no parameter
+    ):  # docs/paper.md, Faults of the released code: weight decay
         assert load_recipe(name).optimiser.decay_like_authors

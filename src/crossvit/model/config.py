@@ -18,7 +18,7 @@ from crossvit.model.registry import BLOCKS, FUSIONS, TOKENISERS
 KEYS_VALUES = ("lazy", "materialised")
 INITIALISATIONS = ("paper", "xavier")
 # The paper gives its convolution stem and its T2T tokeniser for these two patches only, and the
-# width of the T2T tokens between two soft splits (the paper, Architecture).
+# width of the T2T tokens between two soft splits (docs/paper.md, Architecture).
 PAPER_PATCHES = (12, 16)
 T2T_DIM = 64
 MOST_BRANCHES = 4
@@ -103,7 +103,7 @@ class BranchConfig:
         """The convolutions that turn the branch's image into its grid of patches, a ReLU between.
 
         linear: one whose stride is its kernel. dagger: the paper's three, widths D/4 → D/2 → D
-        (the paper, Architecture). halving: stride-2 3x3 ones down to one patch, widths doubling
+        (docs/paper.md, Architecture). halving: stride-2 3x3 ones down to one patch, widths doubling
         up to D (16 at least), then a 3x3 one. t2t has none: see `soft_splits`.
 
         Raises:
@@ -166,7 +166,7 @@ class CrossViTConfig:
         drop: Dropout after the projections and in the MLP (0 in the paper).
         attention_drop: Dropout on the attention weights (0 in the paper).
         drop_path: The highest stochastic-depth rate; it grows linearly over the stages
-            (the paper, Training recipes).
+            (docs/paper.md, Training recipes).
         init: `paper` (truncated normal, 0.02) or `xavier` (Xavier-uniform linear layers, He
             convolutions: for small data).
         dynamic_size: Take images of any size; position embeddings are resampled to each
@@ -176,7 +176,7 @@ class CrossViTConfig:
         fusion_depth: Attention blocks in each fusion (the paper's L; all-attention and
             cross-attention have them).
         as_released: In cross-attention, blocks after the first see the class token alone, as in
-            the authors' code (the paper, Faults of the released code).
+            the authors' code (docs/paper.md, Faults of the released code).
         keys_values: How cross-attention may be computed: `lazy`, or `materialised`, the paper's
             form (see `crossvit.fast.cross_attention`).
         projection_norm, projection_gelu: Whether LayerNorm and GELU stand before the linear map

@@ -1,8 +1,9 @@
-"""What a model costs, in closed form: exact parameters and multiply–accumulates, per part.
+"""The cost of a model in closed form: exact parameters and multiply–accumulates, part by part.
 
-Counted as the paper counts: matrix products and convolutions of one image, attention's two products included, no bias,
-normalisation, activation or interpolation. `keys_values` says how cross-attention is computed: `materialised` is the paper's
-form (its tables), `lazy` is ours (see `CrossAttention`).
+Counted as the paper counts (docs/paper.md, Models): matrix products and convolutions of one image,
+the two products of attention included; no bias, normalisation, activation or interpolation.
+`keys_values` says how cross-attention is computed: `materialised` is the form of the paper and its
+tables, `lazy` the one of `crossvit.fast.cross_attention`.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ PARTS = ("tokens", "positions", "encoders", "fusion", "heads")
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """`parameters` and `macs` of one part; parts add up."""
+    """Parameters and multiply–accumulates of one part; costs of parts can be added."""
 
     parameters: int = 0
     macs: int = 0
@@ -34,10 +35,19 @@ NOTHING = Cost()
 
 
 def cost(config: CrossViTConfig, *, keys_values: str | None = None) -> dict[str, Cost]:
-    """Cost per part (tokens, positions, encoders, fusion, heads) and `total`, for one image of `config.image_size`.
+    """Parameters and multiply–accumulates of a model for one image of `config.image_size`.
 
-    keys_values: None counts the form that the config computes. ConfigError for a block, fusion or tokeniser that is not built
-    in, whose cost is known to its own code alone."""
+    Args:
+        config: The model.
+        keys_values: `lazy` or `materialised` counts that form of cross-attention; None the one
+            that the config names.
+
+    Returns:
+        The cost of each part (tokens, positions, encoders, fusion, heads) and `total`.
+
+    Raises:
+        ConfigError: For a block, fusion or tokeniser that is not built in: its cost is unknown.
+    """
     for registry, names in (
         (BLOCKS, [config.block]),
         (FUSIONS, [config.fusion]),
@@ -174,7 +184,10 @@ def _cross_read(
 
 
 def _cross_attention(dim: int, heads: int, tokens: int, *, lazy: bool) -> Cost:
-    """Query and output for one token; keys and values for every token, or once for the query and once for the answer."""
+    """Query and output for one token; keys and values for every token.
+
+    In the lazy form these two are products with the query and with the weighted mean instead.
+    """
     key_and_value = _linear(dim, dim, rows=1 if lazy else tokens) * 2
     products = Cost(0, 2 * tokens * dim * (heads if lazy else 1))
     return _linear(dim, dim, rows=1) * 2 + key_and_value + products

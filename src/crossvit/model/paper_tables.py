@@ -1,7 +1,8 @@
-"""The paper's tables of models beside what is computed here, cell by cell, with the reason where one differs.
+"""The paper's tables of models beside our counts, cell by cell, with the reason where they differ.
 
-Printed figures are the paper's (arXiv 2103.14899v2). Ours are `cost`'s exact counts, rounded as the paper rounds: billions of
-multiply–accumulates with keys and values materialised, and millions of parameters, which the paper counts without position
+Printed figures are the paper's (arXiv 2103.14899v2; docs/paper.md, Models and Ablations). Ours are
+the exact counts of `cost`, rounded as the paper rounds: billions of multiply–accumulates with keys
+and values materialised, and millions of parameters, which the paper counts without position
 embeddings in some rows and with them in others.
 """
 
@@ -16,8 +17,18 @@ from crossvit.model.presets import preset
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-    """One printed row. `positions`: whether the paper's parameter count holds the position embeddings (it never says;
-    told from the figures). `reasons`: why a cell differs, by its heading."""
+    """One printed row.
+
+    Attributes:
+        table: Key of `TABLES`.
+        label: The paper's name of the row.
+        model: Name of the preset.
+        top1: Printed top-1 accuracy on ImageNet-1k, in percent.
+        giga_macs: Printed multiply–accumulates, in billions.
+        mega_parameters: Printed parameters, in millions.
+        positions: Whether that count includes position embeddings (inferred from the figures).
+        reasons: Why a cell differs, by its heading.
+    """
 
     table: str
     label: str
@@ -33,7 +44,7 @@ class Row:
         return preset(self.model).config
 
     def ours(self) -> dict[str, float]:
-        """Our figures to the paper's one decimal."""
+        """Our figures by heading, rounded to the paper's one decimal."""
         parts = cost(self.config, keys_values="materialised")
         parameters = parts["total"].parameters - (
             0 if self.positions else parts["positions"].parameters
@@ -55,7 +66,7 @@ class Row:
         }
 
     def differing(self) -> dict[str, str]:
-        """Heading -> reason, for every cell in which our figure is not the printed one."""
+        """Heading -> reason, for every cell in which our figure differs from the printed one."""
         ours, printed = self.ours(), self.printed()
         return {
             heading: self.reasons.get(heading, "not explained")

@@ -1,8 +1,9 @@
-"""Every model by name, in one table: configuration, alias, test-time crop and the figures printed for it.
+"""Every model by name, in one table: configuration, alias, test-time crop and reported accuracy.
 
-Released models carry timm's names; the authors' names are aliases. `crossvit_small_240_*` are the ablations of the paper
-(Tables 6 and 7, and its "no class tokens"), `vit_*` the single-branch twins of Table 8. The small-image presets are this
-project's own; dev/LOG.md has the measurements behind them. What the paper prints beside each is in `paper.py`.
+Released models carry timm's names; the authors' names are aliases. `crossvit_small_240_*` are the
+paper's ablations (Tables 6 and 7, and its "no class tokens"), `vit_*` the single-branch twins of
+Table 8. The presets for small images are this project's; dev/LOG.md has the measurements behind
+them. `paper_tables.py` has what the paper prints for each model.
 """
 
 from __future__ import annotations
@@ -16,10 +17,19 @@ from crossvit.model.config import BranchConfig, CrossViTConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """One row of the table. `crop` is the share of the resized picture kept by the centre crop at test time; None means
-    that the whole picture is resized to the input and nothing is cut off. `paper_top1` and `timm_top1` are top-1 on
-    ImageNet-1k in percent: printed in the paper, and timm's re-evaluation of the released weights. `sha256` is of the hub's
-    `model.safetensors`, where the hub's own page of the file was to be had; the others' are recorded at their first use."""
+    """One row of the table.
+
+    Attributes:
+        name: What `create_model` takes.
+        config: The model's configuration.
+        alias: The authors' name of a released model.
+        crop: Share of the resized image that the centre crop keeps at test time, 0 to 1; None
+            resizes the whole image to the input and cuts nothing off.
+        paper_top1: Top-1 accuracy on ImageNet-1k in percent, as the paper prints it.
+        timm_top1: The same, as timm measured it with the released weights.
+        sha256: Digest of the hub's `model.safetensors`, where the hub prints it; the digests of
+            other files are recorded when they are first used.
+    """
 
     name: str
     config: CrossViTConfig
@@ -36,12 +46,18 @@ class Preset:
 
     @property
     def hub(self) -> str:
-        """The repository of the released weights on the hub, in timm's keys (PAPER, section 6)."""
+        """Repository of the released weights on the hub, in timm's keys.
+
+        Source: docs/paper.md, Released weights and key names.
+        """
         return f"timm/{self.name}.in1k"
 
     @property
     def url(self) -> str:
-        """The authors' own file of the released weights, in their keys (PAPER, section 6)."""
+        """Address of the authors' file of the released weights, in their keys.
+
+        Source: docs/paper.md, Released weights and key names.
+        """
         return f"https://github.com/IBM/CrossViT/releases/download/weights-0.1/{self.alias}.pth"
 
 
@@ -113,10 +129,8 @@ _SHA256 = {
     "crossvit_9_240": "5b45ceb819816111d69a80dd4df1404ae574df5835962854276550fefe07878f",
     "crossvit_18_dagger_408": "64f24c9f4daf58b8b410ef4f62402a00e6d2e4a28fba6e78a9921c3d8a9f02cd",
 }
-_LINEAR = {
-    "projection_norm": False,
-    "projection_gelu": False,
-}  # how Table 6's rows were built (PAPER, section 4)
+# How the rows of Table 6 were built, most likely (docs/paper.md, Ablations).
+_LINEAR = {"projection_norm": False, "projection_gelu": False}
 
 # fmt: off
 _ROWS = (
@@ -165,7 +179,14 @@ ALIASES = {preset.alias: preset.name for preset in _ROWS if preset.alias}
 
 
 def preset(name: str) -> Preset:
-    """The row called `name` (or its alias). UnknownNameError suggests the nearest names."""
+    """The row of the model called `name`.
+
+    Args:
+        name: A name of `list_models` or an alias.
+
+    Raises:
+        UnknownNameError: For another name; the message suggests the nearest ones.
+    """
     canonical = ALIASES.get(name, name)
     if canonical not in PRESETS:
         raise unknown_name("model", name, [*PRESETS, *ALIASES], listing="`crossvit models`")
@@ -173,5 +194,9 @@ def preset(name: str) -> Preset:
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` takes: released models first, in the order of the paper's tables."""
+    """Names that `create_model` takes.
+
+    Returns:
+        Released models first, in the order of the paper's tables.
+    """
     return list(PRESETS)
