@@ -318,7 +318,13 @@ def test_pages_are_drawn_without_torch_or_the_training_room() -> None:
     modules = modules_of(DRAWN_ALONE)
     rooms = {name.split(".")[1] for name in modules if name.startswith("crossvit.")}
     assert "torch" not in modules
-    assert rooms <= {"report", "results", "errors", "text", "evaluation"}  # bootstrap, for what is drawn
+    assert rooms <= {
+        "report",
+        "results",
+        "errors",
+        "text",
+        "evaluation",
+    }  # bootstrap, for what is drawn
 
 
 def test_the_verb_report_does_without_the_training_room(

@@ -87,7 +87,7 @@ def plain_attention(qkv: Tensor, num_heads: int) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """attention_gradient.cpp has the equations."""
+    """attention_backward.cpp has the equations."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, num_heads: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""Our kernels for CPUs with AVX-512, in C++, compiled once on the machine that uses them; torch computes everywhere else."""
+"""Kernels in C++ for CPUs with AVX-512, compiled on the machine; torch computes elsewhere."""

@@ -1,6 +1,9 @@
-"""The compiled kernels, called with tensors. The C++ beside this file has the equations. Nothing here has a gradient.
+"""The compiled kernels, called with tensors. The C++ beside this file has the equations.
 
-Shapes: B batch, N tokens, D width, H heads, K = D / H width of a head, F what the first linear layer of half a block gives.
+Nothing here has a gradient.
+
+Shapes: B batch, N tokens, D width, H heads, K = D / H width of a head, F hidden width: the output
+of a sublayer's first linear layer.
 """
 
 from __future__ import annotations
@@ -12,25 +15,92 @@ import torch
 from torch import Tensor
 
 TAPS = 4  # of a bicubic resize
-LANES = 16  # a row's width is a multiple of it, as the C++ has it
+LANES = 16  # fp32 numbers in a register: widths are multiples of it
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-NO_MEMORY = "not enough memory for half an encoder block"
 
-NormKept = tuple[
-    Tensor, Tensor
-]  # the weight of a LayerNorm (D) and the statistics it had (B, N, 2)
+
+def _arguments(pointers: str, sizes: str, numbers: str = "") -> type[ctypes.Structure]:
+    """A struct of these fields in this order, as in arguments.h."""
+    fields = (
+        *((name, ctypes.c_void_p) for name in pointers.split()),
+        *((name, ctypes.c_long) for name in sizes.split()),
+        *((name, ctypes.c_float) for name in numbers.split()),
+    )
+    return type("Arguments", (ctypes.Structure,), {"_fields_": fields})
+
+
+ARGUMENTS = {
+    "attention": _arguments("qkv out log_sums", "batch tokens heads head_dim", "scale"),
+    "attention_backward": _arguments(
+        "qkv out grad_out log_sums grad_qkv", "batch tokens heads head_dim", "scale"
+    ),
+    "pack": _arguments("weight packed", "rows cols transposed"),
+    "linear_backward": _arguments(
+        "grad_out inp grad_weight grad_bias", "rows out_dim in_dim accumulate"
+    ),
+    "norm_linear": _arguments(
+        "inp norm_weight norm_bias packed bias normalized statistics out",
+        "rows in_dim out_dim",
+        "eps",
+    ),
+    "linear_residual": _arguments(
+        "inp packed bias residual drop_path_scale out", "rows tokens in_dim out_dim"
+    ),
+    "mlp": _arguments(
+        "inp norm_weight norm_bias up_packed up_bias down_packed down_bias drop_path_scale "
+        "normalized statistics hidden out",
+        "rows tokens width hidden_dim",
+        "eps",
+    ),
+    "linear_residual_backward": _arguments(
+        "grad_out drop_path_scale packed grad_update grad_inp", "rows tokens out_dim in_dim"
+    ),
+    "norm_linear_backward": _arguments(
+        "grad_out packed residual_grad inp norm_weight statistics "
+        "grad_inp grad_norm_weight grad_norm_bias",
+        "rows in_dim out_dim",
+    ),
+    "mlp_backward": _arguments(
+        "grad_out drop_path_scale down_packed hidden up_packed inp norm_weight statistics "
+        "grad_update activated grad_hidden grad_inp grad_norm_weight grad_norm_bias",
+        "rows tokens width hidden_dim",
+    ),
+    "patch_tokens": _arguments(
+        "images packed bias positions patches tokens",
+        "batch channels height width patch first dim",
+    ),
+    "cross_read": _arguments(
+        "inp first norm_weight norm_bias probes context weights dots statistics moments",
+        "batch heads tokens width",
+        "eps",
+    ),
+    "cross_read_backward": _arguments(
+        "inp first norm_weight norm_bias probes weights dots statistics moments grad_context "
+        "grad_inp grad_first grad_probes grad_norm_weight grad_norm_bias",
+        "batch heads tokens width",
+    ),
+    "resize": _arguments(
+        "planes out row_starts row_weights column_starts column_weights",
+        "count height width out_height out_width",
+    ),
+}
+_FIELDS = {
+    kernel: {field[0] for field in arguments._fields_} for kernel, arguments in ARGUMENTS.items()
+}
+
+NormKept = tuple[Tensor, Tensor]  # a LayerNorm's weight (D) and statistics (B, N, 2)
 
 
 class Taps(NamedTuple):
-    """Which TAPS inputs an output of a resize along one side is the sum of, and their weights."""
+    """The TAPS inputs that each output of a resize along one side sums, and their weights."""
 
-    starts: Tensor  # (outputs), int32: the first of them
+    starts: Tensor  # (outputs), int32: the first input
     weights: Tensor  # (outputs, TAPS)
     by_tap: Tensor  # (TAPS, outputs)
 
 
 class Fold(NamedTuple):
-    """What is read of tokens x: `first` (B, D) in the place of the first, and the LayerNorm of the others."""
+    """A LayerNorm computed within a cross-read, but for the first token: `first` (B, D)."""
 
     first: Tensor
     weight: Tensor
@@ -47,64 +117,65 @@ class Norm(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A linear layer: its weight as `Native.pack` lays it out, transposed, and its bias, fp32."""
+    """A linear layer: its weight packed by `Native.pack`, transposed, and its bias, fp32."""
 
     packed: Tensor
     bias: Tensor
 
 
 class Kept(NamedTuple):
-    """What a LayerNorm gave, as a product took it, and its statistics (..., 2), mean and 1 / √(variance + eps); or nothing."""
+    """A LayerNorm's output in the dtype of matmuls and its statistics (..., 2), or nothing.
+
+    Statistics are the mean and 1 / √(variance + eps).
+    """
 
     normalised: Tensor | None
     statistics: Tensor | None
 
 
 class Native:
-    """The kernels of one library. Tensors are on the CPU and dense; their sizes are the caller's to check (`takes`)."""
+    """The kernels of one library.
 
-    def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, count, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-        signatures = {
-            **{
-                f"attention_{name}": [pointer] * 3 + [count] * 4 + [number]
-                for name in NAMES.values()
-            },
-            **{
-                f"attention_gradient_{name}": [pointer] * 5 + [count] * 4 + [number]
-                for name in NAMES.values()
-            },
-            "linear_gradient": [pointer] * 4 + [count] * 3 + [ctypes.c_int],
-            **{
-                f"pack_{name}": [pointer] * 2 + [count] * 2 + [ctypes.c_int]
-                for name in NAMES.values()
-            },
-            **{
-                f"norm_linear_{name}": [pointer] * 8 + [count] * 3 + [number]
-                for name in NAMES.values()
-            },
-            **{f"linear_residual_{name}": [pointer] * 6 + [count] * 4 for name in NAMES.values()},
-            **{f"mlp_{name}": [pointer] * 12 + [count] * 4 + [number] for name in NAMES.values()},
-            **{f"patch_tokens_{name}": [pointer] * 6 + [count] * 7 for name in NAMES.values()},
-            "linear_residual_gradient": [pointer] * 5 + [count] * 4,
-            "norm_linear_gradient": [pointer] * 9 + [count] * 3,
-            "mlp_gradient": [pointer] * 14 + [count] * 4,
-            **{
-                f"cross_read_{name}": [pointer] * 10 + [count] * 4 + [number]
-                for name in NAMES.values()
-            },
-            "cross_read_gradient": [pointer] * 15 + [count] * 4,
-            "resize": [pointer] * 2 + [count] * 5 + [pointer] * 4,
-        }
+    Tensors are on the CPU and dense; the caller checks their sizes (`takes`).
+    """
+
+    def __init__(self, library: ctypes.CDLL, *, reference: bool = False) -> None:
+        """
+        Args:
+            library: The compiled kernels.
+            reference: Call the scalar references instead: fp32, for tests. Where a kernel reads a
+                packed weight, its reference reads the weight itself, as torch has it (out, in).
+
+        Raises:
+            RuntimeError: A struct of arguments has another size in the library than here.
+        """
+        self.library = library
+        for kernel, arguments in ARGUMENTS.items():
+            size = library.arguments_size(kernel.encode())
+            if size != ctypes.sizeof(arguments):
+                raise RuntimeError(f"arguments of {kernel}: {size} bytes in C++, not as in Python")
+        names = {"fp32": "reference"} if reference else {name: name for name in NAMES.values()}
         self.functions = {
-            name: getattr(library, name) for name in signatures if hasattr(library, name)
+            f"{kernel}_{dtype}": getattr(library, f"{kernel}_{name}")
+            for kernel in ARGUMENTS
+            for dtype, name in names.items()
+            if hasattr(library, f"{kernel}_{name}")
         }
-        for name, function in self.functions.items():
-            function.argtypes = signatures[name]
         self.has_bf16 = "mlp_bf16" in self.functions
 
+    def _call(self, kernel: str, dtype: torch.dtype, **values: Tensor | float | None) -> None:
+        assert values.keys() == _FIELDS[kernel], kernel
+        arguments = ARGUMENTS[kernel](
+            **{
+                name: value.data_ptr() if isinstance(value, Tensor) else value
+                for name, value in values.items()
+            }
+        )
+        if self.functions[f"{kernel}_{NAMES[dtype]}"](ctypes.byref(arguments)):
+            raise MemoryError(f"not enough memory for the kernel {kernel}")
+
     def takes(self, qkv: Tensor, heads: int) -> bool:
-        """Whether `attention` computes it: dense fp32 or bf16 on the CPU, heads of a whole number of registers."""
+        """Whether `attention` computes it: dense fp32 or bf16 on the CPU, K a multiple of LANES."""
         width = qkv.shape[-1] // (3 * heads)
         known = f"attention_{NAMES.get(qkv.dtype)}" in self.functions and qkv.device.type == "cpu"
         fits = qkv.ndim == 3 and qkv.shape[-1] == 3 * heads * width and width % LANES == 0
@@ -113,151 +184,285 @@ class Native:
     def attention(
         self, qkv: Tensor, heads: int, *, scale: float = 1.0, log_sums: Tensor | None = None
     ) -> Tensor:
-        """softmax(scale q kᵀ) v: (B, N, 3 D) -> (B, N, D), in the dtype of qkv. log_sums: (B, H, N) fp32, filled if given."""
+        """softmax(scale q kᵀ) v of every head.
+
+        Args:
+            qkv: (B, N, 3 D) fp32 or bf16.
+            heads: H.
+            scale: Factor of the scores.
+            log_sums: (B, H, N) fp32, filled if given.
+
+        Returns:
+            (B, N, D) in the dtype of `qkv`.
+        """
         batch, tokens, triple = qkv.shape
-        mixed = qkv.new_empty(batch, tokens, triple // 3)
-        function = self.functions[f"attention_{NAMES[qkv.dtype]}"]
-        failed = function(
-            *_places(qkv, mixed, log_sums), batch, tokens, heads, triple // (3 * heads), scale
+        context = qkv.new_empty(batch, tokens, triple // 3)
+        self._call(
+            "attention",
+            qkv.dtype,
+            qkv=qkv,
+            out=context,
+            log_sums=log_sums,
+            batch=batch,
+            tokens=tokens,
+            heads=heads,
+            head_dim=triple // (3 * heads),
+            scale=scale,
         )
-        if failed:
-            raise MemoryError("not enough memory for attention")
-        return mixed
+        return context
 
     def attention_gradient(
-        self, qkv: Tensor, mixed: Tensor, gradient: Tensor, log_sums: Tensor, *, scale: float
+        self, qkv: Tensor, context: Tensor, grad_context: Tensor, log_sums: Tensor, *, scale: float
     ) -> Tensor:
-        """Of `attention`: the gradient of `mixed` (B, N, D) -> that of qkv (B, N, 3 D)."""
+        """Backward pass of `attention`: gradient of the context (B, N, D) -> of qkv (B, N, 3 D)."""
         batch, tokens, triple = qkv.shape
-        heads = log_sums.shape[1]
-        dense, found = gradient.contiguous(), torch.empty_like(qkv)
-        function = self.functions[f"attention_gradient_{NAMES[qkv.dtype]}"]
-        if function(
-            *_places(qkv, mixed, dense, log_sums, found),
-            batch,
-            tokens,
-            heads,
-            triple // (3 * heads),
-            scale,
-        ):
-            raise MemoryError("not enough memory for the gradient of attention")
-        return found
+        heads, grad_qkv = log_sums.shape[1], torch.empty_like(qkv)
+        self._call(
+            "attention_backward",
+            qkv.dtype,
+            qkv=qkv,
+            out=context,
+            grad_out=grad_context.contiguous(),
+            log_sums=log_sums,
+            grad_qkv=grad_qkv,
+            batch=batch,
+            tokens=tokens,
+            heads=heads,
+            head_dim=triple // (3 * heads),
+            scale=scale,
+        )
+        return grad_qkv
 
     def pack(self, weight: Tensor, dtype: torch.dtype, *, transposed: bool) -> Tensor:
-        """A matrix for products x M in `dtype`, laid out as they read it: M is `weight`, fp32, or its transpose."""
+        """Packs M for matmuls x M in `dtype`: M is `weight`, 2-D fp32, or its transpose."""
         packed = weight.new_empty(weight.numel(), dtype=dtype)
-        self.functions[f"pack_{NAMES[dtype]}"](*_places(weight, packed), *weight.shape, transposed)
+        rows, cols = weight.shape
+        self._call(
+            "pack", dtype, weight=weight, packed=packed, rows=rows, cols=cols, transposed=transposed
+        )
         return packed
 
     def linear_gradient(
-        self, gradient: Tensor, x: Tensor, found: tuple[Tensor, Tensor], *, adds: bool
+        self, grad_out: Tensor, x: Tensor, grad_buffers: tuple[Tensor, Tensor], *, adds: bool
     ) -> None:
-        """dyᵀ x (O, I) and Σ dy over rows (O) into the two of `found`, fp32, or added to them; dy (..., O), x (..., I) bf16."""
-        outward, inward = found[0].shape
-        rows = gradient.numel() // outward
-        if self.functions["linear_gradient"](
-            *_places(gradient, x, *found), rows, outward, inward, adds
-        ):
-            raise MemoryError("not enough memory for the gradient of a linear layer")
+        """Backward pass of a linear layer: dW = dyᵀ x and db = Σ dy over rows.
+
+        Args:
+            grad_out: dy (..., O), bf16.
+            x: The input (..., I), bf16.
+            grad_buffers: dW (O, I) and db (O), fp32, which are written.
+            adds: Add to the buffers instead.
+        """
+        out_dim, in_dim = grad_buffers[0].shape
+        self._call(
+            "linear_backward",
+            x.dtype,
+            grad_out=grad_out,
+            inp=x,
+            grad_weight=grad_buffers[0],
+            grad_bias=grad_buffers[1],
+            rows=grad_out.numel() // out_dim,
+            out_dim=out_dim,
+            in_dim=in_dim,
+            accumulate=adds,
+        )
 
     def norm_linear(
-        self, x: Tensor, norm: Norm, inward: Linear, *, keeps: bool
+        self, x: Tensor, norm: Norm, linear: Linear, *, keeps: bool
     ) -> tuple[Tensor, Kept]:
-        """(In(LN x) in the dtype of its packed weight, what its gradient needs): (B, N, D) -> (B, N, F). x fp32."""
-        rows, (width, inner), dtype = (
-            x.numel() // x.shape[-1],
-            (x.shape[-1], len(inward.bias)),
-            inward.packed.dtype,
+        """Linear(LN x).
+
+        Args:
+            x: (B, N, D) fp32.
+            norm: The LayerNorm.
+            linear: The linear layer, D -> F.
+            keeps: Save what the backward pass needs.
+
+        Returns:
+            (B, N, F) in the dtype of the packed weight, and what was saved.
+        """
+        width, out_dim, dtype = x.shape[-1], len(linear.bias), linear.packed.dtype
+        saved = _saved_norm(x, dtype) if keeps else Kept(None, None)
+        out = x.new_empty(*x.shape[:-1], out_dim, dtype=dtype)
+        self._call(
+            "norm_linear",
+            dtype,
+            inp=x,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            packed=linear.packed,
+            bias=linear.bias,
+            normalized=saved.normalised,
+            statistics=saved.statistics,
+            out=out,
+            rows=x.numel() // width,
+            in_dim=width,
+            out_dim=out_dim,
+            eps=norm.eps,
         )
-        kept = _kept(x, dtype) if keeps else Kept(None, None)
-        y = x.new_empty(*x.shape[:-1], inner, dtype=dtype)
-        places = _places(x, norm.weight, norm.bias, *inward, *kept, y)
-        if self.functions[f"norm_linear_{NAMES[dtype]}"](*places, rows, width, inner, norm.eps):
-            raise MemoryError(NO_MEMORY)
-        return y, kept
+        return out, saved
 
     def linear_residual(
         self,
-        read: Tensor,
-        outward: Linear,
+        inp: Tensor,
+        linear: Linear,
         x: Tensor,
-        factor: Tensor | None,
+        drop_path_scale: Tensor | None,
         *,
         in_place: bool = False,
     ) -> Tensor:
-        """x + factor · Out(read): read (B, N, F), x (B, N, D) fp32, factor (B, 1, 1) fp32 or None for 1. in_place: into x."""
-        rows, tokens, y = (
-            x.numel() // x.shape[-1],
-            x.shape[-2],
-            x if in_place else torch.empty_like(x),
+        """x + m · Linear(inp).
+
+        Args:
+            inp: (B, N, F), in the dtype of the packed weight.
+            linear: The linear layer, F -> D.
+            x: The residual (B, N, D) fp32.
+            drop_path_scale: m, (B, 1, 1) fp32 or None for 1.
+            in_place: Write into x.
+
+        Returns:
+            (B, N, D) fp32.
+        """
+        out = x if in_place else torch.empty_like(x)
+        self._call(
+            "linear_residual",
+            inp.dtype,
+            inp=inp,
+            packed=linear.packed,
+            bias=linear.bias,
+            residual=x,
+            drop_path_scale=drop_path_scale,
+            out=out,
+            rows=x.numel() // x.shape[-1],
+            tokens=x.shape[-2],
+            in_dim=inp.shape[-1],
+            out_dim=x.shape[-1],
         )
-        places = _places(read, *outward, x, factor, y)
-        if self.functions[f"linear_residual_{NAMES[read.dtype]}"](
-            *places, rows, tokens, read.shape[-1], x.shape[-1]
-        ):
-            raise MemoryError(NO_MEMORY)
-        return y
+        return out
 
     def mlp(
         self,
         x: Tensor,
         layers: tuple[Norm, Linear, Linear],
-        factor: Tensor | None,
+        drop_path_scale: Tensor | None,
         *,
         keeps: bool,
         in_place: bool = False,
     ) -> tuple[Tensor, Tensor | None, Kept]:
-        """(x + factor · Out(GELU(In(LN x))), what GELU takes if `keeps`, what the norm's gradient needs). in_place: into x."""
-        norm, inward, outward = layers
-        rows, tokens, width, inner = (
-            x.numel() // x.shape[-1],
-            x.shape[-2],
-            x.shape[-1],
-            len(inward.bias),
+        """x + m · Down(GELU(Up(LN x))).
+
+        Args:
+            x: (B, N, D) fp32.
+            layers: The LayerNorm, Up (D -> F) and Down (F -> D).
+            drop_path_scale: m, (B, 1, 1) fp32 or None for 1.
+            keeps: Save what the backward pass needs.
+            in_place: Write into x.
+
+        Returns:
+            (B, N, D) fp32; the input of GELU (B, N, F) if `keeps`; what was saved of the norm.
+        """
+        norm, up, down = layers
+        dtype, hidden_dim = up.packed.dtype, len(up.bias)
+        out = x if in_place else torch.empty_like(x)
+        saved = _saved_norm(x, dtype) if keeps else Kept(None, None)
+        hidden = x.new_empty(*x.shape[:-1], hidden_dim, dtype=dtype) if keeps else None
+        self._call(
+            "mlp",
+            dtype,
+            inp=x,
+            norm_weight=norm.weight,
+            norm_bias=norm.bias,
+            up_packed=up.packed,
+            up_bias=up.bias,
+            down_packed=down.packed,
+            down_bias=down.bias,
+            drop_path_scale=drop_path_scale,
+            normalized=saved.normalised,
+            statistics=saved.statistics,
+            hidden=hidden,
+            out=out,
+            rows=x.numel() // x.shape[-1],
+            tokens=x.shape[-2],
+            width=x.shape[-1],
+            hidden_dim=hidden_dim,
+            eps=norm.eps,
         )
-        dtype, y = inward.packed.dtype, x if in_place else torch.empty_like(x)
-        kept = _kept(x, dtype) if keeps else Kept(None, None)
-        hidden = x.new_empty(*x.shape[:-1], inner, dtype=dtype) if keeps else None
-        places = _places(x, norm.weight, norm.bias, *inward, *outward, factor, *kept, hidden, y)
-        if self.functions[f"mlp_{NAMES[dtype]}"](*places, rows, tokens, width, inner, norm.eps):
-            raise MemoryError(NO_MEMORY)
-        return y, hidden, kept
+        return out, hidden, saved
 
     def linear_residual_gradient(
-        self, gradient: Tensor, factor: Tensor | None, packed: Tensor
+        self, grad_out: Tensor, drop_path_scale: Tensor | None, packed: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Of `linear_residual` in bf16, with Out's weight packed as it is: (factor · dy, the gradient of `read`)."""
-        width, inner = gradient.shape[-1], packed.numel() // gradient.shape[-1]
-        update = torch.empty_like(gradient, dtype=torch.bfloat16)
-        found = update.new_empty(*update.shape[:-1], inner)
-        rows, tokens = gradient.numel() // width, gradient.shape[-2]
-        function = self.functions["linear_residual_gradient"]
-        if function(*_places(gradient, factor, packed, update, found), rows, tokens, width, inner):
-            raise MemoryError(NO_MEMORY)
-        return update, found
+        """Backward pass of `linear_residual` in bf16.
+
+        Args:
+            grad_out: (B, N, D) fp32.
+            drop_path_scale: m, (B, 1, 1) fp32 or None for 1.
+            packed: The layer's weight, packed without transposing.
+
+        Returns:
+            m · grad_out, and the gradient of `inp` (B, N, F), in the dtype of `packed`.
+        """
+        width, in_dim = grad_out.shape[-1], packed.numel() // grad_out.shape[-1]
+        grad_update = torch.empty_like(grad_out, dtype=packed.dtype)
+        grad_inp = grad_update.new_empty(*grad_update.shape[:-1], in_dim)
+        self._call(
+            "linear_residual_backward",
+            packed.dtype,
+            grad_out=grad_out,
+            drop_path_scale=drop_path_scale,
+            packed=packed,
+            grad_update=grad_update,
+            grad_inp=grad_inp,
+            rows=grad_out.numel() // width,
+            tokens=grad_out.shape[-2],
+            out_dim=width,
+            in_dim=in_dim,
+        )
+        return grad_update, grad_inp
 
     def norm_linear_gradient(
         self,
-        gradient: Tensor,
+        grad_out: Tensor,
         packed: Tensor,
-        past: Tensor,
+        residual_grad: Tensor,
         x: Tensor,
         *,
         norm: NormKept,
         found: tuple[Tensor, ...],
     ) -> None:
-        """Of `norm_linear` in bf16, with In's weight packed as it is. `past`: the gradient that x has of what goes past the
-        norm; norm: its weight and statistics. found: that of x in all, which is written, and those of the norm's weight and
-        bias, to which is added."""
-        width, inner = x.shape[-1], gradient.shape[-1]
-        places = _places(gradient, packed, past, x, *norm, *found)
-        if self.functions["norm_linear_gradient"](*places, x.numel() // width, width, inner):
-            raise MemoryError(NO_MEMORY)
+        """Backward pass of `norm_linear` in bf16.
+
+        Args:
+            grad_out: (B, N, F) bf16.
+            packed: The layer's weight, packed without transposing.
+            residual_grad: The gradient of x through the skip connection (B, N, D), fp32.
+            x: The input (B, N, D), fp32.
+            norm: The LayerNorm's weight and statistics.
+            found: The gradients of x, which is written, and of the norm's weight and bias, which
+                are added to.
+        """
+        grad_inp, grad_norm_weight, grad_norm_bias = found
+        self._call(
+            "norm_linear_backward",
+            packed.dtype,
+            grad_out=grad_out,
+            packed=packed,
+            residual_grad=residual_grad,
+            inp=x,
+            norm_weight=norm[0],
+            statistics=norm[1],
+            grad_inp=grad_inp,
+            grad_norm_weight=grad_norm_weight,
+            grad_norm_bias=grad_norm_bias,
+            rows=x.numel() // x.shape[-1],
+            in_dim=x.shape[-1],
+            out_dim=grad_out.shape[-1],
+        )
 
     def mlp_gradient(
         self,
-        gradient: Tensor,
-        factor: Tensor | None,
+        grad_out: Tensor,
+        drop_path_scale: Tensor | None,
         packed: tuple[Tensor, Tensor],
         hidden: Tensor,
         x: Tensor,
@@ -265,31 +470,46 @@ class Native:
         norm: NormKept,
         found: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of `mlp` in bf16, with the weights of Out and In packed as they are: (factor · dy, GELU again, the gradient of what it
-        takes). norm and found: as of `norm_linear_gradient`."""
-        width, inner = x.shape[-1], hidden.shape[-1]
-        update, activated, of_hidden = (
-            torch.empty_like(x, dtype=torch.bfloat16),
-            torch.empty_like(hidden),
-            torch.empty_like(hidden),
+        """Backward pass of `mlp` in bf16.
+
+        Args:
+            grad_out: (B, N, D) fp32.
+            drop_path_scale: m, (B, 1, 1) fp32 or None for 1.
+            packed: The weights of Down and Up, packed without transposing.
+            hidden: The input of GELU (B, N, F).
+            x: The input (B, N, D), fp32.
+            norm: The LayerNorm's weight and statistics.
+            found: As of `norm_linear_gradient`.
+
+        Returns:
+            m · grad_out, the output of GELU, and the gradient of its input.
+        """
+        grad_update = torch.empty_like(x, dtype=hidden.dtype)
+        activated, grad_hidden = torch.empty_like(hidden), torch.empty_like(hidden)
+        grad_inp, grad_norm_weight, grad_norm_bias = found
+        self._call(
+            "mlp_backward",
+            hidden.dtype,
+            grad_out=grad_out,
+            drop_path_scale=drop_path_scale,
+            down_packed=packed[0],
+            hidden=hidden,
+            up_packed=packed[1],
+            inp=x,
+            norm_weight=norm[0],
+            statistics=norm[1],
+            grad_update=grad_update,
+            activated=activated,
+            grad_hidden=grad_hidden,
+            grad_inp=grad_inp,
+            grad_norm_weight=grad_norm_weight,
+            grad_norm_bias=grad_norm_bias,
+            rows=x.numel() // x.shape[-1],
+            tokens=x.shape[-2],
+            width=x.shape[-1],
+            hidden_dim=hidden.shape[-1],
         )
-        outward, inward = packed
-        places = _places(
-            gradient,
-            factor,
-            outward,
-            hidden,
-            inward,
-            x,
-            *norm,
-            update,
-            activated,
-            of_hidden,
-            *found,
-        )
-        if self.functions["mlp_gradient"](*places, x.numel() // width, x.shape[-2], width, inner):
-            raise MemoryError(NO_MEMORY)
-        return update, activated, of_hidden
+        return grad_update, activated, grad_hidden
 
     def patch_tokens(
         self,
@@ -301,93 +521,155 @@ class Native:
         first: int,
         keeps: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        """(tokens (B, N, D) fp32 but for the first ones, which are left empty; the patches read (B n, C P P), if `keeps`):
-        images (B, C, H, W), positions (1, N, D) fp32, N = first + n."""
-        batch, channels, height, across = images.shape
+        """Stem(patches) + positions.
+
+        Args:
+            images: (B, C, H, W) fp32.
+            stem: The convolution as a linear layer, C P P -> D.
+            patch: P, side of a patch in pixels.
+            positions: (1, N, D) fp32, N = first + n patches.
+            first: Number of tokens before the patches, which are left uninitialised.
+            keeps: Return the patches too.
+
+        Returns:
+            Tokens (B, N, D) fp32, and the patches (B n, C P P) if `keeps`.
+        """
+        batch, channels, height, width = images.shape
         tokens = images.new_empty(batch, *positions.shape[1:])
         shape = (batch * (positions.shape[1] - first), channels * patch**2)
         patches = images.new_empty(shape, dtype=stem.packed.dtype) if keeps else None
-        function = self.functions[f"patch_tokens_{NAMES[stem.packed.dtype]}"]
-        places = _places(images, *stem, positions, patches, tokens)
-        if function(*places, batch, channels, height, across, patch, first, tokens.shape[-1]):
-            raise MemoryError("not enough memory for the patches")
+        self._call(
+            "patch_tokens",
+            stem.packed.dtype,
+            images=images,
+            packed=stem.packed,
+            bias=stem.bias,
+            positions=positions,
+            patches=patches,
+            tokens=tokens,
+            batch=batch,
+            channels=channels,
+            height=height,
+            width=width,
+            patch=patch,
+            first=first,
+            dim=tokens.shape[-1],
+        )
         return tokens, patches
 
     def cross_read(
-        self, x: Tensor, probes: Tensor, fold: Fold | None
+        self, x: Tensor, probes: Tensor, norm: Fold | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """(Σ_j softmax_j(probe · z_j) z_j of each probe, what its gradient needs): x (B, N, D), probes (B, H, D) fp32 ->
-        (B, H, D). z is x, or what `fold` makes of it."""
+        """Σ_j softmax_j(probe · z_j) z_j of each probe; z is x, or `norm` of it.
+
+        Args:
+            x: (B, N, D) fp32 or bf16.
+            probes: (B, H, D) fp32.
+            norm: The LayerNorm of x and the first token, or None.
+
+        Returns:
+            (B, H, D) fp32, and what the backward pass needs: weights, dots (B, H, N), statistics
+            (B, N, 2), moments (B, H, D).
+        """
         (batch, tokens, width), heads = x.shape, probes.shape[1]
-        mixed, moments, eps = (
-            torch.empty_like(probes),
-            torch.empty_like(probes),
-            0.0 if fold is None else fold.eps,
-        )
-        shares, dots = (
-            probes.new_empty(batch, heads, tokens),
-            probes.new_empty(batch, heads, tokens),
-        )
+        context, moments = torch.empty_like(probes), torch.empty_like(probes)
+        weights, dots = (probes.new_empty(batch, heads, tokens) for _ in range(2))
         statistics = probes.new_empty(batch, tokens, 2)
-        places = _places(x, *_folded(fold), probes, mixed, shares, dots, statistics, moments)
-        self.functions[f"cross_read_{NAMES[x.dtype]}"](*places, batch, heads, tokens, width, eps)
-        return mixed, (shares, dots, statistics, moments)
+        self._call(
+            "cross_read",
+            x.dtype,
+            inp=x,
+            first=norm and norm.first,
+            norm_weight=norm and norm.weight,
+            norm_bias=norm and norm.bias,
+            probes=probes,
+            context=context,
+            weights=weights,
+            dots=dots,
+            statistics=statistics,
+            moments=moments,
+            batch=batch,
+            heads=heads,
+            tokens=tokens,
+            width=width,
+            eps=norm.eps if norm else 0.0,
+        )
+        return context, (weights, dots, statistics, moments)
 
     def cross_read_gradient(
         self,
         x: Tensor,
         probes: Tensor,
-        fold: Fold | None,
-        kept: tuple[Tensor, ...],
-        gradient: Tensor,
+        norm: Fold | None,
+        saved: tuple[Tensor, ...],
+        grad_context: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients of x, the probes, and the fold's first token, weight and bias, all fp32."""
+        """Backward pass of `cross_read` in fp32.
+
+        Args:
+            x: (B, N, D) fp32.
+            probes: (B, H, D) fp32.
+            norm: As given to `cross_read`.
+            saved: What `cross_read` saved.
+            grad_context: (B, H, D) fp32.
+
+        Returns:
+            The gradients of x, the probes, and the norm's first token, weight and bias, fp32.
+        """
         (batch, tokens, width), heads = x.shape, probes.shape[1]
-        of_x, of_probes = torch.empty_like(x), torch.empty_like(probes)
-        of_first, of_weight, of_bias = (
-            None if fold is None else x.new_empty(batch, width) for _ in range(3)
+        weights, dots, statistics, moments = saved
+        grad_x, grad_probes = torch.empty_like(x), torch.empty_like(probes)
+        grad_first, grad_norm_weight, grad_norm_bias = (
+            x.new_empty(batch, width) if norm else None for _ in range(3)
         )
-        places = _places(
-            x,
-            *_folded(fold),
-            probes,
-            *kept,
-            gradient,
-            of_x,
-            of_first,
-            of_probes,
-            of_weight,
-            of_bias,
+        self._call(
+            "cross_read_backward",
+            x.dtype,
+            inp=x,
+            first=norm and norm.first,
+            norm_weight=norm and norm.weight,
+            norm_bias=norm and norm.bias,
+            probes=probes,
+            weights=weights,
+            dots=dots,
+            statistics=statistics,
+            moments=moments,
+            grad_context=grad_context,
+            grad_inp=grad_x,
+            grad_first=grad_first,
+            grad_probes=grad_probes,
+            grad_norm_weight=grad_norm_weight,
+            grad_norm_bias=grad_norm_bias,
+            batch=batch,
+            heads=heads,
+            tokens=tokens,
+            width=width,
         )
-        self.functions["cross_read_gradient"](*places, batch, heads, tokens, width)
-        if of_weight is None or of_bias is None:
-            return of_x, of_probes, None, None, None
-        return of_x, of_probes, of_first, of_weight.sum(dim=0), of_bias.sum(dim=0)
+        if grad_norm_weight is None or grad_norm_bias is None:
+            return grad_x, grad_probes, None, None, None
+        return grad_x, grad_probes, grad_first, grad_norm_weight.sum(0), grad_norm_bias.sum(0)
 
     def resize(self, planes: Tensor, size: tuple[int, int], rows: Taps, columns: Taps) -> Tensor:
         """(..., H, W) fp32 -> (..., *size): each output the sum of TAPS inputs along each side."""
         height, width = planes.shape[-2:]
         out = planes.new_empty(*planes.shape[:-2], *size)
-        weights = (rows.starts, rows.weights, columns.starts, columns.by_tap)
-        self.functions["resize"](
-            *_places(planes, out),
-            planes.numel() // (height * width),
-            height,
-            width,
-            *size,
-            *_places(*weights),
+        self._call(
+            "resize",
+            planes.dtype,
+            planes=planes,
+            out=out,
+            row_starts=rows.starts,
+            row_weights=rows.weights,
+            column_starts=columns.starts,
+            column_weights=columns.by_tap,
+            count=planes.numel() // (height * width),
+            height=height,
+            width=width,
+            out_height=size[0],
+            out_width=size[1],
         )
         return out
 
 
-def _kept(x: Tensor, dtype: torch.dtype) -> Kept:
+def _saved_norm(x: Tensor, dtype: torch.dtype) -> Kept:
     return Kept(torch.empty_like(x, dtype=dtype), x.new_empty(*x.shape[:-1], 2))
-
-
-def _folded(fold: Fold | None) -> tuple[Tensor | None, ...]:
-    return (None, None, None) if fold is None else (fold.first, fold.weight, fold.bias)
-
-
-def _places(*tensors: Tensor | None) -> list[int | None]:
-    """Addresses. Whoever calls holds the tensors: a copy made in the call itself would be gone before it is read."""
-    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]

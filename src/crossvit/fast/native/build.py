@@ -1,7 +1,8 @@
-"""The compiled kernels: found or made, and checked.
+"""Compiles, loads and checks the kernels.
 
-Without a C++ compiler, on another processor, with another operating system or with CROSSVIT_KERNELS=off in the environment there
-are none, and `native()` is None. Nothing here has a gradient; the files of crossvit/fast have.
+Without a C++ compiler, on another processor or operating system, or with CROSSVIT_KERNELS=off in
+the environment there are none, and `native()` is None. Nothing here has a gradient; the files of
+crossvit/fast have.
 
 Shapes: B batch, N tokens, D width, H heads, K = D / H width of a head.
 """
@@ -30,16 +31,19 @@ from crossvit.hardware import instruction_sets, processor
 
 FOLDER = Path(__file__).parent
 SOURCES = (
+    "arguments.cpp",
     "attention.cpp",
-    "attention_gradient.cpp",
+    "attention_backward.cpp",
     "linear.cpp",
     "sublayers.cpp",
     "patch_embed.cpp",
     "resize.cpp",
     "cross_attention.cpp",
 )
-HEADERS = ("tiles.h", "rows.h")
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC")
+HEADERS = ("arguments.h", "simd.h", "layers.h")
+# GCC 12 takes undefined registers in its own immintrin.h for uninitialised variables.
+WARNINGS = ("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized")
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-shared", "-fPIC", *WARNINGS)
 COMPILE_SECONDS = 120
 SWITCH = "CROSSVIT_KERNELS"  # in the environment: `off` for none
 
@@ -48,38 +52,40 @@ _wanted = True
 
 
 def native() -> Native | None:
-    """The kernels, compiled where they have not been; None where there can be none or `without_kernels` is in force."""
+    """Returns the kernels, compiled if needed; None without any or in `without_kernels()`."""
     found = _found() if _wanted else None
     return found if isinstance(found, Native) else None
 
 
 def kernels_here() -> Native:
-    """The kernels, for who has asked whether they are there: also where `without_kernels` has come between, in another thread or
-    before the backward pass."""
+    """Returns the loaded kernels, ignoring `without_kernels()`.
+
+    A backward pass uses what its forward pass used, and another thread may switch in between.
+    """
     found = _found()
     assert isinstance(found, Native)
     return found
 
 
 def why_none() -> str:
-    """Why `native()` is None, in a few words; empty where it is not."""
+    """Returns why `native()` is None, in a few words; empty where it is not."""
     found = _found() if _wanted else "they are switched off"
     return found if isinstance(found, str) else ""
 
 
 def are_wanted() -> bool:
-    """Whether kernels may be used here: false within `without_kernels`."""
+    """Returns whether kernels may be used: false within `without_kernels()`."""
     return _wanted
 
 
 def without_kernels() -> contextlib.AbstractContextManager[None]:
-    """Inside, torch computes everything."""
+    """Returns a context in which torch computes everything."""
     return kernels_wanted(False)
 
 
 @contextlib.contextmanager
 def kernels_wanted(wanted: bool) -> Iterator[None]:
-    """Inside, kernels may be used or not."""
+    """A context in which kernels may be used, or not."""
     global _wanted  # noqa: PLW0603  # one setting for the process, like torch's own
     before, _wanted = _wanted, wanted
     try:
@@ -95,7 +101,7 @@ def look_again() -> None:
 
 @lru_cache
 def _found() -> Native | str:
-    """The kernels, or why there are none, which is in the log too (at level INFO)."""
+    """Returns the kernels, or why there are none, which is logged too (at level INFO)."""
     if (asked := os.environ.get(SWITCH, "on").lower()) == "off":
         return f"{SWITCH}=off"
     if asked not in ("on", ""):
@@ -109,13 +115,13 @@ def _found() -> Native | str:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             check(kernels)
     except (OSError, RuntimeError) as error:
-        log.info("our kernels are not used: %s", error, exc_info=error.__cause__)
+        log.info("native kernels are not used: %s", error, exc_info=error.__cause__)
         return str(error)
     return kernels
 
 
 def _library() -> Path:
-    """The library for these sources on this machine, made where it is not in the cache or not as it was made."""
+    """Returns the library of these sources for this machine, compiled if the cache lacks it whole."""
     compiler = _compiler()
     texts = b"".join((FOLDER / name).read_bytes() for name in (*HEADERS, *SOURCES))
     machine = f"{processor()} {instruction_sets()} {compiler} {FLAGS}"  # what -march=native goes by
@@ -141,13 +147,13 @@ def _library() -> Path:
         except subprocess.SubprocessError as error:
             raise RuntimeError(f"{compiler[0]} does not compile them") from error
         with made.open("rb+") as file:
-            file.write(hashlib.sha256(file.read()).digest())  # behind what the loader reads
+            file.write(hashlib.sha256(file.read()).digest())  # after what the loader reads
         made.replace(path)
     return path
 
 
 def _compiler() -> list[str]:
-    """$CXX, a path or a command with arguments (`ccache g++`), or g++; empty where it is not there."""
+    """Returns $CXX, a path or a command with arguments (`ccache g++`), or g++; empty if missing."""
     named = os.environ.get("CXX") or "g++"
     if there := shutil.which(named):
         return [there]
@@ -156,7 +162,7 @@ def _compiler() -> list[str]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a library is there and as it was made: the system would load one that a crash cut short, and die of it later."""
+    """Returns whether the library is complete: a truncated one would load, and crash later."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:

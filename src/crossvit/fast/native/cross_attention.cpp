@@ -1,17 +1,162 @@
-// Lazy cross-attention on a CPU with AVX-512: H probes read N tokens once, forward and backward, in time linear in N.
+// Lazy cross-attention on a CPU with AVX-512: H probes read N tokens once, forward and backward, in
+// time linear in N.
 //
-//   s_hj = probe_h · z_j,  p_h = softmax(s_h),  mixed_h = Σ_j p_hj z_j
+//   s_hj = probe_h · z_j,  p_h = softmax(s_h),  context_h = Σ_j p_hj z_j
 //
-//   x: (B, N, D) fp32 or bf16;  probes, mixed: (B, H, D) fp32, the scale in the probes.  Plain: z = x.  Folded (`first` is given):
-//   z_0 = first (B, D), and z_j = weight ∘ n_j + bias with n_j = (x_j − mean_j) rstd_j is the LayerNorm of the others, which is
-//   never made: probe · z_j = rstd_j (weight ∘ probe) · (x_j − mean_j) + probe · bias, and so on.
+//   x: (B, N, D) fp32 or bf16;  probes, context: (B, H, D) fp32, the scale in the probes.
+//   Plain: z = x. With a fused norm (`first` is not null): z_0 = first (B, D), and z_j =
+//   weight ∘ n_j + bias with n_j = (x_j − mean_j) rstd_j is the LayerNorm of the other tokens, which is never stored:
+//   probe · z_j = rstd_j (weight ∘ probe) · (x_j − mean_j) + probe · bias, and so on.
 //
-// Kept for the gradient: shares p (B, H, N), dots (weight ∘ probe) · n_j (B, H, N), statistics (B, N, 2), moments Σ p_hj n_j (B, H, D).
+// Saved for the backward pass: weights p (B, H, N), dots (weight ∘ probe) · n_j (B, H, N),
+// statistics (B, N, 2), moments Σ_j p_hj n_j (B, H, D).
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
-#include "tiles.h"
+#include "arguments.h"
+#include "simd.h"
+
+// ------------------------------------------------------------------ scalar references
+// fp32, sums in double.
+
+namespace {
+
+// n (N, D) of an image, x itself where there is no norm, and its statistics.
+void normalize_reference(const float* inp, bool has_norm, float eps, double* normalized,
+                         float* statistics, long tokens, long width) {
+  for (long j = 0; j < tokens; ++j, inp += width, normalized += width) {
+    double mean = 0.0, variance = 0.0, rstd = 1.0;
+    if (has_norm) {
+      for (long i = 0; i < width; ++i) mean += inp[i] / (double)width;
+      for (long i = 0; i < width; ++i) variance += (inp[i] - mean) * (inp[i] - mean) / width;
+      rstd = 1.0 / std::sqrt(variance + eps);
+    }
+    for (long i = 0; i < width; ++i) normalized[i] = (inp[i] - mean) * rstd;
+    statistics[2 * j] = (float)mean;
+    statistics[2 * j + 1] = (float)rstd;
+  }
+}
+
+// z (N, D) of n.
+std::vector<double> tokens_reference(const std::vector<double>& normalized, const float* first,
+                                     const float* weight, const float* bias, long width) {
+  std::vector<double> z = normalized;
+  if (first)
+    for (size_t at = 0; at < z.size(); ++at) {
+      const long i = at % width;
+      z[at] = (long)at < width ? first[i] : weight[i] * z[at] + bias[i];
+    }
+  return z;
+}
+
+}  // namespace
+
+extern "C" {
+
+int cross_read_reference(const CrossReadArgs<float>* args) {
+  const long H = args->heads, N = args->tokens, D = args->width;
+  std::vector<double> normalized(N * D), weights(N);
+  for (long b = 0; b < args->batch; ++b) {
+    const float* first = args->first ? args->first + b * D : nullptr;
+    normalize_reference(args->inp + b * N * D, first != nullptr, args->eps, normalized.data(),
+                        args->statistics + b * N * 2, N, D);
+    const std::vector<double> z =
+        tokens_reference(normalized, first, args->norm_weight, args->norm_bias, D);
+    for (long h = 0; h < H; ++h) {
+      const float* probe = args->probes + (b * H + h) * D;
+      double maximum = -INFINITY, sum = 0.0;
+      for (long j = 0; j < N; ++j) {
+        weights[j] = 0.0;
+        for (long i = 0; i < D; ++i) weights[j] += probe[i] * z[j * D + i];
+        maximum = std::max(maximum, weights[j]);
+        double dot = 0.0;
+        for (long i = 0; i < D; ++i)
+          dot += (first ? probe[i] * args->norm_weight[i] : probe[i]) * normalized[j * D + i];
+        args->dots[(b * H + h) * N + j] = (float)dot;
+      }
+      for (double& weight : weights) sum += weight = std::exp(weight - maximum);
+      for (long j = 0; j < N; ++j) args->weights[(b * H + h) * N + j] = (float)(weights[j] / sum);
+      for (long i = 0; i < D; ++i) {
+        double context = 0.0, moment = 0.0;
+        for (long j = 0; j < N; ++j) {
+          context += weights[j] / sum * z[j * D + i];
+          if (j > 0 || !first) moment += weights[j] / sum * normalized[j * D + i];
+        }
+        args->context[(b * H + h) * D + i] = (float)context;
+        args->moments[(b * H + h) * D + i] = (float)moment;
+      }
+    }
+  }
+  return 0;
+}
+
+int cross_read_backward_reference(const CrossReadBackwardArgs<float>* args) {
+  const long H = args->heads, N = args->tokens, D = args->width;
+  std::vector<double> normalized(N * D), grad_z(N * D), grad_probe(D), grad_weights(N);
+  for (long b = 0; b < args->batch; ++b) {
+    const float *first = args->first ? args->first + b * D : nullptr, *inp = args->inp + b * N * D,
+                *statistics = args->statistics + b * N * 2;
+    for (long j = 0; j < N; ++j)
+      for (long i = 0; i < D; ++i)
+        normalized[j * D + i] =
+            ((double)inp[j * D + i] - statistics[2 * j]) * statistics[2 * j + 1];
+    const std::vector<double> z =
+        tokens_reference(normalized, first, args->norm_weight, args->norm_bias, D);
+    std::fill(grad_z.begin(), grad_z.end(), 0.0);
+    for (long h = 0; h < H; ++h) {
+      const float *probe = args->probes + (b * H + h) * D,
+                  *grad_context = args->grad_context + (b * H + h) * D,
+                  *weights = args->weights + (b * H + h) * N;
+      double mean = 0.0;
+      for (long j = 0; j < N; ++j) {
+        grad_weights[j] = 0.0;
+        for (long i = 0; i < D; ++i) grad_weights[j] += grad_context[i] * z[j * D + i];
+        mean += weights[j] * grad_weights[j];
+      }
+      std::fill(grad_probe.begin(), grad_probe.end(), 0.0);
+      for (long j = 0; j < N; ++j) {
+        const double grad_score = weights[j] * (grad_weights[j] - mean);
+        for (long i = 0; i < D; ++i) {
+          grad_probe[i] += grad_score * z[j * D + i];
+          grad_z[j * D + i] += grad_score * probe[i] + weights[j] * (double)grad_context[i];
+        }
+      }
+      for (long i = 0; i < D; ++i) args->grad_probes[(b * H + h) * D + i] = (float)grad_probe[i];
+    }
+    float* grad_inp = args->grad_inp + b * N * D;
+    for (long i = 0; i < D && first; ++i) {
+      double grad_weight = 0.0, grad_bias = 0.0;
+      for (long j = 1; j < N; ++j) {
+        grad_weight += grad_z[j * D + i] * normalized[j * D + i];
+        grad_bias += grad_z[j * D + i];
+      }
+      args->grad_first[b * D + i] = (float)grad_z[i];
+      args->grad_norm_weight[b * D + i] = (float)grad_weight;
+      args->grad_norm_bias[b * D + i] = (float)grad_bias;
+    }
+    for (long j = 0; j < N; ++j) {
+      double mean_grad = 0.0, mean_dot = 0.0;
+      for (long i = 0; i < D && first; ++i) {
+        const double grad = args->norm_weight[i] * grad_z[j * D + i];
+        mean_grad += grad / D;
+        mean_dot += grad * normalized[j * D + i] / D;
+      }
+      for (long i = 0; i < D; ++i)
+        grad_inp[j * D + i] =
+            !first ? (float)grad_z[j * D + i]
+            : j == 0
+                ? 0.0f
+                : (float)(statistics[2 * j + 1] * (args->norm_weight[i] * grad_z[j * D + i] -
+                                                   mean_grad - normalized[j * D + i] * mean_dot));
+    }
+  }
+  return 0;
+}
+}
+
+// ------------------------------------------------------------------ kernels
 
 namespace {
 
@@ -19,13 +164,15 @@ constexpr int HEADS = 4;  // at a time: 4 x 4 sums
 
 inline float dot(const float* left, const float* right, long width) {
   __m512 sum = _mm512_setzero_ps();
-  for (long at = 0; at < width; at += LANES) sum = _mm512_fmadd_ps(load(left + at), load(right + at), sum);
+  for (long at = 0; at < width; at += LANES)
+    sum = _mm512_fmadd_ps(load(left + at), load(right + at), sum);
   return _mm512_reduce_add_ps(sum);
 }
 
 // left ∘ right, or left alone
-inline void scaled(const float* left, const float* right, float* to, long width) {
-  for (long at = 0; at < width; at += LANES) store(to + at, right ? _mm512_mul_ps(load(left + at), load(right + at)) : load(left + at));
+inline void multiply(const float* left, const float* right, float* to, long width) {
+  for (long at = 0; at < width; at += LANES)
+    store(to + at, right ? _mm512_mul_ps(load(left + at), load(right + at)) : load(left + at));
 }
 
 inline float sum_of(const float* numbers, long width) {
@@ -36,41 +183,49 @@ inline float sum_of(const float* numbers, long width) {
 
 // (mean, 1 / √(variance + eps))
 template <typename T>
-inline void statistics_of(const T* token, long width, float eps, float* to) {
-  __m512 total = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
-  for (long at = 0; at < width; at += LANES) total = _mm512_add_ps(total, load(token + at));
-  const float mean = _mm512_reduce_add_ps(total) / width;
+inline void mean_and_rstd(const T* token, long width, float eps, float* to) {
+  __m512 sum = _mm512_setzero_ps(), squares = _mm512_setzero_ps();
+  for (long at = 0; at < width; at += LANES) sum = _mm512_add_ps(sum, load(token + at));
+  const float mean = _mm512_reduce_add_ps(sum) / width;
   for (long at = 0; at < width; at += LANES) {
-    const __m512 apart = _mm512_sub_ps(load(token + at), _mm512_set1_ps(mean));
-    squares = _mm512_fmadd_ps(apart, apart, squares);
+    const __m512 deviation = _mm512_sub_ps(load(token + at), _mm512_set1_ps(mean));
+    squares = _mm512_fmadd_ps(deviation, deviation, squares);
   }
   to[0] = mean;
   to[1] = 1.0f / __builtin_sqrtf(_mm512_reduce_add_ps(squares) / width + eps);
 }
 
-// to[h][j] = rstd_j vectors_h · (x_j − mean_j) = vectors_h · n_j for the tokens from `start`. The mean is taken away from each
-// number: of a product with a large mean little would be left.
+// to[h][j] = rstd_j vectors_h · (x_j − mean_j) = vectors_h · n_j for the tokens from `start`. The
+// mean is subtracted from each number: after the dot product, a large mean would leave few digits.
 template <typename T>
-void dots_of(const T* x, const float* statistics, const float* vectors, float* to, long heads, long start, long tokens, long width) {
+void normalized_dots(const T* x, const float* statistics, const float* vectors, float* to,
+                     long heads, long start, long tokens, long width) {
   for (long token = start; token < tokens; ++token) {
     const __m512 mean = _mm512_set1_ps(statistics[2 * token]);
     for (long head = 0; head < heads; head += HEADS) {
       const int count = (int)std::min<long>(HEADS, heads - head);
-      __m512 found[HEADS] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+      __m512 dots[HEADS] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(),
+                            _mm512_setzero_ps()};
       for (long at = 0; at < width; at += LANES) {
-        const __m512 own = _mm512_sub_ps(load(x + token * width + at), mean);
-        for (int in = 0; in < count; ++in) found[in] = _mm512_fmadd_ps(own, load(vectors + (head + in) * width + at), found[in]);
+        const __m512 values = _mm512_sub_ps(load(x + token * width + at), mean);
+        for (int in = 0; in < count; ++in)
+          dots[in] = _mm512_fmadd_ps(values, load(vectors + (head + in) * width + at), dots[in]);
       }
-      for (int in = 0; in < count; ++in) to[(head + in) * tokens + token] = statistics[2 * token + 1] * _mm512_reduce_add_ps(found[in]);
+      for (int in = 0; in < count; ++in)
+        to[(head + in) * tokens + token] =
+            statistics[2 * token + 1] * _mm512_reduce_add_ps(dots[in]);
     }
   }
 }
 
-// to_h = Σ_j factors_hj n_j over the tokens from `start`. scratch: (H, N)
+// to_h = Σ_j coefficients_hj n_j over the tokens from `start`. scratch: (H, N)
 template <typename T>
-void weighted_sums(const T* x, const float* statistics, const float* factors, float* scratch, float* to, long heads, long start, long tokens, long width) {
+void weighted_sums(const T* x, const float* statistics, const float* coefficients, float* scratch,
+                   float* to, long heads, long start, long tokens, long width) {
   for (long head = 0; head < heads; ++head)
-    for (long token = start; token < tokens; ++token) scratch[head * tokens + token] = factors[head * tokens + token] * statistics[2 * token + 1];
+    for (long token = start; token < tokens; ++token)
+      scratch[head * tokens + token] =
+          coefficients[head * tokens + token] * statistics[2 * token + 1];
   for (long head = 0; head < heads; head += HEADS) {
     const int count = (int)std::min<long>(HEADS, heads - head);
     for (long at = 0; at < width; at += 4 * LANES) {
@@ -81,16 +236,20 @@ void weighted_sums(const T* x, const float* statistics, const float* factors, fl
       const auto add = [&](auto wide, auto all) {
         for (long token = start; token < tokens; ++token) {
           const __m512 mean = _mm512_set1_ps(statistics[2 * token]);
-          __m512 own[4];
-          for (int column = 0; column < (wide ? 4 : columns); ++column) own[column] = _mm512_sub_ps(load(x + token * width + at + column * LANES), mean);
+          __m512 values[4];
+          for (int column = 0; column < (wide ? 4 : columns); ++column)
+            values[column] = _mm512_sub_ps(load(x + token * width + at + column * LANES), mean);
           for (int in = 0; in < (all ? HEADS : count); ++in) {
-            const __m512 factor = _mm512_set1_ps(scratch[(head + in) * tokens + token]);
-            for (int column = 0; column < (wide ? 4 : columns); ++column) sums[in][column] = _mm512_fmadd_ps(factor, own[column], sums[in][column]);
+            const __m512 coefficient = _mm512_set1_ps(scratch[(head + in) * tokens + token]);
+            for (int column = 0; column < (wide ? 4 : columns); ++column)
+              sums[in][column] = _mm512_fmadd_ps(coefficient, values[column], sums[in][column]);
           }
         }
       };
-      if (columns == 4 && count == HEADS) add(std::true_type{}, std::true_type{});
-      else add(std::false_type{}, std::false_type{});
+      if (columns == 4 && count == HEADS)
+        add(std::true_type{}, std::true_type{});
+      else
+        add(std::false_type{}, std::false_type{});
       for (int in = 0; in < count; ++in)
         for (int column = 0; column < columns; ++column)
           store(to + (head + in) * width + at + column * LANES, sums[in][column]);
@@ -98,176 +257,216 @@ void weighted_sums(const T* x, const float* statistics, const float* factors, fl
   }
 }
 
-inline void softmax(const float* scores, float* shares, long tokens) {
-  float most = scores[0];
-  for (long token = 1; token < tokens; ++token) most = scores[token] > most ? scores[token] : most;
-  __m512 total = _mm512_setzero_ps();
-  const __m512 factor = _mm512_set1_ps(LOG2_E), largest = _mm512_set1_ps(most * LOG2_E);
+inline void softmax(const float* scores, float* weights, long tokens) {
+  float maximum = scores[0];
+  for (long token = 1; token < tokens; ++token)
+    maximum = scores[token] > maximum ? scores[token] : maximum;
+  __m512 sum = _mm512_setzero_ps();
+  const __m512 log2_e = _mm512_set1_ps(LOG2_E), shift = _mm512_set1_ps(maximum * LOG2_E);
   for (long at = 0; at < tokens; at += LANES) {
-    const __mmask16 real = tokens - at >= LANES ? 0xFFFF : (__mmask16)((1u << (tokens - at)) - 1);
-    const __m512 weight = _mm512_maskz_mov_ps(real, power_of_two(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(real, scores + at), factor, largest)));
-    total = _mm512_add_ps(total, weight);
-    _mm512_mask_storeu_ps(shares + at, real, weight);
+    const __mmask16 valid = tokens - at >= LANES ? 0xFFFF : (__mmask16)((1u << (tokens - at)) - 1);
+    const __m512 weight = _mm512_maskz_mov_ps(
+        valid,
+        exp2_precise(_mm512_fmsub_ps(_mm512_maskz_loadu_ps(valid, scores + at), log2_e, shift)));
+    sum = _mm512_add_ps(sum, weight);
+    _mm512_mask_storeu_ps(weights + at, valid, weight);
   }
-  const float share = 1.0f / _mm512_reduce_add_ps(total);
-  for (long token = 0; token < tokens; ++token) shares[token] *= share;
+  const float scale = 1.0f / _mm512_reduce_add_ps(sum);
+  for (long token = 0; token < tokens; ++token) weights[token] *= scale;
 }
 
-struct Sizes {
-  long heads, tokens, width;
-  float eps;
-};
+// The arguments of one image of a batch.
+template <typename Element>
+CrossReadArgs<Element> image_of(CrossReadArgs<Element> args, long image) {
+  const long heads = args.heads, tokens = args.tokens, width = args.width;
+  args.inp += image * tokens * width;
+  if (args.first) args.first += image * width;
+  for (float** field : {&args.weights, &args.dots}) *field += image * heads * tokens;
+  for (float** field : {&args.context, &args.moments}) *field += image * heads * width;
+  args.probes += image * heads * width;
+  args.statistics += image * tokens * 2;
+  return args;
+}
 
-// The LayerNorm that is folded in, and the token that is there already; all null where z = x.
-struct Fold {
-  const float *first, *weight, *bias;
-};
+CrossReadBackwardArgs<float> image_of(CrossReadBackwardArgs<float> args, long image) {
+  const long heads = args.heads, tokens = args.tokens, width = args.width;
+  if (args.first) {
+    args.first += image * width;
+    for (float** field : {&args.grad_first, &args.grad_norm_weight, &args.grad_norm_bias})
+      *field += image * width;
+  }
+  for (const float** field : {&args.weights, &args.dots}) *field += image * heads * tokens;
+  for (const float** field : {&args.probes, &args.moments, &args.grad_context})
+    *field += image * heads * width;
+  args.grad_probes += image * heads * width;
+  args.inp += image * tokens * width;
+  args.grad_inp += image * tokens * width;
+  args.statistics += image * tokens * 2;
+  return args;
+}
 
+// One image. buffer: H (D + N) numbers.
 template <typename T>
-void read_one(const T* x, Fold fold, const float* probes, float* mixed, float* shares, float* dots, float* statistics, float* moments, Sizes sizes) {
-  const auto [heads, tokens, width, eps] = sizes;
-  const long start = fold.first ? 1 : 0;
-  std::vector<float> vectors(heads * width), scratch(heads * tokens);
-  for (long head = 0; head < heads; ++head) scaled(probes + head * width, fold.weight, vectors.data() + head * width, width);
+void cross_read_image(const CrossReadArgs<T>& args, float* buffer) {
+  const long heads = args.heads, tokens = args.tokens, width = args.width;
+  const float *first = args.first, *norm_weight = args.norm_weight, *norm_bias = args.norm_bias;
+  float *statistics = args.statistics, *weighted_probes = buffer, *scratch = buffer + heads * width;
+  const long start = first ? 1 : 0;
+  for (long head = 0; head < heads; ++head)
+    multiply(args.probes + head * width, norm_weight, weighted_probes + head * width, width);
   for (long token = 0; token < tokens; ++token) {
     statistics[2 * token] = 0.0f;
     statistics[2 * token + 1] = 1.0f;
-    if (fold.first) statistics_of(x + token * width, width, eps, statistics + 2 * token);
+    if (first) mean_and_rstd(args.inp + token * width, width, args.eps, statistics + 2 * token);
   }
-  dots_of(x, statistics, vectors.data(), dots, heads, start, tokens, width);
+  normalized_dots(args.inp, statistics, weighted_probes, args.dots, heads, start, tokens, width);
   for (long head = 0; head < heads; ++head) {
-    float* own = dots + head * tokens;
-    const float offset = fold.first ? dot(probes + head * width, fold.bias, width) : 0.0f;
-    if (fold.first) own[0] = dot(probes + head * width, fold.first, width) - offset;  // an offset that all share cancels
-    softmax(own, shares + head * tokens, tokens);
+    const float* probe = args.probes + head * width;
+    float* dots = args.dots + head * tokens;
+    // probe · bias is in every score and cancels in the softmax.
+    const float offset = first ? dot(probe, norm_bias, width) : 0.0f;
+    if (first) dots[0] = dot(probe, first, width) - offset;
+    softmax(dots, args.weights + head * tokens, tokens);
   }
-  weighted_sums(x, statistics, shares, scratch.data(), moments, heads, start, tokens, width);
+  weighted_sums(args.inp, statistics, args.weights, scratch, args.moments, heads, start, tokens,
+                width);
   for (long head = 0; head < heads; ++head) {
-    const float share = fold.first ? shares[head * tokens] : 0.0f;
+    const float weight = first ? args.weights[head * tokens] : 0.0f;
     for (long at = head * width; at < (head + 1) * width; at += LANES) {
-      __m512 own = load(moments + at);
-      if (fold.first) {
+      __m512 values = load(args.moments + at);
+      if (first) {
         const long in = at - head * width;
-        own = _mm512_fmadd_ps(own, load(fold.weight + in), _mm512_mul_ps(load(fold.bias + in), _mm512_set1_ps(1.0f - share)));
-        own = _mm512_fmadd_ps(load(fold.first + in), _mm512_set1_ps(share), own);
+        values =
+            _mm512_fmadd_ps(values, load(norm_weight + in),
+                            _mm512_mul_ps(load(norm_bias + in), _mm512_set1_ps(1.0f - weight)));
+        values = _mm512_fmadd_ps(load(first + in), _mm512_set1_ps(weight), values);
       }
-      store(mixed + at, own);
+      store(args.context + at, values);
     }
   }
 }
 
-// What gradient_one reads of the forward pass, and where it writes.
-struct Kept {
-  const float *probes, *shares, *dots, *statistics, *moments;
-};
-struct Found {
-  float *x, *first, *probes, *weight, *bias;  // weight and bias: this image's part
-};
-
-// With g_h the gradient of mixed_h, r_hj = (weight ∘ g_h) · n_j and t_hj = p_hj (r_hj − Σ_j p_hj r_hj), which is that of s_hj:
-//   dprobe_h = Σ_j t_hj z_j;   dz_j = Σ_h t_hj probe_h + p_hj g_h;   dn = weight ∘ dz;   dx = rstd (dn − mean(dn) − n mean(dn ∘ n)),
-// where both means are sums of what is known: mean(dn_j) of the sums of the vectors, mean(dn_j ∘ n_j) of dots and r.
-void gradient_one(const float* x, Fold fold, Kept kept, const float* gradient, Found found, Sizes sizes) {
-  const auto [heads, tokens, width, eps] = sizes;
-  const long start = fold.first ? 1 : 0;
-  std::vector<float> vectors(2 * heads * width), sums(2 * heads), reads(heads * tokens), slopes(heads * tokens), scratch(heads * tokens);
-  float *of_probes = vectors.data(), *of_gradient = of_probes + heads * width;
+// One image. With g_h the gradient of context_h, r_hj = (weight ∘ g_h) · n_j and
+// t_hj = p_hj (r_hj − Σ_j p_hj r_hj), the gradient of s_hj:
+//   dprobe_h = Σ_j t_hj z_j;   dz_j = Σ_h t_hj probe_h + p_hj g_h;   dn = weight ∘ dz;
+//   dx = rstd (dn − mean(dn) − n mean(dn ∘ n)),
+// where both means are sums of known numbers: mean(dn_j) of the sums of the vectors,
+// mean(dn_j ∘ n_j) of dots and r.  buffer: H (2 D + 2 + 3 N) numbers.
+void cross_read_backward_image(const CrossReadBackwardArgs<float>& args, float* buffer) {
+  const long heads = args.heads, tokens = args.tokens, width = args.width;
+  const float *x = args.inp, *first = args.first, *norm_weight = args.norm_weight,
+              *norm_bias = args.norm_bias;
+  const long start = first ? 1 : 0;
+  float *weighted_probes = buffer, *weighted_grads = weighted_probes + heads * width,
+        *grad_dots = weighted_grads + heads * width, *grad_scores = grad_dots + heads * tokens,
+        *scratch = grad_scores + heads * tokens, *sums = scratch + heads * tokens;
   for (long head = 0; head < heads; ++head) {
-    scaled(kept.probes + head * width, fold.weight, of_probes + head * width, width);
-    scaled(gradient + head * width, fold.weight, of_gradient + head * width, width);
-    sums[head] = sum_of(of_probes + head * width, width);
-    sums[heads + head] = sum_of(of_gradient + head * width, width);
+    const float *probe = args.probes + head * width, *grad = args.grad_context + head * width;
+    multiply(probe, norm_weight, weighted_probes + head * width, width);
+    multiply(grad, norm_weight, weighted_grads + head * width, width);
+    sums[head] = sum_of(weighted_probes + head * width, width);
+    sums[heads + head] = sum_of(weighted_grads + head * width, width);
   }
-  dots_of(x, kept.statistics, of_gradient, reads.data(), heads, start, tokens, width);
+  normalized_dots(x, args.statistics, weighted_grads, grad_dots, heads, start, tokens, width);
   for (long head = 0; head < heads; ++head) {
-    const float* share = kept.shares + head * tokens;
-    float *read = reads.data() + head * tokens, *slope = slopes.data() + head * tokens, mean = 0.0f;
-    if (fold.first) read[0] = dot(gradient + head * width, fold.first, width) - dot(gradient + head * width, fold.bias, width);
-    for (long token = 0; token < tokens; ++token) mean += share[token] * read[token];
-    for (long token = 0; token < tokens; ++token) slope[token] = share[token] * (read[token] - mean);
+    const float *weights = args.weights + head * tokens, *grad = args.grad_context + head * width;
+    float *grad_dot = grad_dots + head * tokens, *grad_score = grad_scores + head * tokens;
+    float mean = 0.0f;
+    if (first) grad_dot[0] = dot(grad, first, width) - dot(grad, norm_bias, width);
+    for (long token = 0; token < tokens; ++token) mean += weights[token] * grad_dot[token];
+    for (long token = 0; token < tokens; ++token)
+      grad_score[token] = weights[token] * (grad_dot[token] - mean);
   }
-  weighted_sums(x, kept.statistics, slopes.data(), scratch.data(), found.probes, heads, start, tokens, width);  // Σ t n, for now
-  if (fold.first) {
-    std::fill(found.first, found.first + width, 0.0f);
-    std::fill(found.weight, found.weight + width, 0.0f);
-    std::fill(found.bias, found.bias + width, 0.0f);
+  // Σ t n, for now
+  weighted_sums(x, args.statistics, grad_scores, scratch, args.grad_probes, heads, start, tokens,
+                width);
+  if (first) {
+    float *grad_first = args.grad_first, *grad_weight = args.grad_norm_weight,
+          *grad_bias = args.grad_norm_bias;
+    for (float* grads : {grad_first, grad_weight, grad_bias}) std::fill(grads, grads + width, 0.0f);
     for (long head = 0; head < heads; ++head) {
-      const float first_slope = slopes[head * tokens], first_share = kept.shares[head * tokens];
-      const float slope = -first_slope, share = 1.0f - first_share;  // of the others together: slopes add up to 0, shares to 1
-      const float *probe = kept.probes + head * width, *given = gradient + head * width, *moment = kept.moments + head * width;
-      float* own = found.probes + head * width;
+      const float first_score = grad_scores[head * tokens],
+                  first_weight = args.weights[head * tokens];
+      // Of the other tokens together: gradients of scores add up to 0, weights to 1.
+      const float rest_score = -first_score, rest_weight = 1.0f - first_weight;
+      const float *probe = args.probes + head * width, *grad = args.grad_context + head * width,
+                  *moment = args.moments + head * width;
+      float* grad_probe = args.grad_probes + head * width;
       for (long at = 0; at < width; ++at) {
-        found.weight[at] += probe[at] * own[at] + given[at] * moment[at];
-        found.bias[at] += probe[at] * slope + given[at] * share;
-        found.first[at] += first_slope * probe[at] + first_share * given[at];
-        own[at] = fold.weight[at] * own[at] + fold.bias[at] * slope + first_slope * fold.first[at];
+        grad_weight[at] += probe[at] * grad_probe[at] + grad[at] * moment[at];
+        grad_bias[at] += probe[at] * rest_score + grad[at] * rest_weight;
+        grad_first[at] += first_score * probe[at] + first_weight * grad[at];
+        grad_probe[at] =
+            norm_weight[at] * grad_probe[at] + norm_bias[at] * rest_score + first_score * first[at];
       }
     }
-    std::fill(found.x, found.x + width, 0.0f);
+    std::fill(args.grad_inp, args.grad_inp + width, 0.0f);
   }
   for (long token = start; token < tokens; ++token) {
-    const float mean = kept.statistics[2 * token], rstd = kept.statistics[2 * token + 1];
-    float of_sum = 0.0f, of_normal = 0.0f;
-    if (fold.first)
+    const float mean = args.statistics[2 * token], rstd = args.statistics[2 * token + 1];
+    float grad_sum = 0.0f, grad_dot = 0.0f;
+    if (first)
       for (long head = 0; head < heads; ++head) {
-        const float slope = slopes[head * tokens + token], share = kept.shares[head * tokens + token];
-        of_sum += slope * sums[head] + share * sums[heads + head];
-        of_normal += slope * kept.dots[head * tokens + token] + share * reads[head * tokens + token];
+        const float grad_score = grad_scores[head * tokens + token],
+                    weight = args.weights[head * tokens + token];
+        grad_sum += grad_score * sums[head] + weight * sums[heads + head];
+        grad_dot += grad_score * args.dots[head * tokens + token] +
+                    weight * grad_dots[head * tokens + token];
       }
-    const __m512 along = _mm512_set1_ps(-of_normal / width * rstd), offset = _mm512_set1_ps(-of_sum / width);
+    const __m512 along = _mm512_set1_ps(-grad_dot / width * rstd),
+                 offset = _mm512_set1_ps(-grad_sum / width);
     for (long at = 0; at < width; at += LANES) {
-      __m512 own = _mm512_fmadd_ps(along, _mm512_sub_ps(load(x + token * width + at), _mm512_set1_ps(mean)), offset);
+      __m512 grads = _mm512_fmadd_ps(
+          along, _mm512_sub_ps(load(x + token * width + at), _mm512_set1_ps(mean)), offset);
       for (long head = 0; head < heads; ++head) {
-        own = _mm512_fmadd_ps(_mm512_set1_ps(slopes[head * tokens + token]), load(of_probes + head * width + at), own);
-        own = _mm512_fmadd_ps(_mm512_set1_ps(kept.shares[head * tokens + token]), load(of_gradient + head * width + at), own);
+        grads = _mm512_fmadd_ps(_mm512_set1_ps(grad_scores[head * tokens + token]),
+                                load(weighted_probes + head * width + at), grads);
+        grads = _mm512_fmadd_ps(_mm512_set1_ps(args.weights[head * tokens + token]),
+                                load(weighted_grads + head * width + at), grads);
       }
-      store(found.x + token * width + at, _mm512_mul_ps(own, _mm512_set1_ps(rstd)));
+      store(args.grad_inp + token * width + at, _mm512_mul_ps(grads, _mm512_set1_ps(rstd)));
     }
   }
+}
+
+// body(arguments of an image, buffer of `count` numbers) for every image. 1 if memory ran out.
+template <typename Args, typename Body>
+int for_images(const Args& args, long count, Body body) {
+  int failed = 0;
+#pragma omp parallel reduction(| : failed)
+  {
+    float* buffer = (float*)workspace(count * sizeof(float));
+    failed = buffer == nullptr;
+#pragma omp for schedule(static)
+    for (long image = 0; image < args.batch; ++image)
+      if (buffer) body(image_of(args, image), buffer);
+  }
+  return failed;
 }
 
 template <typename T>
-void read(const T* x, Fold fold, const float* probes, float* mixed, float* shares, float* dots, float* statistics, float* moments, long batch, Sizes sizes) {
-  const auto [heads, tokens, width, eps] = sizes;
-#pragma omp parallel for schedule(static)
-  for (long image = 0; image < batch; ++image) {
-    const Fold own{fold.first ? fold.first + image * width : nullptr, fold.weight, fold.bias};
-    const long of_tokens = image * heads * tokens, of_heads = image * heads * width;
-    read_one(x + image * tokens * width, own, probes + of_heads, mixed + of_heads, shares + of_tokens, dots + of_tokens,
-             statistics + image * tokens * 2, moments + of_heads, sizes);
-  }
+int cross_read(const CrossReadArgs<T>& args) {
+  return for_images(args, args.heads * (args.width + args.tokens), cross_read_image<T>);
 }
 
 }  // namespace
 
 extern "C" {
 
-void cross_read_fp32(const float* x, const float* first, const float* weight, const float* bias, const float* probes, float* mixed, float* shares, float* dots,
-                     float* statistics, float* moments, long batch, long heads, long tokens, long width, float eps) {
-  read(x, Fold{first, weight, bias}, probes, mixed, shares, dots, statistics, moments, batch, Sizes{heads, tokens, width, eps});
+int cross_read_fp32(const CrossReadArgs<float>* args) {
+  return cross_read(*args);
 }
 
 #ifdef __AVX512BF16__
-void cross_read_bf16(const uint16_t* x, const float* first, const float* weight, const float* bias, const float* probes, float* mixed, float* shares,
-                     float* dots, float* statistics, float* moments, long batch, long heads, long tokens, long width, float eps) {
-  read(x, Fold{first, weight, bias}, probes, mixed, shares, dots, statistics, moments, batch, Sizes{heads, tokens, width, eps});
+int cross_read_bf16(const CrossReadArgs<uint16_t>* args) {
+  return cross_read(*args);
 }
 #endif
 
-// x_gradient: (B, N, D), in the folded form 0 for token 0;  first_gradient (B, D);  weight_gradients, bias_gradients: (B, D), one
-// part an image.
-void cross_read_gradient(const float* x, const float* first, const float* weight, const float* bias, const float* probes, const float* shares,
-                         const float* dots, const float* statistics, const float* moments, const float* gradient, float* x_gradient,
-                         float* first_gradient, float* probe_gradient, float* weight_gradients, float* bias_gradients, long batch, long heads, long tokens,
-                         long width) {
-#pragma omp parallel for schedule(static)
-  for (long image = 0; image < batch; ++image) {
-    const long of_tokens = image * heads * tokens, of_heads = image * heads * width, of_one = image * width;
-    const auto own = [&](float* part) { return first ? part + of_one : nullptr; };
-    gradient_one(x + image * tokens * width, Fold{first ? first + of_one : nullptr, weight, bias},
-                 Kept{probes + of_heads, shares + of_tokens, dots + of_tokens, statistics + image * tokens * 2, moments + of_heads}, gradient + of_heads,
-                 Found{x_gradient + image * tokens * width, own(first_gradient), probe_gradient + of_heads, own(weight_gradients), own(bias_gradients)},
-                 Sizes{heads, tokens, width, 0.0f});
-  }
+// grad_inp: (B, N, D), with a fused norm 0 for token 0;  grad_first: (B, D);  grad_norm_weight,
+// grad_norm_bias: (B, D), one part an image.
+int cross_read_backward_fp32(const CrossReadBackwardArgs<float>* args) {
+  return for_images(*args, args->heads * (2 * args->width + 2 + 3 * args->tokens),
+                    cross_read_backward_image);
 }
 }
