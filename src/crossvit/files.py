@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all. Standard library only."""
+"""Files that are written whole or not at all, and locks. Standard library only, and filelock."""
 
 from __future__ import annotations
 
@@ -42,13 +42,48 @@ def write_atomically(path: Path, *content: bytes | memoryview) -> None:
 
 def _sync_folder(path: Path) -> None:
     """Let a renamed file's name survive a power cut, where a folder can be opened: not on Windows."""
-    if os.name != "posix":
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except PermissionError:
         return
-    folder = os.open(path, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+@contextlib.contextmanager
+def lock(path: Path, *, busy: str, leaves: bool = False) -> Iterator[None]:
+    """Hold the file `path`, which stands beside what it guards, for this process.
+
+    The system lets go of it with the process, so a kill leaves at most an empty file that holds
+    nobody up.
+
+    Args:
+        path: The lock file, made where it is not there.
+        busy: What the error says where another process holds it.
+        leaves: Whether the file stays afterwards; taken away, it leaves no trace.
+
+    Raises:
+        RunError: Where another process, or this one already, holds it; or it cannot be made.
+    """
+    # imported here: it loads asyncio, which a verb that only reads does without
+    from filelock import FileLock, Timeout
+
+    held = FileLock(path, timeout=0)
+    try:
+        held.acquire()
+    except (Timeout, RuntimeError):  # RuntimeError: this thread holds it itself
+        raise RunError(busy) from None
+    except OSError as error:
+        raise RunError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        yield
+    finally:
+        held.release()
+        if not leaves:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import sys
 from pathlib import Path
 
 
@@ -45,6 +46,16 @@ def physical_cores() -> int:
         except OSError:
             siblings.add(str(cpu))
     return len(siblings)
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has taken; 0 where the system does not tell."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def is_installed(package: str) -> bool:

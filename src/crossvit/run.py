@@ -6,14 +6,13 @@
     RUN/log.jsonl           one line an epoch
     RUN/report.html         the page to look at
 
-Files are written whole or not at all. The lock is an flock, so a killed process leaves none.
+Files are written whole or not at all. The lock is the system's, so a killed process leaves none.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from crossvit.errors import RunError, UsageError
-from crossvit.files import write_atomically, writing
+from crossvit.files import lock, write_atomically, writing
 from crossvit.results.run_record import RunRecord
 
 
@@ -150,12 +149,8 @@ class Run:
         """Hold the run for writing. RunError if another process does."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / ".lock", "w")  # noqa: SIM115  # held until the lock is let go
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(
-                    f"{self.path} is being trained by another process: wait for it or choose another --out"
-                ) from None
+        busy = (
+            f"{self.path} is being trained by another process: wait for it or choose another --out"
+        )
+        with lock(self.path / ".lock", busy=busy, leaves=True):
             yield

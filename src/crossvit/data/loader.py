@@ -236,18 +236,22 @@ def _interrupts_left_to_this_process() -> Iterator[None]:
     """Processes started inside never hear Ctrl-C: they inherit that it is blocked. This one hears it when all are started, and
     ends them; none is lost."""
     heard: list[int] = []
-    resource_tracker.ensure_running()  # starting it later would unblock the signal
+    if hasattr(signal, "pthread_sigmask"):
+        resource_tracker.ensure_running()  # starting it later would unblock the signal
     here = (
         threading.current_thread() is threading.main_thread()
     )  # elsewhere handlers cannot be set, and none is run
     before = signal.getsignal(signal.SIGINT) if here else None  # None: not Python's to put back
     if before is not None:
         signal.signal(signal.SIGINT, lambda number, _: heard.append(number))
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # Windows has no such mask: there each worker hears Ctrl-C too, and ends of it
+    mask = getattr(signal, "pthread_sigmask", None)
+    blocked = mask(signal.SIG_BLOCK, {signal.SIGINT}) if mask else None
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if mask:
+            mask(signal.SIG_SETMASK, blocked)
         if before is not None:
             signal.signal(signal.SIGINT, before)
         if heard:

@@ -22,7 +22,7 @@ from crossvit.engines.protocol import Engine
 from crossvit.errors import EngineError
 from crossvit.fast.parity import compare, witness_images, write_witness
 from crossvit.files import write_atomically
-from crossvit.hardware import instruction_sets, is_installed
+from crossvit.hardware import instruction_sets, is_installed, version_of
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.registry import BLOCKS, FUSIONS, TOKENISERS
 from crossvit.run import Run
@@ -61,7 +61,8 @@ def check_parity(engine: Engine, path: Path, trained: Trained) -> None:
         EngineError: Where they differ.
     """
     machine = hashlib.sha256(instruction_sets().encode()).hexdigest()[:8]
-    version = getattr(sys.modules[engine.name], "__version__", "")  # looking it up takes longer
+    # looking a version up takes longer than asking a package that is loaded already
+    version = getattr(sys.modules.get(engine.name), "__version__", "") or version_of(engine.name)
     kind = f"{engine.name}-{version}-{engine.precision}-{machine}"
     agreed = path.with_suffix(f".{kind}.agrees")
     if agreed.is_file():

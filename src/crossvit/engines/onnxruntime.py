@@ -103,7 +103,7 @@ def _keep_optimised(path: Path, kept: Path) -> None:
         made.mkdir()
         _session(path, save_to=made / "graph.onnx")
         for file in made.iterdir():
-            with file.open("rb") as written:
+            with file.open("rb+") as written:  # Windows syncs what is open for writing
                 os.fsync(written.fileno())
         try:
             made.rename(kept)

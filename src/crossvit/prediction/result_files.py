@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import glob
 import io
 import json
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from crossvit.errors import RunError, UsageError
-from crossvit.files import write_atomically, writing
+from crossvit.files import lock, write_atomically, writing
 from crossvit.results import Prediction, plain_name, to_json
 
 ROWS_A_PART = 8192  # of a Parquet file, about: 1 MB, large enough to read fast, small enough to hold in memory
@@ -120,7 +119,8 @@ class _Appended:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = os.fdopen(_locked(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab")
+        self._lock = _lock(path)
+        self._file = path.open("ab")
 
     def is_blank(self) -> bool:
         return self.path.stat().st_size == 0
@@ -144,6 +144,7 @@ class _Appended:
     def close(self) -> None:
         with contextlib.suppress(OSError):  # what could not be written has been said
             self._file.close()
+        self._lock.close()
 
 
 class JsonLines(_Appended):
@@ -261,7 +262,7 @@ class ParquetParts:
             raise UsageError(
                 f"--out {path} holds other files than results ({strange[0]}): choose another name"
             )
-        self._folder = _locked(path, os.O_RDONLY)
+        self._lock = _lock(path)
         for tail in path.parent.glob(f"{glob.escape(path.name)}.part-*.jsonl"):
             if tail != self._tail_of(len(self._parts()) + 1):
                 tail.unlink()
@@ -320,7 +321,7 @@ class ParquetParts:
 
     def close(self) -> None:
         self._tail.close()
-        os.close(self._folder)
+        self._lock.close()
 
     def _parts(self) -> list[Path]:
         return sorted(self.path.glob("part-*.parquet"))
@@ -383,14 +384,9 @@ def _json_lines(records: Iterable[dict[str, Any]]) -> str:
     )
 
 
-def _locked(path: Path, flags: int) -> int:
-    """The descriptor of `path`, which no other process has while this one does."""
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise RunError(
-            f"{path} is being written by another process: wait for it or choose another --out"
-        ) from None
-    return descriptor
+def _lock(path: Path) -> contextlib.ExitStack:
+    """Holds `path` for this process until it is closed, by a file beside it."""
+    stack = contextlib.ExitStack()
+    busy = f"{path} is being written by another process: wait for it or choose another --out"
+    stack.enter_context(lock(path.with_name(f".{path.name}.lock"), busy=busy))
+    return stack

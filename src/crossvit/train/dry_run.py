@@ -7,9 +7,7 @@ import dataclasses
 import itertools
 import math
 import multiprocessing
-import resource
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +15,7 @@ import torch
 
 from crossvit.engines.torch import autocast
 from crossvit.evaluation.evaluator import BATCH_SIZE
+from crossvit.hardware import peak_memory
 from crossvit.text import duration
 from crossvit.train.durations import parse_duration
 from crossvit.train.trainer import Training
@@ -102,9 +101,7 @@ def peak_bytes(training: Training) -> int:
     together, those that load images too where /proc tells of them."""
     if training.device.type == "cuda":
         return max(training.team.gather(torch.cuda.max_memory_allocated(training.device)))
-    own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    own = peak_memory()
     workers = sum(_peak_of(child.pid) for child in multiprocessing.active_children())
     return sum(training.team.gather(own + workers))
 

@@ -166,7 +166,7 @@ def _fetch(remote: Remote, *, optional: bool = False) -> Path:
         _check(remote, remote.kept)
         return remote.kept
     remote.kept.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(remote.kept.with_name(f".{remote.kept.name}.lock")):
+    with _waiting_lock(remote.kept.with_name(f".{remote.kept.name}.lock")):
         if remote.kept.is_file():
             _check(remote, remote.kept)
             return remote.kept
@@ -379,12 +379,12 @@ def _check(remote: Remote, file: Path, *, announced: str | None = None) -> None:
                 file, name=remote.name
             )  # a login page is not recorded as the file of the first use
         record.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(record.with_name(".sha256.json.lock")):
+        with _waiting_lock(record.with_name(".sha256.json.lock")):
             recorded = _recorded(record) | {remote.name: digest}
             write_atomically(record, f"{json.dumps(recorded, indent=1, sort_keys=True)}\n".encode())
 
 
-def _lock(path: Path) -> AbstractContextManager[object]:
+def _waiting_lock(path: Path) -> AbstractContextManager[object]:
     """One process at a time. The library is loaded here: it loads asyncio, which files that are here already do without."""
     from filelock import FileLock
 
