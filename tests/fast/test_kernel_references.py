@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from crossvit.fast.native.bindings import ARGUMENTS, Fold, Kept, Linear, Native, Norm
+from crossvit.fast.native.bindings import (
+    ARGUMENTS,
+    FusedNorm,
+    Linear,
+    NativeKernels,
+    Norm,
+    SavedNorm,
+)
 from crossvit.fast.native.build import native
 from crossvit.fast.resize import _taps
 from support.kernels import NEAR, error, needs_kernels, needs_layers
@@ -20,12 +27,14 @@ SHAPES = [(2, 17, 32, 48), (3, 67, 96, 176), (1, 5, 64, 16), (2, 1, 112, 64)]  #
 pytestmark = needs_kernels
 
 
-def kernels_and_reference(dtype: torch.dtype = torch.float32) -> tuple[Native, Native]:
+def kernels_and_reference(
+    dtype: torch.dtype = torch.float32,
+) -> tuple[NativeKernels, NativeKernels]:
     kernels = native()
     assert kernels is not None
     if dtype == torch.bfloat16 and not kernels.has_bf16:
         pytest.skip("this processor has no AVX-512 bf16")
-    return kernels, Native(kernels.library, reference=True)
+    return kernels, NativeKernels(kernels.library, reference=True)
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -61,8 +70,8 @@ def test_attention(batch: int, tokens: int, heads: int, width: int, dtype: torch
     exact = reference.attention(qkv.float(), heads, scale=scale, log_sums=exact_log_sums)
     assert_near((context, log_sums), (exact, exact_log_sums), NEAR[dtype])
     grad = normal(*context.shape, dtype=dtype)
-    grad_qkv = kernels.attention_gradient(qkv, context, grad, log_sums, scale=scale)
-    exact_grad_qkv = reference.attention_gradient(
+    grad_qkv = kernels.attention_backward(qkv, context, grad, log_sums, scale=scale)
+    exact_grad_qkv = reference.attention_backward(
         qkv.float(), context.float(), grad.float(), exact_log_sums, scale=scale
     )
     size = width * heads  # a lone token has gradients of its values alone
@@ -91,15 +100,17 @@ def test_the_backward_pass_of_a_linear_layer(
     grad, x = (normal(rows, size, dtype=torch.bfloat16) for size in (out_dim, in_dim))
     grads = normal(out_dim, in_dim), normal(out_dim)
     exact = grads[0].clone(), grads[1].clone()
-    kernels.linear_gradient(grad, x, grads, adds=adds)
-    reference.linear_gradient(grad.float(), x.float(), exact, adds=adds)
+    kernels.linear_backward(grad, x, grads, adds=adds)
+    reference.linear_backward(grad.float(), x.float(), exact, adds=adds)
     assert_near(grads, exact, 1e-5)
 
 
 class Sublayer:
     """A LayerNorm and two linear layers for the kernels and for the references."""
 
-    def __init__(self, width: int, hidden_dim: int, dtype: torch.dtype, kernels: Native) -> None:
+    def __init__(
+        self, width: int, hidden_dim: int, dtype: torch.dtype, kernels: NativeKernels
+    ) -> None:
         self.norm = Norm(normal(width), normal(width, seed=1), 1e-6)
         self.up = rounded(dtype, hidden_dim, width) / 8
         self.down = rounded(dtype, width, hidden_dim) / 8
@@ -138,10 +149,10 @@ def test_layers_of_a_sublayer(
     )
 
 
-def present(saved: Kept) -> tuple[Tensor, Tensor]:
-    assert saved.normalised is not None
+def present(saved: SavedNorm) -> tuple[Tensor, Tensor]:
+    assert saved.normalized is not None
     assert saved.statistics is not None
-    return saved.normalised, saved.statistics
+    return saved.normalized, saved.statistics
 
 
 @needs_layers
@@ -162,29 +173,31 @@ def test_the_backward_pass_of_a_sublayer(
     assert hidden is not None
     norm = layers.norm.weight, present(saved)[1]
 
-    outputs = kernels.linear_residual_gradient(grad_out, scale, down)
-    exact = reference.linear_residual_gradient(grad_out, scale, layers.down)
+    outputs = kernels.linear_residual_backward(grad_out, scale, down)
+    exact = reference.linear_residual_backward(grad_out, scale, layers.down)
     assert_near(outputs, exact, 2 * NEAR[dtype])
 
     grad_hidden = outputs[1]
     buffers, exact_buffers = (
         (torch.empty_like(x), normal(width), normal(width, seed=1)) for _ in range(2)
     )
-    kernels.norm_linear_gradient(grad_hidden, up, grad_out, x, norm=norm, found=buffers)
-    reference.norm_linear_gradient(
-        grad_hidden.float(), layers.up, grad_out, x, norm=norm, found=exact_buffers
+    kernels.norm_linear_backward(grad_hidden, up, grad_out, x, norm=norm, grad_buffers=buffers)
+    reference.norm_linear_backward(
+        grad_hidden.float(), layers.up, grad_out, x, norm=norm, grad_buffers=exact_buffers
     )
     assert_near(buffers, exact_buffers, NEAR[dtype])
 
-    outputs = kernels.mlp_gradient(grad_out, scale, (down, up), hidden, x, norm=norm, found=buffers)
-    exact = reference.mlp_gradient(
+    outputs = kernels.mlp_backward(
+        grad_out, scale, (down, up), hidden, x, norm=norm, grad_buffers=buffers
+    )
+    exact = reference.mlp_backward(
         grad_out,
         scale,
         (layers.down, layers.up),
         hidden.float(),
         x,
         norm=norm,
-        found=exact_buffers,
+        grad_buffers=exact_buffers,
     )
     assert_near((*outputs, *buffers), (*exact, *exact_buffers), 2 * NEAR[dtype])
 
@@ -219,7 +232,7 @@ def test_a_cross_read(
 ) -> None:
     kernels, reference = kernels_and_reference(dtype)
     x, probes = normal(batch, tokens, width, dtype=dtype), normal(batch, heads, width) / 4
-    norm = Fold(normal(batch, width), normal(width), normal(width, seed=1), 1e-6)
+    norm = FusedNorm(normal(batch, width), normal(width), normal(width, seed=1), 1e-6)
     fused = norm if has_norm else None
     context, saved = kernels.cross_read(x, probes, fused)
     exact, exact_saved = reference.cross_read(x.float(), probes, fused)
@@ -235,8 +248,8 @@ def test_a_cross_read(
     )
     if dtype == torch.float32:
         grad = normal(batch, heads, width, seed=1)
-        grads = kernels.cross_read_gradient(x, probes, fused, saved, grad)
-        exact_grads = reference.cross_read_gradient(x, probes, fused, exact_saved, grad)
+        grads = kernels.cross_read_backward(x, probes, fused, saved, grad)
+        exact_grads = reference.cross_read_backward(x, probes, fused, exact_saved, grad)
         pairs = [(a, b) for a, b in zip(grads, exact_grads, strict=True) if a is not None]
         assert len(pairs) == (5 if has_norm else 2)
         for index, (a, b) in enumerate(pairs):

@@ -20,7 +20,7 @@ from crossvit.fast.eligibility import (
     why_no_resize_kernel,
 )
 from crossvit.fast.native import build as module
-from crossvit.fast.native.bindings import NAMES, Fold, Linear, Norm
+from crossvit.fast.native.bindings import NAMES, FusedNorm, Linear, Norm
 from crossvit.fast.native.build import native, without_kernels
 from crossvit.fast.patch_embed import fast_resize, patch_tokens
 from crossvit.fast.resize import bicubic
@@ -146,8 +146,8 @@ def test_gelu_is_exact_to_the_last_bit_of_bf16_over_all_its_range(dtype: torch.d
                 (identity, identity),
             )
             into = (zeros.clone(), torch.zeros(size), torch.zeros(size))
-            _, again, gradient = kernels.mlp_gradient(
-                ones, None, packed, hidden, zeros, norm=(norm.weight, statistics), found=into
+            _, again, gradient = kernels.mlp_backward(
+                ones, None, packed, hidden, zeros, norm=(norm.weight, statistics), grad_buffers=into
             )
             assert torch.equal(again[0, 0], found[0, 0].bfloat16())
             assert ((gradient[0, 0] - slope).abs() <= slope.abs() / 256 + 1e-4).all()
@@ -176,10 +176,10 @@ def test_linear_layers_are_torchs(rows: int, width: int, inner: int, dtype: torc
     )
     found, kept = kernels.norm_linear(x, norm, inward, keeps=True)
     normalised = F.layer_norm(x.double(), (width,), scale.double(), shift.double(), 1e-6)
-    assert kept.normalised is not None
-    assert error(kept.normalised, normalised) < NEAR[dtype]
+    assert kept.normalized is not None
+    assert error(kept.normalized, normalised) < NEAR[dtype]
     assert (
-        error(found, F.linear(kept.normalised.double(), weight.double(), bias.double()))
+        error(found, F.linear(kept.normalized.double(), weight.double(), bias.double()))
         < 2 * NEAR[dtype]
     )
     assert torch.equal(found, kernels.norm_linear(x, norm, inward, keeps=False)[0])
@@ -206,7 +206,7 @@ def test_the_gradient_of_a_linear_layer_is_written_or_added(
     exact = (gradient.double().t() @ x.double(), gradient.double().sum(dim=0))
     for adds in (False, True):
         found = (torch.ones(outward, inward), torch.ones(outward))
-        kernels.linear_gradient(gradient, x, found, adds=adds)
+        kernels.linear_backward(gradient, x, found, adds=adds)
         assert all(
             error(one - float(adds), other) < 1e-5 for one, other in zip(found, exact, strict=True)
         )
@@ -225,9 +225,9 @@ def test_the_gradient_of_a_linear_layer_has_the_same_bits_however_it_is_shared_o
     for threads in (1, 2, 3, 4, 8):
         torch.set_num_threads(threads)
         found = (torch.full((outward, inward), torch.nan), torch.full((outward,), torch.nan))
-        kernels.linear_gradient(gradient, x, found, adds=False)
+        kernels.linear_backward(gradient, x, found, adds=False)
         written = [one.clone() for one in found]
-        kernels.linear_gradient(gradient, x, found, adds=True)
+        kernels.linear_backward(gradient, x, found, adds=True)
         runs.append((*written, *found))
     torch.set_num_threads(before)
     assert all(
@@ -365,7 +365,9 @@ def test_a_cross_read_and_its_gradients_are_those_of_its_equation(
     ] * folded
     leaves = [leaf.requires_grad_() for leaf in leaves]
     wide = [leaf.detach().double().requires_grad_() for leaf in leaves]
-    ours = read_normalised(*leaves[:2], Fold(*leaves[2:], eps=1e-6)) if folded else read(*leaves)
+    ours = (
+        read_normalised(*leaves[:2], FusedNorm(*leaves[2:], eps=1e-6)) if folded else read(*leaves)
+    )
     tokens_read = wide[0]
     if folded:
         normalised = F.layer_norm(wide[0], (width,), wide[3], wide[4], 1e-6)
@@ -383,7 +385,7 @@ def test_a_cross_read_and_its_gradients_are_those_of_its_equation(
     ):
         with torch.no_grad():
             reduced = x.bfloat16()
-            fold = Fold(*leaves[2:], eps=1e-6) if folded else None
+            fold = FusedNorm(*leaves[2:], eps=1e-6) if folded else None
             again = read_normalised(reduced, probes, fold) if fold else read(reduced, probes)
             same = (
                 read_normalised(reduced.float(), probes, fold)
@@ -486,19 +488,19 @@ def test_without_a_compiler_or_with_one_that_fails_torch_computes(
     "wrong",
     [
         "attention",
-        "attention_gradient",
+        "attention_backward",
         "mlp",
         "norm_linear",
         "linear_residual",
         "cross_read",
-        "cross_read_gradient",
+        "cross_read_backward",
     ],
 )
 def test_kernels_that_were_compiled_wrong_are_not_used(
     forgotten: None, wrong: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module.look_again()
-    real = getattr(module.Native, wrong)
+    real = getattr(module.NativeKernels, wrong)
 
     def off(found: object) -> object:
         return (
@@ -510,7 +512,7 @@ def test_kernels_that_were_compiled_wrong_are_not_used(
         )
 
     monkeypatch.setattr(
-        module.Native, wrong, lambda self, *given, **named: off(real(self, *given, **named))
+        module.NativeKernels, wrong, lambda self, *given, **named: off(real(self, *given, **named))
     )
     assert native() is None
 

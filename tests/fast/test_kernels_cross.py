@@ -15,7 +15,7 @@ from crossvit.fast import cross_attention
 from crossvit.fast.accelerate import accelerate, decelerate
 from crossvit.fast.cross_attention import read, read_normalised
 from crossvit.fast.eligibility import why_no_cross_kernel
-from crossvit.fast.native.bindings import Fold
+from crossvit.fast.native.bindings import FusedNorm
 from crossvit.fast.native.build import native, without_kernels
 from crossvit.model.attention import CrossAttention
 from crossvit.model.config import BranchConfig, CrossViTConfig
@@ -112,7 +112,7 @@ def test_many_heads_and_tokens_far_from_zero_are_as_near_as_torchs_layers(heads:
 
     leaves = [x, first, probes, weight, bias]
     exact = by_torch(*(leaf.double() for leaf in leaves))
-    ours = read_normalised(x, probes, Fold(first, weight, bias, 1e-6))
+    ours = read_normalised(x, probes, FusedNorm(first, weight, bias, 1e-6))
     assert error(ours, exact) < 4 * error(by_torch(*leaves), exact) + 1e-6
 
 
@@ -136,7 +136,7 @@ def test_the_number_of_threads_changes_no_bit_and_a_graph_serves_twice() -> None
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            after = read_normalised(*leaves[:2], Fold(*leaves[2:], 1e-6))
+            after = read_normalised(*leaves[:2], FusedNorm(*leaves[2:], 1e-6))
             loss = after.square().sum()
             once = torch.autograd.grad(loss, leaves, retain_graph=True)
             found += [(after, *once), (after, *torch.autograd.grad(loss, leaves))]

@@ -20,7 +20,7 @@ from crossvit.fast.eligibility import (
     why_not_untouched,
 )
 from crossvit.fast.form import InferenceForm, OwnCode, own_copy, why_not_form
-from crossvit.fast.native.bindings import Native
+from crossvit.fast.native.bindings import NativeKernels
 from crossvit.fast.native.build import native
 from crossvit.fast.native_form import KernelBlock, KernelTokens, kernels_for, why_no_kernel_stem
 from crossvit.fast.packed_linear import PackedLinear, Resize, attention_of, scaled_qkv
@@ -110,7 +110,7 @@ class _Parts:
     """Makes a form of each part of a model, or leaves it to its own code."""
 
     def __init__(
-        self, dtype: torch.dtype, token_dtype: torch.dtype, rows: int, kernels: Native | None
+        self, dtype: torch.dtype, token_dtype: torch.dtype, rows: int, kernels: NativeKernels | None
     ) -> None:
         self.dtype, self.token_dtype = dtype, token_dtype
         self.rows, self.kernels = rows, kernels

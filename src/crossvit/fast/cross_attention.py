@@ -29,7 +29,7 @@ from crossvit.fast.eligibility import (
     why_not,
     why_not_exact,
 )
-from crossvit.fast.native.bindings import Fold
+from crossvit.fast.native.bindings import FusedNorm
 from crossvit.fast.native.build import kernels_here
 from crossvit.fast.recompute import gradients_with_graph
 from crossvit.model.attention import CrossAttention, chosen_kernel
@@ -74,7 +74,7 @@ def normalised_cross_attention(
 
     query: (B, 1, D), x: (B, N, D) -> (B, 1, D).
     """
-    fold = Fold(query[:, 0], norm.weight, norm.bias, norm.eps)
+    fold = FusedNorm(query[:, 0], norm.weight, norm.bias, norm.eps)
     tokens = read_normalised(x, scaled_probes(module, query[:, 0]), fold)
     return module.drop(module.out(_values(module, tokens).unsqueeze(1)))  # type: ignore[no-any-return]
 
@@ -205,7 +205,7 @@ def read(x: Tensor, probes: Tensor) -> Tensor:
     return _Read.apply(x, probes, 0.0)  # type: ignore[no-any-return]
 
 
-def read_normalised(x: Tensor, probes: Tensor, fold: Fold) -> Tensor:
+def read_normalised(x: Tensor, probes: Tensor, fold: FusedNorm) -> Tensor:
     """`read` of [first ‖ LayerNorm of x without its first token], none of which is made.
 
     x: (B, N, D), probes: (B, H, D), fold.first: (B, D) -> (B, H, D) fp32.
@@ -222,11 +222,11 @@ def _plain_read(eps: float, x: Tensor, probes: Tensor, *folded: Tensor) -> Tenso
     return (probes.float() @ x.float().transpose(1, 2)).softmax(dim=-1) @ x.float()
 
 
-def _fold(folded: list[Tensor], eps: float) -> Fold | None:
+def _fold(folded: list[Tensor], eps: float) -> FusedNorm | None:
     if not folded:
         return None
     first, weight, bias = folded
-    return Fold(first, weight, bias, eps)
+    return FusedNorm(first, weight, bias, eps)
 
 
 class _Read(torch.autograd.Function):
@@ -253,7 +253,7 @@ class _Read(torch.autograd.Function):
             return *grads[:2], None, *grads[2:]
         x, probes, *folded = inputs
         probes, *folded = (tensor.float().contiguous() for tensor in (probes, *folded))
-        grad_x, *grads_by_kernel = kernels_here().cross_read_gradient(
+        grad_x, *grads_by_kernel = kernels_here().cross_read_backward(
             x, probes, _fold(folded, ctx.eps), saved, grad_tokens.contiguous()
         )
         grad_probes, *grad_folded = (

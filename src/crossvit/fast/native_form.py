@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from crossvit.fast.eligibility import why_no_patch_product
-from crossvit.fast.native.bindings import LANES, NAMES, Linear, Native, Norm
+from crossvit.fast.native.bindings import LANES, NAMES, Linear, NativeKernels, Norm
 from crossvit.fast.native.build import native
 from crossvit.fast.packed_linear import scaled_qkv
 from crossvit.fast.patch_embed import fast_resize
@@ -20,7 +20,7 @@ from crossvit.model.layers import EncoderBlock
 from crossvit.model.tokens import Tokens, resample_positions
 
 
-def kernels_for(model: CrossViT, dtype: torch.dtype) -> Native | None:
+def kernels_for(model: CrossViT, dtype: torch.dtype) -> NativeKernels | None:
     """The native kernels, where they compute all of its blocks: widths that are whole registers."""
     if (kernels := native()) is None or f"mlp_{NAMES[dtype]}" not in kernels.functions:
         return None
@@ -32,7 +32,7 @@ def kernels_for(model: CrossViT, dtype: torch.dtype) -> Native | None:
     return kernels if all(width % LANES == 0 for width in widths) else None
 
 
-def why_no_kernel_stem(embed: Tokens, dtype: torch.dtype, kernels: Native) -> str | None:
+def why_no_kernel_stem(embed: Tokens, dtype: torch.dtype, kernels: NativeKernels) -> str | None:
     """Why `KernelTokens` does not compute the stem of `embed`."""
     if f"patch_tokens_{NAMES[dtype]}" not in kernels.functions:
         return f"no kernel in {NAMES[dtype]}"
@@ -42,7 +42,7 @@ def why_no_kernel_stem(embed: Tokens, dtype: torch.dtype, kernels: Native) -> st
 class KernelTokens(nn.Module):
     """`Tokens` whose stem is a product with the patches: (B, C, H, W) -> (B, N, D)."""
 
-    def __init__(self, embed: Tokens, dtype: torch.dtype, kernels: Native) -> None:
+    def __init__(self, embed: Tokens, dtype: torch.dtype, kernels: NativeKernels) -> None:
         super().__init__()
         self.branch, self.grid, self.kernels = embed.branch, embed.grid, kernels
         stem = embed.patches
@@ -70,7 +70,7 @@ class KernelTokens(nn.Module):
 class KernelBlock(nn.Module):
     """`EncoderBlock`: (B, N, D) -> the same, in place."""
 
-    def __init__(self, block: EncoderBlock, dtype: torch.dtype, kernels: Native) -> None:
+    def __init__(self, block: EncoderBlock, dtype: torch.dtype, kernels: NativeKernels) -> None:
         super().__init__()
         attention, self.kernels = block.attention, kernels
         self.num_heads = attention.num_heads
@@ -89,7 +89,9 @@ class KernelBlock(nn.Module):
         return x
 
 
-def _linear(kernels: Native, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Linear:
+def _linear(
+    kernels: NativeKernels, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Linear:
     assert bias is not None
     dense = weight.detach().float().contiguous()
     return Linear(kernels.pack(dense, dtype, transposed=True), bias.detach().float().clone())

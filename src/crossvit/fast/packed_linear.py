@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from crossvit.fast.native.bindings import Native
+from crossvit.fast.native.bindings import NativeKernels
 
 RESIZE_BLOCK = 32  # outputs a product of the resize makes at once; their taps lie in about as many inputs and four more
 
@@ -73,7 +73,7 @@ def scaled_qkv(weight: Tensor, bias: Tensor, num_heads: int) -> tuple[Tensor, Te
     return weight * scale[:, None], bias * scale
 
 
-def attention_of(qkv: Tensor, num_heads: int, kernels: Native | None = None) -> Tensor:
+def attention_of(qkv: Tensor, num_heads: int, kernels: NativeKernels | None = None) -> Tensor:
     """softmax(q kᵀ) v with the scale in q: (B, N, 3 D) -> (B, N, D), by our own kernel where it is there and takes them.
 
     Otherwise in fp32 torch's fused kernel; in bf16 two products and a softmax, which beat it two- to threefold for few enough

@@ -114,7 +114,7 @@ class _PatchTokens(torch.autograd.Function):
             grad_patches = grad_tokens[:, ctx.first :].to(
                 torch.bfloat16, memory_format=torch.contiguous_format
             )
-            kernels_here().linear_gradient(
+            kernels_here().linear_backward(
                 grad_patches, patches, (grad_weight, grad_bias), adds=False
             )
             grad_weight = grad_weight.reshape(weight.shape)

@@ -104,7 +104,7 @@ class _Attention(torch.autograd.Function):
             return *gradients_with_graph(
                 lambda x: plain_attention(x, ctx.num_heads), (qkv,), grad_context
             ), None
-        grad_qkv = kernels_here().attention_gradient(
+        grad_qkv = kernels_here().attention_backward(
             qkv, context, grad_context, log_sums, scale=ctx.scale
         )
         return grad_qkv, None

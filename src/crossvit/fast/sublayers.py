@@ -147,19 +147,19 @@ class _AttentionSublayer(torch.autograd.Function):
                 tensor[part] for tensor in (dense, *saved)
             )
             residual_grad = grad_out[part].contiguous()
-            grad_update, grad_context = kernels.linear_residual_gradient(
+            grad_update, grad_context = kernels.linear_residual_backward(
                 residual_grad, part_scale, out_packed
             )
-            grad_qkv = kernels.attention_gradient(
+            grad_qkv = kernels.attention_backward(
                 qkv, context, grad_context, log_sums, scale=ctx.scale
             )
-            kernels.norm_linear_gradient(
+            kernels.norm_linear_backward(
                 grad_qkv,
                 in_packed,
                 residual_grad,
                 x,
                 norm=(norm_weight, statistics),
-                found=grads_of.norm_buffers(part),
+                grad_buffers=grads_of.norm_buffers(part),
             )
             grads_of.add((grad_qkv, normalised), (grad_update, context))
         return grads_of.x, None, None, None, *grads_of.parameters()
@@ -195,14 +195,14 @@ class _MLPSublayer(torch.autograd.Function):
         for part in _parts(dense):
             part_scale = None if scale is None else scale[part]
             x, normalised, statistics, hidden = (tensor[part] for tensor in (dense, *saved))
-            grad_update, activated, grad_hidden = kernels.mlp_gradient(
+            grad_update, activated, grad_hidden = kernels.mlp_backward(
                 grad_out[part].contiguous(),
                 part_scale,
                 packed,
                 hidden,
                 x,
                 norm=(norm_weight, statistics),
-                found=grads_of.norm_buffers(part),
+                grad_buffers=grads_of.norm_buffers(part),
             )
             grads_of.add((grad_hidden, normalised), (grad_update, activated))
         return grads_of.x, None, None, *grads_of.parameters()
@@ -273,7 +273,7 @@ class _Gradients:
         """Of each linear layer: the gradient of its output in a part, and its input."""
         for buffers, (grad, inp) in zip(self.linear, (linear_in, linear_out), strict=True):
             if buffers is not None:
-                kernels_here().linear_gradient(grad, inp, buffers, adds=self._adds)
+                kernels_here().linear_backward(grad, inp, buffers, adds=self._adds)
         self._adds = True
 
     def parameters(self) -> tuple[Tensor | None, ...]:

@@ -88,7 +88,7 @@ _FIELDS = {
     kernel: {field[0] for field in arguments._fields_} for kernel, arguments in ARGUMENTS.items()
 }
 
-NormKept = tuple[Tensor, Tensor]  # a LayerNorm's weight (D) and statistics (B, N, 2)
+NormSaved = tuple[Tensor, Tensor]  # a LayerNorm's weight (D) and statistics (B, N, 2)
 
 
 class Taps(NamedTuple):
@@ -99,7 +99,7 @@ class Taps(NamedTuple):
     by_tap: Tensor  # (TAPS, outputs)
 
 
-class Fold(NamedTuple):
+class FusedNorm(NamedTuple):
     """A LayerNorm computed within a cross-read, but for the first token: `first` (B, D)."""
 
     first: Tensor
@@ -117,23 +117,23 @@ class Norm(NamedTuple):
 
 
 class Linear(NamedTuple):
-    """A linear layer: its weight packed by `Native.pack`, transposed, and its bias, fp32."""
+    """A linear layer: its weight packed by `NativeKernels.pack`, transposed, and its bias, fp32."""
 
     packed: Tensor
     bias: Tensor
 
 
-class Kept(NamedTuple):
+class SavedNorm(NamedTuple):
     """A LayerNorm's output in the dtype of matmuls and its statistics (..., 2), or nothing.
 
     Statistics are the mean and 1 / √(variance + eps).
     """
 
-    normalised: Tensor | None
+    normalized: Tensor | None
     statistics: Tensor | None
 
 
-class Native:
+class NativeKernels:
     """The kernels of one library.
 
     Tensors are on the CPU and dense; the caller checks their sizes (`takes`).
@@ -211,7 +211,7 @@ class Native:
         )
         return context
 
-    def attention_gradient(
+    def attention_backward(
         self, qkv: Tensor, context: Tensor, grad_context: Tensor, log_sums: Tensor, *, scale: float
     ) -> Tensor:
         """Backward pass of `attention`: gradient of the context (B, N, D) -> of qkv (B, N, 3 D)."""
@@ -242,7 +242,7 @@ class Native:
         )
         return packed
 
-    def linear_gradient(
+    def linear_backward(
         self, grad_out: Tensor, x: Tensor, grad_buffers: tuple[Tensor, Tensor], *, adds: bool
     ) -> None:
         """Backward pass of a linear layer: dW = dyᵀ x and db = Σ dy over rows.
@@ -269,7 +269,7 @@ class Native:
 
     def norm_linear(
         self, x: Tensor, norm: Norm, linear: Linear, *, keeps: bool
-    ) -> tuple[Tensor, Kept]:
+    ) -> tuple[Tensor, SavedNorm]:
         """Linear(LN x).
 
         Args:
@@ -282,7 +282,7 @@ class Native:
             (B, N, F) in the dtype of the packed weight, and what was saved.
         """
         width, out_dim, dtype = x.shape[-1], len(linear.bias), linear.packed.dtype
-        saved = _saved_norm(x, dtype) if keeps else Kept(None, None)
+        saved = _saved_norm(x, dtype) if keeps else SavedNorm(None, None)
         out = x.new_empty(*x.shape[:-1], out_dim, dtype=dtype)
         self._call(
             "norm_linear",
@@ -292,7 +292,7 @@ class Native:
             norm_bias=norm.bias,
             packed=linear.packed,
             bias=linear.bias,
-            normalized=saved.normalised,
+            normalized=saved.normalized,
             statistics=saved.statistics,
             out=out,
             rows=x.numel() // width,
@@ -348,7 +348,7 @@ class Native:
         *,
         keeps: bool,
         in_place: bool = False,
-    ) -> tuple[Tensor, Tensor | None, Kept]:
+    ) -> tuple[Tensor, Tensor | None, SavedNorm]:
         """x + m · Down(GELU(Up(LN x))).
 
         Args:
@@ -364,7 +364,7 @@ class Native:
         norm, up, down = layers
         dtype, hidden_dim = up.packed.dtype, len(up.bias)
         out = x if in_place else torch.empty_like(x)
-        saved = _saved_norm(x, dtype) if keeps else Kept(None, None)
+        saved = _saved_norm(x, dtype) if keeps else SavedNorm(None, None)
         hidden = x.new_empty(*x.shape[:-1], hidden_dim, dtype=dtype) if keeps else None
         self._call(
             "mlp",
@@ -377,7 +377,7 @@ class Native:
             down_packed=down.packed,
             down_bias=down.bias,
             drop_path_scale=drop_path_scale,
-            normalized=saved.normalised,
+            normalized=saved.normalized,
             statistics=saved.statistics,
             hidden=hidden,
             out=out,
@@ -389,7 +389,7 @@ class Native:
         )
         return out, hidden, saved
 
-    def linear_residual_gradient(
+    def linear_residual_backward(
         self, grad_out: Tensor, drop_path_scale: Tensor | None, packed: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Backward pass of `linear_residual` in bf16.
@@ -420,15 +420,15 @@ class Native:
         )
         return grad_update, grad_inp
 
-    def norm_linear_gradient(
+    def norm_linear_backward(
         self,
         grad_out: Tensor,
         packed: Tensor,
         residual_grad: Tensor,
         x: Tensor,
         *,
-        norm: NormKept,
-        found: tuple[Tensor, ...],
+        norm: NormSaved,
+        grad_buffers: tuple[Tensor, ...],
     ) -> None:
         """Backward pass of `norm_linear` in bf16.
 
@@ -438,10 +438,10 @@ class Native:
             residual_grad: The gradient of x through the skip connection (B, N, D), fp32.
             x: The input (B, N, D), fp32.
             norm: The LayerNorm's weight and statistics.
-            found: The gradients of x, which is written, and of the norm's weight and bias, which
+            grad_buffers: The gradients of x, which is written, and of the norm's weight and bias, which
                 are added to.
         """
-        grad_inp, grad_norm_weight, grad_norm_bias = found
+        grad_inp, grad_norm_weight, grad_norm_bias = grad_buffers
         self._call(
             "norm_linear_backward",
             packed.dtype,
@@ -459,7 +459,7 @@ class Native:
             out_dim=grad_out.shape[-1],
         )
 
-    def mlp_gradient(
+    def mlp_backward(
         self,
         grad_out: Tensor,
         drop_path_scale: Tensor | None,
@@ -467,8 +467,8 @@ class Native:
         hidden: Tensor,
         x: Tensor,
         *,
-        norm: NormKept,
-        found: tuple[Tensor, ...],
+        norm: NormSaved,
+        grad_buffers: tuple[Tensor, ...],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Backward pass of `mlp` in bf16.
 
@@ -479,14 +479,14 @@ class Native:
             hidden: The input of GELU (B, N, F).
             x: The input (B, N, D), fp32.
             norm: The LayerNorm's weight and statistics.
-            found: As of `norm_linear_gradient`.
+            grad_buffers: As of `norm_linear_backward`.
 
         Returns:
             m · grad_out, the output of GELU, and the gradient of its input.
         """
         grad_update = torch.empty_like(x, dtype=hidden.dtype)
         activated, grad_hidden = torch.empty_like(hidden), torch.empty_like(hidden)
-        grad_inp, grad_norm_weight, grad_norm_bias = found
+        grad_inp, grad_norm_weight, grad_norm_bias = grad_buffers
         self._call(
             "mlp_backward",
             hidden.dtype,
@@ -558,7 +558,7 @@ class Native:
         return tokens, patches
 
     def cross_read(
-        self, x: Tensor, probes: Tensor, norm: Fold | None
+        self, x: Tensor, probes: Tensor, norm: FusedNorm | None
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Σ_j softmax_j(probe · z_j) z_j of each probe; z is x, or `norm` of it.
 
@@ -596,11 +596,11 @@ class Native:
         )
         return context, (weights, dots, statistics, moments)
 
-    def cross_read_gradient(
+    def cross_read_backward(
         self,
         x: Tensor,
         probes: Tensor,
-        norm: Fold | None,
+        norm: FusedNorm | None,
         saved: tuple[Tensor, ...],
         grad_context: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
@@ -671,5 +671,5 @@ class Native:
         return out
 
 
-def _saved_norm(x: Tensor, dtype: torch.dtype) -> Kept:
-    return Kept(torch.empty_like(x, dtype=dtype), x.new_empty(*x.shape[:-1], 2))
+def _saved_norm(x: Tensor, dtype: torch.dtype) -> SavedNorm:
+    return SavedNorm(torch.empty_like(x, dtype=dtype), x.new_empty(*x.shape[:-1], 2))

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 
 from crossvit.cache import cache_folder
-from crossvit.fast.native.bindings import Native
+from crossvit.fast.native.bindings import NativeKernels
 from crossvit.fast.native.selftest import check
 from crossvit.hardware import instruction_sets, processor
 
@@ -51,19 +51,19 @@ log = logging.getLogger("crossvit")
 _wanted = True
 
 
-def native() -> Native | None:
+def native() -> NativeKernels | None:
     """Returns the kernels, compiled if needed; None without any or in `without_kernels()`."""
     found = _found() if _wanted else None
-    return found if isinstance(found, Native) else None
+    return found if isinstance(found, NativeKernels) else None
 
 
-def kernels_here() -> Native:
+def kernels_here() -> NativeKernels:
     """Returns the loaded kernels, ignoring `without_kernels()`.
 
     A backward pass uses what its forward pass used, and another thread may switch in between.
     """
     found = _found()
-    assert isinstance(found, Native)
+    assert isinstance(found, NativeKernels)
     return found
 
 
@@ -100,7 +100,7 @@ def look_again() -> None:
 
 
 @lru_cache
-def _found() -> Native | str:
+def _found() -> NativeKernels | str:
     """Returns the kernels, or why there are none, which is logged too (at level INFO)."""
     if (asked := os.environ.get(SWITCH, "on").lower()) == "off":
         return f"{SWITCH}=off"
@@ -110,7 +110,7 @@ def _found() -> Native | str:
         return "no processor with AVX-512 under Linux"
     try:
         # torch is loaded, and its OpenMP goes by the system's name: both share one set of threads.
-        kernels = Native(ctypes.CDLL(str(_library())))
+        kernels = NativeKernels(ctypes.CDLL(str(_library())))
         # Whatever mode the first caller is in.
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             check(kernels)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from crossvit.fast.native.bindings import NAMES, Fold, Linear, Native, Norm
+from crossvit.fast.native.bindings import NAMES, FusedNorm, Linear, NativeKernels, Norm
 
 
-def check(kernels: Native) -> None:
+def check(kernels: NativeKernels) -> None:
     """Compares every kernel with torch.
 
     Raises:
@@ -44,7 +44,7 @@ def check(kernels: Native) -> None:
             continue
         log_sums = grad_out.new_empty(1, heads, tokens)
         context = kernels.attention(qkv, heads, log_sums=log_sums)
-        gradient = kernels.attention_gradient(qkv, context, grad_out.to(dtype), log_sums, scale=1.0)
+        gradient = kernels.attention_backward(qkv, context, grad_out.to(dtype), log_sums, scale=1.0)
         _near(f"attention in {dtype}", context, exact, near)
         _near(f"the gradient of attention in {dtype}", gradient, exact_grad, near)
     probes, ones = grad_out[:, :heads], grad_out.new_ones(width)
@@ -54,7 +54,7 @@ def check(kernels: Native) -> None:
     weights, grad_context = (probes @ grad_out.mT).softmax(dim=-1), probes.cos()
     grad_weights = grad_context @ grad_out.mT
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(dim=-1, keepdim=True))
-    grad_x, grad_probes, *_ = kernels.cross_read_gradient(
+    grad_x, grad_probes, *_ = kernels.cross_read_backward(
         grad_out, probes, None, saved, grad_context
     )
     _near(
@@ -68,7 +68,7 @@ def check(kernels: Native) -> None:
         (ones.expand(1, 1, -1), F.layer_norm(grad_out, (width,), ones, ones, 1e-6)[:, 1:]), dim=1
     )
     exact = (probes @ normalised.mT).softmax(dim=-1) @ normalised
-    folded, _ = kernels.cross_read(grad_out, probes, Fold(ones[None], ones, ones, 1e-6))
+    folded, _ = kernels.cross_read(grad_out, probes, FusedNorm(ones[None], ones, ones, 1e-6))
     _near("cross-attention of a LayerNorm", folded, exact, 1e-3)  # of tokens that hardly vary
     if "cross_read_bf16" in kernels.functions:
         reduced = grad_out.bfloat16()
@@ -88,12 +88,12 @@ def check(kernels: Native) -> None:
             x.new_empty(width, width, dtype=torch.float32),
             x.new_empty(width, dtype=torch.float32),
         )
-        kernels.linear_gradient(x, x, found, adds=False)
+        kernels.linear_backward(x, x, found, adds=False)
         _near("the gradient of a weight", found[0], x.float().t() @ x.float(), 1e-4)
         _near("the gradient of a bias", found[1], x.float().sum(dim=0), 1e-4)
 
 
-def _check_sublayers(kernels: Native, x: Tensor, dtype: torch.dtype, near: float) -> None:
+def _check_sublayers(kernels: NativeKernels, x: Tensor, dtype: torch.dtype, near: float) -> None:
     width = x.shape[-1]
     weight, bias = x[0, :16].cos() / width, x[0, 0, :16]
     norm = Norm(x.new_ones(width), x.new_zeros(width), 1e-6)
@@ -129,8 +129,8 @@ def _check_sublayers(kernels: Native, x: Tensor, dtype: torch.dtype, near: float
         (norm.weight, saved.statistics),
     )
     into = (torch.empty_like(x), torch.zeros_like(norm.weight), torch.zeros_like(norm.bias))
-    _, _, grad_hidden = kernels.mlp_gradient(
-        grad_out, None, packed, taken, x, norm=saved_norm, found=into
+    _, _, grad_hidden = kernels.mlp_backward(
+        grad_out, None, packed, taken, x, norm=saved_norm, grad_buffers=into
     )
     exact = torch.ops.aten.gelu_backward(grad_out @ weight.t(), hidden)
     _near("the gradient of GELU", grad_hidden, exact, near)
@@ -143,13 +143,13 @@ def _check_sublayers(kernels: Native, x: Tensor, dtype: torch.dtype, near: float
     ):
         _near(f"the gradient of an MLP's {name}", one, other, near)
     again = tuple(torch.zeros_like(one) for one in into)
-    kernels.norm_linear_gradient(
-        grad_hidden, linear_out.packed, grad_out, x, norm=saved_norm, found=again
+    kernels.norm_linear_backward(
+        grad_hidden, linear_out.packed, grad_out, x, norm=saved_norm, grad_buffers=again
     )
     _near("the gradient of a LayerNorm", again[0], into[0], near)
     _near(
         "the gradient of a residual",
-        kernels.linear_residual_gradient(grad_out, None, linear_in.packed)[1],
+        kernels.linear_residual_backward(grad_out, None, linear_in.packed)[1],
         grad_out @ weight.t(),
         near,
     )
