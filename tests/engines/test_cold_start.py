@@ -236,11 +236,11 @@ def model(filled_cache: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(exported, tmp_path))
 
 
-def logits(path: Path, *, keep: bool) -> NDArray[np.float32]:
+def logits(path: Path, *, cache_optimised: bool) -> NDArray[np.float32]:
     from crossvit.engines.onnxruntime import OnnxRuntimeEngine
 
     images = np.random.default_rng(0).standard_normal((2, 3, 32, 32), dtype=np.float32)
-    return OnnxRuntimeEngine(path, keep=keep).compute(images)
+    return OnnxRuntimeEngine(path, cache_optimised=cache_optimised).compute(images)
 
 
 def kept_beside(path: Path) -> list[Path]:
@@ -250,13 +250,13 @@ def kept_beside(path: Path) -> list[Path]:
 def test_the_kept_graph_gives_the_same_bits_and_is_used(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = logits(model, keep=False)
+    exact = logits(model, cache_optimised=False)
     assert kept_beside(model) == []
-    assert np.array_equal(logits(model, keep=True), exact)
+    assert np.array_equal(logits(model, cache_optimised=True), exact)
     (folder,) = kept_beside(model)
     assert sorted(file.name for file in folder.iterdir()) == ["graph.onnx", "graph.weights"]
     model.write_bytes(b"no longer needed")
-    assert np.array_equal(logits(model, keep=True), exact)
+    assert np.array_equal(logits(model, cache_optimised=True), exact)
 
 
 @pytest.mark.parametrize("changed", ["version", "processor"])
@@ -265,14 +265,14 @@ def test_a_graph_of_another_version_or_processor_is_not_used(
 ) -> None:
     import onnxruntime
 
-    exact = logits(model, keep=True)
+    exact = logits(model, cache_optimised=True)
     (first,) = kept_beside(model)
     (first / "graph.onnx").write_bytes(b"what would be wrong here")
     if changed == "version":
         monkeypatch.setattr(onnxruntime, "__version__", "0.0")
     else:
         monkeypatch.setattr("crossvit.engines.onnxruntime.instruction_sets", lambda: "sse2")
-    assert np.array_equal(logits(model, keep=True), exact)
+    assert np.array_equal(logits(model, cache_optimised=True), exact)
     assert len(kept_beside(model)) == 2
     assert (first / "graph.onnx").read_bytes() == b"what would be wrong here"
 
@@ -280,16 +280,16 @@ def test_a_graph_of_another_version_or_processor_is_not_used(
 @pytest.mark.parametrize("file", ["graph.onnx", "graph.weights"])
 @pytest.mark.parametrize("left", [0.0, 0.5, None])
 def test_a_torn_graph_is_made_anew(file: str, left: float | None, model: Path) -> None:
-    exact = logits(model, keep=True)
+    exact = logits(model, cache_optimised=True)
     (folder,) = kept_beside(model)
     torn = folder / file
     if left is None:
         torn.unlink()
     else:
         os.truncate(torn, int(left * torn.stat().st_size))
-    assert np.array_equal(logits(model, keep=True), exact)
+    assert np.array_equal(logits(model, cache_optimised=True), exact)
     assert kept_beside(model) == []
-    assert np.array_equal(logits(model, keep=True), exact)
+    assert np.array_equal(logits(model, cache_optimised=True), exact)
     assert kept_beside(model) == [folder]
 
 
@@ -298,7 +298,7 @@ def test_two_processes_that_keep_a_graph_at_once_leave_one(
 ) -> None:
     from crossvit.engines import onnxruntime as onnx
 
-    exact = logits(model, keep=False)
+    exact = logits(model, cache_optimised=False)
     sync, calls = os.fsync, []
 
     def overtaken(file: int) -> None:
@@ -306,10 +306,10 @@ def test_two_processes_that_keep_a_graph_at_once_leave_one(
         sync(file)
         calls.append(file)
         if len(calls) == 1:
-            assert np.array_equal(logits(model, keep=True), exact)
+            assert np.array_equal(logits(model, cache_optimised=True), exact)
 
     monkeypatch.setattr(onnx.os, "fsync", overtaken)
-    assert np.array_equal(logits(model, keep=True), exact)
+    assert np.array_equal(logits(model, cache_optimised=True), exact)
     (folder,) = kept_beside(model)
     assert sorted(file.name for file in folder.iterdir()) == ["graph.onnx", "graph.weights"]
     assert len(calls) == 4
@@ -318,13 +318,13 @@ def test_two_processes_that_keep_a_graph_at_once_leave_one(
 def test_where_no_graph_can_be_kept_the_model_is_loaded(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = logits(model, keep=False)
+    exact = logits(model, cache_optimised=False)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    assert np.array_equal(logits(model, keep=True), exact)
+    assert np.array_equal(logits(model, cache_optimised=True), exact)
     assert kept_beside(model) == []
 
 
@@ -333,7 +333,7 @@ def test_a_file_that_is_no_model_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(b"not a model")
     with pytest.raises(EngineError, match="ONNX Runtime cannot load the model"):
-        logits(path, keep=True)
+        logits(path, cache_optimised=True)
     assert kept_beside(path) == []
 
 

@@ -773,6 +773,8 @@ def test_a_kept_graph_goes_by_the_code_of_a_registered_block(
         digests.append(fingerprint(dataclasses.replace(trained, config=config)))
     assert digests[0] == digests[2] != digests[1]
     assert fingerprint(trained) not in digests
+    monkeypatch.setattr(module.Block, "forward", lambda self, x: 3 * x)
+    assert fingerprint(dataclasses.replace(trained, config=config)) not in digests
 
 
 @pytest.mark.parametrize("patch", [_forward_of_a_class, _attention_of_a_module])

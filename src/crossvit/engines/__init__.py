@@ -1,1 +1,1 @@
-"""Engines: normalised images in, each branch's logits out."""
+"""Engines: normalised images in, logits out, of the model and of each branch."""

@@ -1,6 +1,6 @@
-"""Graphs for engines: a trained model as an ONNX file, kept under the digest of what it was made from.
+"""ONNX graphs for engines: a trained model as a file, cached under a digest of what it depends on.
 
-ONNX Runtime and OpenVINO read the same file. Finding a kept one imports no torch.
+ONNX Runtime and OpenVINO read the same file. Finding a cached file imports no torch.
 """
 
 from __future__ import annotations
@@ -39,8 +39,14 @@ log = logging.getLogger("crossvit")
 
 
 def onnx_file(trained: Trained) -> Path:
-    """The model as ONNX, images (batch, C, H, W) -> branch logits (branches, batch, classes): kept in the cache under the
-    digest of its weights, and exported where it is not there. Finding a kept one imports no torch."""
+    """The cached ONNX file of a model, exported where the cache has none.
+
+    Its input is images (batch, C, H, W), its output branch logits (branches, batch, classes).
+    Finding a cached file imports no torch.
+
+    Raises:
+        EngineError: Where torch or ONNX cannot export the model.
+    """
     path = cache_folder() / "onnx" / f"{fingerprint(trained)}.onnx"
     if not (path.is_file() and witness_of(path).is_file()):
         export(trained, path)
@@ -48,20 +54,21 @@ def onnx_file(trained: Trained) -> Path:
 
 
 def witness_of(path: Path) -> Path:
-    """The file with the plain model's logits that belongs to an exported graph."""
+    """The file beside an exported graph that holds the plain model's logits."""
     return path.with_suffix(".witness.npy")
 
 
 def check_parity(engine: Engine, path: Path, trained: Trained) -> None:
     """Compare an engine on an exported graph with the graph's witness.
 
-    Once for a graph, engine, version, precision and processor: that they agreed is kept beside it.
+    Done once for a graph, engine, version, precision and processor; an empty file beside the graph
+    records the agreement.
 
     Raises:
         EngineError: Where they differ.
     """
     machine = hashlib.sha256(instruction_sets().encode()).hexdigest()[:8]
-    # looking a version up takes longer than asking a package that is loaded already
+    # importlib.metadata takes longer than an attribute of a loaded package
     version = getattr(sys.modules.get(engine.name), "__version__", "") or version_of(engine.name)
     kind = f"{engine.name}-{version}-{engine.precision}-{machine}"
     agreed = path.with_suffix(f".{kind}.agrees")
@@ -71,13 +78,16 @@ def check_parity(engine: Engine, path: Path, trained: Trained) -> None:
     compare(logits, witness_of(path), engine=engine.name, precision=engine.precision)
     try:
         write_atomically(agreed, b"")
-    except Exception as error:  # noqa: BLE001  # of the system or of ours: compared again next time
-        log.info("that %s agrees is not kept: %s", kind, error)
+    except Exception as error:  # noqa: BLE001  # an unwritable cache: compared again next time
+        log.info("the agreement of %s is not recorded: %s", kind, error)
 
 
 def fingerprint(trained: Trained) -> str:
-    """Digest of the weights' bytes, the config, and the code that a graph is made from: an edited block never finds the graph
-    of before. Imports no torch unless the model has parts of somebody's own."""
+    """Digest of all that a graph depends on: weights, config, and the code of model and export.
+
+    An edited or patched block therefore never finds the graph of the unedited one. Imports no torch
+    unless the model has registered parts.
+    """
     source = (
         trained.weights.path if trained.weights is not None else Run(trained.source).weights_path
     )
@@ -92,47 +102,71 @@ def fingerprint(trained: Trained) -> str:
         digest.update(file.read_bytes())
     for part in _registered_parts(trained.config):
         digest.update(_source_of(part))
+        digest.update(_code_of(part).encode())
     for text in _patched_code():
         digest.update(text)
     return digest.hexdigest()[:32]
 
 
 def _patched_code() -> Iterator[bytes]:
-    """Functions that this process has put in place of the model's own, each as text.
+    """The code of each function of the model that this process has replaced, as text.
 
-    Nothing where the model has not been imported: then it is what its files say.
+    Empty where the model has not been imported: then its code is that of its files.
     """
     for module_name in sorted(name for name in sys.modules if name.startswith("crossvit.model.")):
         module = sys.modules[module_name]
         for name, item in vars(module).items():
-            home = str(getattr(item, "__module__", "")).partition(".")[0]
-            if inspect.isfunction(item) and home not in _IMPORTED_FROM:
+            if inspect.isfunction(item) and _home_of(item) not in _IMPORTED_FROM:
                 yield f"{module_name}.{name} = {_text_of(item.__code__)}".encode()
             if not inspect.isclass(item) or item.__module__ != module_name:
                 continue
             for method_name, method in vars(item).items():
                 if not inspect.isfunction(method) or method.__code__.co_filename == "<string>":
-                    continue  # a dataclass's own
+                    continue  # generated by dataclasses
                 home = method.__globals__["__name__"].partition(".")[0]
                 if home not in _IMPORTED_FROM:
                     text = _text_of(method.__code__)
                     yield f"{item.__qualname__}.{method_name} = {text}".encode()
 
 
+def _code_of(part: Any) -> str:
+    """The code of a registered class's methods, which this process may have patched.
+
+    Inherited methods count too, up to the classes of torch and of this package.
+    """
+    classes = [c for c in getattr(part, "__mro__", ()) if _home_of(c) not in _IMPORTED_FROM]
+    methods = ((c, name, method) for c in classes for name, method in vars(c).items())
+    return "\n".join(
+        f"{c.__qualname__}.{name} = {_text_of(method.__code__)}"
+        for c, name, method in methods
+        if inspect.isfunction(method)
+    )
+
+
+def _home_of(item: Any) -> str:
+    return str(getattr(item, "__module__", "")).partition(".")[0]
+
+
 def _text_of(code: CodeType) -> str:
-    constants = (_text_of(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts)
+    """Bytecode, names and constants of a function, alike in every process."""
+    constants = (
+        _text_of(c)
+        if isinstance(c, CodeType)
+        else repr(sorted(map(repr, c)) if isinstance(c, frozenset) else c)
+        for c in code.co_consts
+    )
     return f"{code.co_code.hex()} {code.co_names} {' '.join(constants)}"
 
 
 def _registered_parts(config: CrossViTConfig) -> list[Any]:
-    """The classes that a config's names stand for, of those that are not built in."""
+    """The registered classes, not built in, that a config names."""
     tokenisers = [(TOKENISERS, branch.tokeniser) for branch in config.branches]
     named = [(BLOCKS, config.block), (FUSIONS, config.fusion), *tokenisers]
     return [registry[name] for registry, name in named if name not in registry.built_in]
 
 
 def _source_of(part: Any) -> bytes:
-    """The file that a class is written in; of one that has none, something that is never the same."""
+    """The source file of a class; random bytes where there is none, so that nothing matches."""
     try:
         return Path(inspect.getfile(part)).read_bytes()
     except (OSError, TypeError):
@@ -140,7 +174,11 @@ def _source_of(part: Any) -> bytes:
 
 
 def export(trained: Trained, path: Path) -> None:
-    """Write `trained` to `path`, whole or not at all. EngineError where torch or ONNX cannot."""
+    """Write the graph of `trained` to `path` atomically, and its witness beside it.
+
+    Raises:
+        EngineError: Where torch or ONNX cannot export the model.
+    """
     _require_packages()
     from crossvit.fast.export_form import GraphForm
 
@@ -157,11 +195,21 @@ def export(trained: Trained, path: Path) -> None:
 def export_module(
     module: nn.Module, path: Path, *, in_channels: int, image_size: tuple[int, int]
 ) -> None:
-    """Write any module of images (batch, C, H, W) as an ONNX file with that input, any batch, and one output `logits`."""
+    """Write a module as an ONNX file with input `images` (any batch, C, H, W) and output `logits`.
+
+    Args:
+        module: Any module whose one argument is a batch of images.
+        path: The file, written atomically.
+        in_channels: C.
+        image_size: (H, W) in pixels.
+
+    Raises:
+        EngineError: Where torch or ONNX cannot export it.
+    """
     _require_packages()
     import torch
 
-    example = torch.zeros(2, in_channels, *image_size)  # a batch of 1 would be made a constant
+    example = torch.zeros(2, in_channels, *image_size)  # a batch of 1 would become a constant
     quiet = logging.getLogger("torch.onnx")
     before = quiet.level
     quiet.setLevel(logging.ERROR)

@@ -18,7 +18,8 @@ from crossvit.errors import EngineError
 from crossvit.hardware import instruction_sets, physical_cores
 from crossvit.trained import Trained
 
-MAPPED_BYTES = 1024  # a weight from this size on lies apart from the kept graph, where it is mapped into memory and not parsed
+# Weights from this size on lie in a file beside the graph, mapped into memory and not parsed.
+MAPPED_BYTES = 1024
 
 log = logging.getLogger("crossvit")
 
@@ -28,11 +29,18 @@ class OnnxRuntimeEngine:
 
     name = "onnxruntime"
 
-    def __init__(self, path: Path, *, keep: bool = False) -> None:
-        """path: an ONNX file. keep: whether the graph that ONNX Runtime makes of it is kept beside it for the next process; for
-        a file of the cache, whose name changes with what is in it. EngineError where it does not load."""
+    def __init__(self, path: Path, *, cache_optimised: bool = False) -> None:
+        """
+        Args:
+            path: An ONNX file.
+            cache_optimised: Whether ONNX Runtime's optimised graph is kept beside it for the next
+                process; only for a file whose name changes with its content.
+
+        Raises:
+            EngineError: Where it does not load.
+        """
         try:
-            self.session = _kept_session(path) if keep else _session(path)
+            self.session = _cached_session(path) if cache_optimised else _session(path)
         except Exception as error:
             raise EngineError(
                 f"ONNX Runtime cannot load the model ({first_line(error)})"
@@ -41,10 +49,14 @@ class OnnxRuntimeEngine:
 
     @classmethod
     def load(cls, trained: Trained, *, precision: str = "fp32") -> OnnxRuntimeEngine:
-        """EngineError where the model cannot be exported or loaded."""
+        """The engine of a trained model, checked against the plain model's logits.
+
+        Raises:
+            EngineError: Where the model cannot be exported or loaded, or its logits differ.
+        """
         assert precision == "fp32"
         path = onnx_file(trained)
-        engine = cls(path, keep=True)
+        engine = cls(path, cache_optimised=True)
         check_parity(engine, path, trained)
         return engine
 
@@ -52,20 +64,24 @@ class OnnxRuntimeEngine:
         return EngineOutput.of_branches(self.compute(images))
 
     def compute(self, images: Images) -> Logits:
-        """The file's output as it is: of our graphs the branch logits (branches, B, classes)."""
+        """The graph's output; for graphs of `onnx_graph`, branch logits (branches, B, classes)."""
         (logits,) = self.session.run(None, {"images": np.ascontiguousarray(images)})
         return logits  # type: ignore[no-any-return]
 
 
 def _session(path: Path, *, optimised: bool = False, save_to: Path | None = None) -> Any:
-    """A session on `path`. optimised: its graph is so already.  save_to: where to write the graph as it was optimised."""
+    """A session on an ONNX file.
+
+    Args:
+        path: The file.
+        optimised: Whether its graph is optimised already.
+        save_to: Where to write the optimised graph.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = physical_cores()
-    options.log_severity_level = (
-        4  # fatal: an error comes as an exception, and it writes the same on stderr itself
-    )
+    options.log_severity_level = 4  # fatal: errors come as exceptions too, once is enough
     if optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     if save_to is not None:
@@ -76,37 +92,37 @@ def _session(path: Path, *, optimised: bool = False, save_to: Path | None = None
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _kept_session(path: Path) -> Any:
-    """A session on the graph that ONNX Runtime once made of `path`, which takes half the time of making it (docs/performance.md).
+def _cached_session(path: Path) -> Any:
+    """A session on the cached optimised graph of `path`: half the time (docs/performance.md).
 
-    It has operators of this version and layouts for this processor, so the name of its folder has both. One that does not load
-    is removed, and `path` itself is loaded.
+    The graph has operators of this version and layouts for this processor, so its folder is named
+    after both. A graph that does not load is removed, and `path` itself is loaded.
     """
     import onnxruntime
 
     machine = hashlib.sha256(instruction_sets().encode()).hexdigest()[:8]
-    kept = path.with_suffix(f".onnxruntime-{onnxruntime.__version__}-{machine}")
+    folder = path.with_suffix(f".onnxruntime-{onnxruntime.__version__}-{machine}")
     try:
-        if not kept.is_dir():
-            _keep_optimised(path, kept)
-        return _session(kept / "graph.onnx", optimised=True)
-    except Exception as error:  # noqa: BLE001  # ONNX Runtime's many, and a folder that cannot be written
-        log.info("the optimised graph in %s is not used: %s", kept, first_line(error))
-        shutil.rmtree(kept, ignore_errors=True)
+        if not folder.is_dir():
+            _write_optimised(path, folder)
+        return _session(folder / "graph.onnx", optimised=True)
+    except Exception as error:  # noqa: BLE001  # ONNX Runtime's, or of an unwritable folder
+        log.info("the optimised graph in %s is not used: %s", folder, first_line(error))
+        shutil.rmtree(folder, ignore_errors=True)
         return _session(path)
 
 
-def _keep_optimised(path: Path, kept: Path) -> None:
-    """Make the folder `kept` with graph.onnx and graph.weights, whole and on disk or not at all."""
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".optimised-") as folder:
-        made = Path(folder) / "made"
-        made.mkdir()
-        _session(path, save_to=made / "graph.onnx")
-        for file in made.iterdir():
+def _write_optimised(path: Path, folder: Path) -> None:
+    """Write graph.onnx and graph.weights into `folder`, synced and renamed in one step."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".optimised-") as temporary:
+        unfinished = Path(temporary) / "graph"
+        unfinished.mkdir()
+        _session(path, save_to=unfinished / "graph.onnx")
+        for file in unfinished.iterdir():
             with file.open("rb+") as written:  # Windows syncs what is open for writing
                 os.fsync(written.fileno())
         try:
-            made.rename(kept)
+            unfinished.rename(folder)
         except OSError:
-            if not kept.is_dir():  # otherwise another process was first
+            if not folder.is_dir():  # otherwise another process was first
                 raise

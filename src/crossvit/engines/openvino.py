@@ -1,10 +1,11 @@
 """OpenVINO on the model's ONNX file, on the CPU.
 
-Its first compile of a model runs in a child process, since on some processors it ends the process (openvino#35943); what it
-compiled is kept, and is loaded from then on.
+The first compilation of a model runs in a child process, since on some processors it ends the
+process (openvino#35943). OpenVINO caches the compiled model and loads it from then on.
 
-A large batch is computed in parts of one size, several at a time on fewer threads each: nobody waits for another after every
-product, what a part makes stays in the caches, and a model compiled for one size is faster (docs/performance.md).
+A large batch is computed in parts of a fixed size, several at a time on fewer threads each: threads
+do not synchronise after every matmul, a part's activations stay in the processor's caches, and a
+model compiled for a fixed size is faster (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -27,28 +28,39 @@ from crossvit.trained import Trained
 
 HINTS = {"fp32": "f32", "bf16": "bf16"}
 COMPILE_SECONDS = 600  # two compiles that take longer hang
-PART_IMAGES = 4  # of a large batch that are computed together
-MOST_STREAMS = 4  # parts at a time; on a machine with more cores each has several threads
+PART_IMAGES = 4  # images in a part of a large batch
+MAX_STREAMS = 4  # parts at a time; on a machine with more cores each has several threads
 
 
 class OpenVINOEngine:
     """`engine(images)`: (B, C, H, W) float32, normalised -> `EngineOutput`, on the CPU.
 
-    What computes a whole batch and what computes parts is each compiled when it is first needed, since it has weights of its own.
+    The model for whole batches and the model for parts are each compiled when first needed, since
+    each holds a copy of the weights.
     """
 
     name = "openvino"
 
     def __init__(self, path: Path, *, precision: str = "fp32", in_parts: bool = True) -> None:
-        """path: an ONNX file of images (batch, C, H, W), whose output has the batch before its last axis. in_parts: whether
-        large batches are computed so; otherwise OpenVINO is given any batch whole."""
+        """
+        Args:
+            path: An ONNX file of images (batch, C, H, W) whose output has the batch as its last
+                axis but one.
+            precision: fp32 or bf16.
+            in_parts: Whether large batches are computed in parts; otherwise whole.
+        """
         self.path = path
         self.precision = precision
         self.streams = stream_count() if in_parts else 1
 
     @classmethod
     def load(cls, trained: Trained, *, precision: str = "fp32") -> OpenVINOEngine:
-        """UsageError for a precision the processor lacks; EngineError where the model cannot be exported or compiled."""
+        """The engine of a trained model, checked against the plain model's logits.
+
+        Raises:
+            UsageError: For a precision that the processor lacks.
+            EngineError: Where the model cannot be exported or compiled, or its logits differ.
+        """
         if precision == "bf16" and "BF16" not in _core().get_property(
             "CPU", "OPTIMIZATION_CAPABILITIES"
         ):
@@ -63,20 +75,18 @@ class OpenVINOEngine:
         return EngineOutput.of_branches(self.compute(images))
 
     def compute(self, images: Images) -> Logits:
-        """The file's output as it is: of our graphs the branch logits (branches, B, classes)."""
+        """The graph's output; for graphs of `onnx_graph`, branch logits (branches, B, classes)."""
         images = np.ascontiguousarray(images)
         at_once = self.streams * PART_IMAGES
         in_parts = len(images) // at_once * at_once if self.streams > 1 else 0
         logits = self._in_parts(images[:in_parts])
         if in_parts < len(images):
-            found = self.request.infer({0: images[in_parts:]})
-            logits.append(
-                np.array(found[0], dtype=np.float32)
-            )  # a copy: the request writes over its own
+            outputs = self.request.infer({0: images[in_parts:]})
+            logits.append(np.array(outputs[0], dtype=np.float32))  # the request reuses its buffer
         return np.concatenate(logits, axis=-2) if len(logits) > 1 else logits[0]
 
     def _in_parts(self, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-        """The logits of each part of `images`, in order; none of no images."""
+        """The logits of each part of `images`, in order; an empty list for no images."""
         parts: dict[int, NDArray[np.float32]] = {}
         if not len(images):
             return []
@@ -93,12 +103,12 @@ class OpenVINOEngine:
 
     @cached_property
     def request(self) -> Any:
-        """A request of any number of images, on all threads."""
+        """The request for any number of images, on all threads."""
         return _compile(self.path, self.precision).create_infer_request()
 
     @cached_property
     def part_requests(self) -> Any:
-        """One request a stream, for PART_IMAGES each."""
+        """A request per stream, for PART_IMAGES each."""
         import openvino
 
         return openvino.AsyncInferQueue(
@@ -107,12 +117,16 @@ class OpenVINOEngine:
 
 
 def try_compiling(path: Path, precision: str) -> None:
-    """Compile in a child process, once for a file, precision and version. EngineError if the child does not come back well."""
-    survived = path.with_suffix(f".{precision}.openvino-{version_of('openvino')}")
-    if survived.is_file():
+    """Compile in a child process, once for a file, precision and version.
+
+    Raises:
+        EngineError: Where the child fails or takes too long.
+    """
+    success_mark = path.with_suffix(f".{precision}.openvino-{version_of('openvino')}")
+    if success_mark.is_file():
         return
     try:
-        child = subprocess.run(  # noqa: S603  # this interpreter and module, on a file of our own
+        child = subprocess.run(  # noqa: S603  # this interpreter and module, a file of the cache
             [sys.executable, "-m", "crossvit.engines.openvino", str(path), precision],
             capture_output=True,
             text=True,
@@ -124,32 +138,36 @@ def try_compiling(path: Path, precision: str) -> None:
             f"OpenVINO did not compile the model within {COMPILE_SECONDS} s"
         ) from None
     if child.returncode:
-        said = child.stderr.strip().splitlines()
+        lines = child.stderr.strip().splitlines()
         why = (
             f"signal {-child.returncode}"
             if child.returncode < 0
-            else (said[-1][:200] if said else f"status {child.returncode}")
+            else (lines[-1][:200] if lines else f"status {child.returncode}")
         )
         raise EngineError(f"OpenVINO cannot compile the model here ({why})")
-    write_atomically(survived, b"")
+    write_atomically(success_mark, b"")
 
 
 def stream_count() -> int:
-    """How many parts of a batch are computed at a time; 1: none are made."""
-    return min(physical_cores(), MOST_STREAMS)
+    """Number of parts computed at a time; at 1 batches are computed whole."""
+    return min(physical_cores(), MAX_STREAMS)
 
 
 @lru_cache
 def _core() -> Any:
-    """The one of this process, kept to its end. Each gives the thread a signal stack, and of two that go in the order they came
-    the last puts back the stack of the first, whose memory is gone: the next signal Python hears ends the process."""
+    """OpenVINO's core, a single one until the process ends.
+
+    Each core installs a signal stack for the thread and restores the earlier one when it is freed.
+    Of two freed in the order of their creation, the second restores the first's stack, whose memory
+    is gone, and the next signal that Python handles ends the process.
+    """
     import openvino
 
     return openvino.Core()
 
 
 def _compile(path: Path, precision: str, *, streams: int = 1) -> Any:
-    """The model for one request of any batch on all threads; or for `streams` at a time, each of PART_IMAGES."""
+    """The model compiled for any batch on all threads, or for `streams` parts of PART_IMAGES."""
     core = _core()
     model = core.read_model(path)
     if streams > 1:
@@ -158,7 +176,7 @@ def _compile(path: Path, precision: str, *, streams: int = 1) -> Any:
         model,
         "CPU",
         {
-            "INFERENCE_PRECISION_HINT": HINTS[precision],  # it picks bf16 by itself otherwise
+            "INFERENCE_PRECISION_HINT": HINTS[precision],  # its default may be bf16
             "PERFORMANCE_HINT": "THROUGHPUT" if streams > 1 else "LATENCY",
             "NUM_STREAMS": streams,
             "INFERENCE_NUM_THREADS": physical_cores(),

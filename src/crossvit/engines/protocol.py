@@ -1,4 +1,4 @@
-"""What every engine is: normalised images in, logits out. No torch.
+"""The protocol of every inference engine: normalised images in, logits out. Imports no torch.
 
 Shapes: B images, C channels, H x W pixels of the model's input.
 """
@@ -16,11 +16,11 @@ Logits = NDArray[np.float32]
 
 
 class EngineOutput(NamedTuple):
-    """What a forward pass gives, float32.
+    """The output of a forward pass, float32.
 
     Attributes:
-        logits: (B, classes), what the model answers.
-        branch_logits: (branches, B, classes), each branch's own.
+        logits: (B, classes), of the whole model.
+        branch_logits: (branches, B, classes), of each branch.
     """
 
     logits: Logits
@@ -28,12 +28,16 @@ class EngineOutput(NamedTuple):
 
     @classmethod
     def of_branches(cls, branch_logits: Logits) -> EngineOutput:
-        """Of a model whose logits are the mean of its branches' (branches, B, classes)."""
+        """The output of a model whose logits are the mean over its branches.
+
+        Args:
+            branch_logits: (branches, B, classes).
+        """
         return cls(branch_logits.mean(axis=0), branch_logits)
 
     @classmethod
     def join(cls, outputs: Sequence[EngineOutput]) -> EngineOutput:
-        """One after the other, along B."""
+        """Concatenate the outputs of consecutive batches along B."""
         if len(outputs) == 1:
             return outputs[0]
         return cls(

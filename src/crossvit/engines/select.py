@@ -1,7 +1,8 @@
-"""Which engine computes: the one place that evaluation, prediction and explanation ask for a forward pass.
+"""Selection of the inference engine, for evaluation, prediction and explanation alike.
 
-`auto` times the engines that are installed, once for a model on a machine, and remembers the fastest whose outputs agree
-with torch in fp32. An engine that is missing or fails is one line of the log, and torch computes in its place.
+`auto` times the installed engines, once for a model on a machine, and caches the name of the
+fastest whose logits agree with torch in fp32. For an engine that is missing or fails the log has one
+line, and torch computes in its place.
 """
 
 from __future__ import annotations
@@ -28,11 +29,8 @@ from crossvit.trained import Trained
 if TYPE_CHECKING:
     from crossvit.model.crossvit import CrossViT
 
-ENGINES = ("torch", "onnxruntime", "openvino")  # each called like the package it needs
-EXTRAS = {
-    "onnxruntime": "onnx",
-    "openvino": "openvino",
-}  # what installs it: pip install 'crossvit[...]'
+ENGINES = ("torch", "onnxruntime", "openvino")  # each named after the package it needs
+EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}  # pip install 'crossvit[...]'
 PRECISIONS = {
     "torch": ("fp32", "bf16", "fp16"),
     "onnxruntime": ("fp32",),
@@ -40,7 +38,8 @@ PRECISIONS = {
 }
 TRIAL_SECONDS = 2.0  # of timing in all, on first use of `auto`
 TRIAL_BATCH = 8
-SETTLE_SECONDS = 0.1  # before a call that is timed: an engine's threads spin for a while after its last product, on our cores
+# Before each timed call: an engine's threads keep spinning on the cores for a while after its last.
+SETTLE_SECONDS = 0.1
 
 log = logging.getLogger("crossvit")
 
@@ -53,13 +52,22 @@ def load_engine(
     precision: str = "auto",
     model: CrossViT | None = None,
 ) -> Engine:
-    """The engine for `trained`.
+    """The inference engine of a trained model.
 
-    model: `trained.build()`, for a caller that has it already; the torch engine's form is made of it, on its device.
-    engine: torch, onnxruntime, openvino, or auto: the fastest here, by trial. The others than torch compute on the CPU.
-    precision: auto is fp32, so that results do not depend on the processor.
-    Where the engine is not installed or cannot compute the model, torch does, and the log has one line. UsageError for an
-    engine, device or precision that is not there.
+    Where the requested engine is not installed or cannot compute the model, torch computes instead
+    and the log has one line.
+
+    Args:
+        trained: The trained model.
+        engine: torch, onnxruntime, openvino, or auto: the fastest on this machine, by trial. All
+            but torch compute on the CPU.
+        device: auto, cpu, cuda or mps.
+        precision: fp32, bf16 or fp16; auto is fp32, so that results do not depend on the processor.
+        model: `trained.build()`, for a caller that has it already; the torch engine computes with
+            a form of it, and moves it to the device.
+
+    Raises:
+        UsageError: For an unknown or unavailable engine, device or precision.
     """
     if engine not in ("auto", *ENGINES):
         raise UsageError(f"engine {engine!r}: use auto, {', '.join(ENGINES)}")
@@ -81,14 +89,18 @@ def load_engine(
 
 
 def installed_engines() -> list[str]:
-    """The engines whose packages are here, torch first."""
+    """The engines whose packages are installed, torch first."""
     return [engine for engine in ENGINES if is_installed(engine)]
 
 
 def _load(
     trained: Trained, engine: str, *, device: str, precision: str, model: CrossViT | None = None
 ) -> Engine:
-    """EngineError if it is not installed or does not load."""
+    """The engine by name.
+
+    Raises:
+        EngineError: Where it is not installed or does not load.
+    """
     if not is_installed(engine):
         raise EngineError(
             f"engine {engine} is not installed (pip install 'crossvit[{EXTRAS[engine]}]')"
@@ -99,7 +111,8 @@ def _load(
         return TorchEngine.load(trained, device=device, precision=precision, model=model)
     if device not in ("auto", "cpu"):
         raise UsageError(
-            f"engine {engine} computes on the CPU here, not on {device!r}: leave out --device, or take --engine torch"
+            f"engine {engine} computes on the CPU here, not on {device!r}: "
+            "leave out --device, or take --engine torch"
         )
     precision = "fp32" if precision == "auto" else precision
     if engine == "onnxruntime":
@@ -115,7 +128,10 @@ def _load(
 
 
 def _fastest(trained: Trained, *, device: str, precision: str, model: CrossViT | None) -> Engine:
-    """The fastest engine that agrees, from memory or by trial. Where torch would take a GPU there is nothing to try."""
+    """The fastest engine that agrees with torch, from the cache or by trial.
+
+    On a GPU there is no trial: only torch computes there.
+    """
     reference = _load(trained, "torch", device=device, precision=precision, model=model)
     if getattr(reference, "on_gpu", False):
         return reference
@@ -136,10 +152,8 @@ def _fastest(trained: Trained, *, device: str, precision: str, model: CrossViT |
     for name in names[1:]:
         try:
             engines[name] = _load(trained, name, device="cpu", precision=resolved)
-        except (
-            EngineError,
-            UsageError,
-        ) as error:  # UsageError: a precision that it has not on this processor
+        # UsageError: a precision that the engine lacks on this processor
+        except (EngineError, UsageError) as error:
             log.warning("%s; left out", error)
     exact = (
         reference
@@ -180,25 +194,33 @@ def _agrees(name: str, engine: Engine, images: Images, exact: EngineOutput, prec
         return True
     try:
         output = engine(images)
-    except Exception as error:  # noqa: BLE001  # an engine's own, of any kind
+    except Exception as error:  # noqa: BLE001  # engines raise exceptions of any kind
         log.warning(
             "engine %s fails (%s); left out",
             name,
             (str(error).splitlines() or [type(error).__name__])[0][:200],
         )
         return False
-    apart = difference(output, exact)
-    if apart <= TOLERANCE[precision]:
+    deviation = difference(output, exact)
+    if deviation <= TOLERANCE[precision]:
         return True
     log.warning(
         "engine %s differs from torch by %.1e of the largest logit (%.0e is let through); left out",
-        name, apart, TOLERANCE[precision],
+        name, deviation, TOLERANCE[precision],
     )  # fmt: skip
     return False
 
 
 def race(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str, float]:
-    """Seconds of one call of each, the median of rounds in turn over about `seconds` in all (three rounds at least)."""
+    """Time calls in turn, round after round.
+
+    Args:
+        calls: The calls by name.
+        seconds: Of timing in all, about; there are at least three rounds.
+
+    Returns:
+        The median seconds of each call, by name.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     began = time.perf_counter()
     while time.perf_counter() - began < seconds or len(next(iter(times.values()))) < 3:
@@ -207,11 +229,11 @@ def race(calls: dict[str, Callable[[], object]], *, seconds: float) -> dict[str,
             started = time.perf_counter()
             call()
             times[name].append(time.perf_counter() - started)
-    return {name: float(np.median(found)) for name, found in times.items()}
+    return {name: float(np.median(samples)) for name, samples in times.items()}
 
 
 def trial_key(trained: Trained, precision: str, engines: list[str]) -> str:
-    """What a trial's outcome depends on, as a digest: the model's shape, the precision, the machine and the versions."""
+    """Digest of what a trial's outcome depends on: config, precision, machine and versions."""
     versions = {name: version_of(name) for name in engines}
     machine = [platform.machine(), processor(), os.cpu_count()]
     described = json.dumps(
@@ -223,48 +245,48 @@ def trial_key(trained: Trained, precision: str, engines: list[str]) -> str:
 
 def _remembered() -> dict[str, str]:
     try:
-        found = json.loads((cache_folder() / "engines.json").read_text())
+        choices = json.loads((cache_folder() / "engines.json").read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return choices if isinstance(choices, dict) else {}
 
 
 def _remember(key: str, engine: str) -> None:
-    """A cache that cannot be written means another trial next time, nothing more."""
+    """Write the choice to the cache; where that fails there is another trial next time."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         write_atomically(
             cache_folder() / "engines.json",
             json.dumps({**_remembered(), key: engine}, indent=1).encode(),
         )
-    except Exception as error:  # noqa: BLE001  # of the system or of ours: neither is worth stopping for
-        log.info("the choice of engine is not kept: %s", error)
+    except Exception as error:  # noqa: BLE001  # a failed write stops no prediction
+        log.info("the choice of engine is not cached: %s", error)
 
 
 # ---------------------------------------------------------------- too little memory
 
 
 class BatchSplitting:
-    """An engine that goes on with half the batch where memory does not hold it, and says so once."""
+    """An engine that halves its batch where memory runs out, and logs the new size."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.name, self.precision = engine.name, engine.precision
-        self.most: int | None = None  # images in one call
+        self.max_batch: int | None = None  # images in one call
 
     def __call__(self, images: Images) -> EngineOutput:
         parts = []
         done = 0
         while done < len(images):
-            size = min(self.most or len(images), len(images) - done)
+            size = min(self.max_batch or len(images), len(images) - done)
             try:
                 parts.append(self.engine(images[done : done + size]))
-            except Exception as error:  # ONNX Runtime's are of no common kind
+            except Exception as error:  # ONNX Runtime's have no common base
                 if size == 1 or not _out_of_memory(error):
                     raise
-                self.most = size // 2
+                self.max_batch = size // 2
                 log.warning(
-                    "memory does not hold %d images at once: going on with %d", size, self.most
+                    "memory does not hold %d images at once: going on with %d", size, self.max_batch
                 )
                 continue
             done += size
@@ -272,9 +294,9 @@ class BatchSplitting:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    said = str(error).lower()
+    message = str(error).lower()
     return isinstance(error, MemoryError) or any(
-        mark in said
+        mark in message
         for mark in (
             "out of memory",
             "not enough memory",

@@ -1,4 +1,4 @@
-"""The torch engine, and how `--device` and `--precision` become what is there."""
+"""The torch engine; `--device` and `--precision` resolved to what this machine has."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ class TorchEngine:
     ) -> None:
         """
         Args:
-            model: What computes, on `device`: a model as it trains, in `precision` by autocast,
+            model: On `device`: a model as it trains, in `precision` by autocast,
                 or its inference form, which is in its precision already.
-            device: Where it is.
+            device: The model's device.
             precision: fp32, bf16 or fp16.
         """
         self.model = model
@@ -60,9 +60,17 @@ class TorchEngine:
         precision: str = "auto",
         model: CrossViT | None = None,
     ) -> TorchEngine:
-        """The engine of a trained model. `precision` auto is fp32, so that results do not depend on the processor.
+        """The engine of a trained model.
 
-        model: `trained.build()`, where that has been called; it is moved to the device.
+        Args:
+            trained: The trained model.
+            device: auto, cpu, cuda or mps.
+            precision: fp32, bf16 or fp16; auto is fp32, so that results do not depend on the
+                processor.
+            model: `trained.build()`, where that has been called; it is moved to the device.
+
+        Raises:
+            UsageError: For a device or precision that is not available.
         """
         place = resolve_device(device)
         chosen = "fp32" if precision == "auto" else resolve_precision(precision, place)
@@ -105,7 +113,7 @@ class TorchEngine:
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        """Inside, the model is in evaluation mode and its precision, without gradients; afterwards in the mode it was in."""
+        """Evaluation mode, the engine's precision and no gradients; restores the model's mode."""
         training = self.model.training
         trains = isinstance(self.model, CrossViT)  # an inference form is in its precision already
         cast = autocast(self.device, self.precision) if trains else contextlib.nullcontext()
@@ -117,39 +125,48 @@ class TorchEngine:
             self.model.train(training)
 
     def _overlapped(self, images: Images, function: Callable[[Tensor], Tensor]) -> Logits:
-        """As a call, in parts: while one is computed the next is copied to the GPU, out of pinned memory."""
+        """As `_compute`, in parts: the next is copied from pinned memory during computation."""
         copying = torch.cuda.Stream(self.device)
         logits = []
         with self._inference():
             staged = [part.pin_memory() for part in torch.from_numpy(images).split(GPU_PART)]
             for part in staged:
                 with torch.cuda.stream(copying):
-                    there = part.to(self.device, non_blocking=True)
+                    on_device = part.to(self.device, non_blocking=True)
                 torch.cuda.current_stream(self.device).wait_stream(copying)
-                there.record_stream(torch.cuda.current_stream(self.device))
-                logits.append(function(there).float())
+                on_device.record_stream(torch.cuda.current_stream(self.device))
+                logits.append(function(on_device).float())
             joined = torch.cat(logits, dim=1).cpu()
         return joined.numpy()
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, else Apple's GPU, else the CPU. UsageError for one that is not there."""
-    there = {
+    """A device by name; `auto` is CUDA, else Apple's GPU, else the CPU.
+
+    Raises:
+        UsageError: For an unknown or unavailable device.
+    """
+    available = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
     if name == "auto":
-        name = next(device for device in ("cuda", "mps", "cpu") if there[device])
-    if name not in there or not there[name]:
-        raise UsageError(
-            f"device {name!r} is not available here: use {', '.join(device for device in there if there[device])}"
-        )
+        name = next(device for device in ("cuda", "mps", "cpu") if available[device])
+    if not available.get(name, False):
+        choices = ", ".join(device for device in available if available[device])
+        raise UsageError(f"device {name!r} is not available here: use {choices}")
     return torch.device(name)
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware computes in it (on a CPU: AVX-512 BF16 or AMX), else fp32."""
+    """A precision by name; `auto` is bf16 where the hardware has it, else fp32.
+
+    On a CPU that is AVX-512 BF16 or AMX.
+
+    Raises:
+        UsageError: For an unknown precision.
+    """
     if name not in ("auto", *DTYPES):
         raise UsageError(f"precision {name!r}: use auto, {', '.join(DTYPES)}")
     if name != "auto":
@@ -163,7 +180,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """The context in which `precision` is computed."""
+    """The autocast context of a precision on a device; none for fp32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, DTYPES[precision])
