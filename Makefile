@@ -8,7 +8,7 @@ SETUP := pyproject.toml constraints.txt
 
 TWINS := tests/fast tests/model tests/engines/test_engines.py
 
-.PHONY: help quickstart test test-all check seal format bench bench-cold bench-levers bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints bench-loader bench-predict clean
+.PHONY: help quickstart test test-all check docs seal format bench bench-cold bench-levers bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints bench-loader bench-predict clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -29,6 +29,9 @@ check: $(VENV)/.installed-check  ## format, lint, types and the rooms' import co
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.installed-docs  ## the documentation as a site in site/, the reference made from the docstrings; a broken link is an error
+	$(BIN)/zensical build --strict
 
 seal: $(VENV)/.installed-test  ## accept edited functions of model/, if every fast form still equals them
 	cp src/crossvit/fast/seal.json .seal.before
@@ -77,7 +80,7 @@ bench-small: $(VENV)/.installed  ## from scratch on few photos against resnet18 
 	$(BIN)/python benchmarks/small.py $(PACKS)
 
 clean:  ## remove the environment and what tools left behind
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist site
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "crossvit needs Python 3.11 or newer: make PYTHON=python3.11")'
@@ -94,4 +97,8 @@ $(VENV)/.installed-test: $(SETUP) | $(VENV)/.installed
 
 $(VENV)/.installed-check: $(SETUP) | $(VENV)/.installed
 	@$(PIP) -e '.[check]'
+	@touch $@
+
+$(VENV)/.installed-docs: $(SETUP) | $(VENV)/.installed
+	@$(PIP) -e '.[docs]'
 	@touch $@

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import crossvit
 from crossvit.model.cost import cost
 from crossvit.model.presets import PRESETS
 
@@ -16,7 +18,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *sorted((ROOT / "src").rglob("*.md")),
 ]
 # Files of the repository, as pages and docstrings name them.
@@ -130,3 +132,14 @@ def test_the_glossary_has_each_term_once() -> None:
     terms = [term.lower() for term in re.findall(r"^- \*\*(.+?)\*\*:", text, re.MULTILINE)]
     assert len(terms) > 100
     assert len(terms) == len(set(terms))
+
+
+def test_the_reference_and_the_menu_of_the_site_are_complete() -> None:
+    folder = ROOT / "docs" / "reference"
+    text = "\n".join(page.read_text(encoding="utf-8") for page in folder.glob("*.md"))
+    documented = re.findall(r"^::: crossvit\.(\w+)$", text, re.MULTILINE)
+    assert sorted(documented) == sorted(set(crossvit.__all__) - {"__version__"})
+    site = tomllib.loads((ROOT / "zensical.toml").read_text(encoding="utf-8"))
+    menu = set(re.findall(r"'([\w/]+\.md)'", str(site["project"]["nav"])))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in folder.parent.rglob("*.md")}
+    assert menu == pages

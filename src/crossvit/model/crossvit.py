@@ -104,7 +104,7 @@ class CrossViT(nn.Module):
         """The tokens after each encoder, before any final LayerNorm.
 
         Returns:
-            [stage][branch] of (B, 1 + n, D), the class token first.
+            `[stage][branch]` of (B, 1 + n, D), the class token first.
 
         Raises:
             ValueError: For images of another shape than the model takes.
