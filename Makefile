@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PIP := PIP_CONSTRAINT=constraints.txt PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet
 SETUP := pyproject.toml constraints.txt
 
+CPP := $(wildcard src/crossvit/fast/native/*.cpp src/crossvit/fast/native/*.h)
+
 TWINS := tests/fast tests/model tests/engines/test_engines.py
 
 .PHONY: help quickstart test test-all check docs seal format bench bench-cold bench-levers bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints bench-loader bench-predict clean
@@ -27,6 +29,7 @@ test-all: $(VENV)/.installed-test  ## those and the long ones
 check: $(VENV)/.installed-check  ## format, lint, types and the rooms' import contract
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
@@ -41,6 +44,7 @@ seal: $(VENV)/.installed-test  ## accept edited functions of model/, if every fa
 
 format: $(VENV)/.installed-check  ## rewrite the code in the project's format
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.installed  ## both models against timm through every engine installed: a table, bench/bench.json, bench/bench.svg
