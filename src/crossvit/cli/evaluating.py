@@ -80,7 +80,7 @@ def evaluate(
     batch_size
         Images a step.
     engine
-        What computes: torch, onnxruntime, openvino, or auto, the fastest here by trial.
+        Inference engine: torch, onnxruntime, openvino, or auto, the fastest here by trial.
     precision
         auto (fp32), fp32 or bf16.
     device

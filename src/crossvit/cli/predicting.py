@@ -71,7 +71,7 @@ def predict(
     workers
         Threads that decode images. Default: one a processor and four more.
     engine
-        What computes: torch, onnxruntime, openvino, or auto, the fastest here by trial.
+        Inference engine: torch, onnxruntime, openvino, or auto, the fastest here by trial.
     precision
         auto (fp32), fp32 or bf16.
     device

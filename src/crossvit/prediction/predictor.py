@@ -1,6 +1,6 @@
-"""Classifying new images: load once, call many times. Files of results are written by `batch_prediction.py`.
+"""Classification of new images: load once, call many times. `to_file.py` writes results to files.
 
-Shapes: B images of a batch, V views of each, C channels, H and W of the model's input.
+Shapes: B images of a batch, V views of each, C channels, H x W pixels of the model's input.
 """
 
 from __future__ import annotations
@@ -24,12 +24,17 @@ from crossvit.results import Label, Prediction
 from crossvit.trained import MULTI_LABEL, open_trained
 
 BATCH_SIZE = 32
-READ_AHEAD = 2  # batches that are decoded while one is computed; memory grows with it, speed does not beyond two
-THRESHOLD = 0.5  # of a multi-label model that has none of its own: more likely there than not
+READ_AHEAD = 2  # batches decoded ahead of the computation; more takes memory and gives no speed
+THRESHOLD = 0.5  # for a multi-label model without thresholds: more likely present than not
 
 
 class View(NamedTuple):
-    """One look at a picture: the central `share` of each of its sides, mirrored left to right or not."""
+    """A view for test-time augmentation: the centre of a picture, perhaps mirrored left to right.
+
+    Attributes:
+        share: The part of each side that is kept, in (0, 1].
+        mirrored: Whether left and right are exchanged.
+    """
 
     share: float = 1.0
     mirrored: bool = False
@@ -45,22 +50,16 @@ VIEWS = {
 
 
 class Predictor:
-    """A trained model, ready to classify. `predictor(images)` takes paths, bytes of files, Pillow images or uint8 arrays.
+    """A trained model, ready to classify.
 
-    run: a run folder, a weight file or a name on the hub. Preprocessing, temperature T and thresholds are the model's own, those
-    of its evaluation: p = softmax(z / T) of the logits z, or 1 / (1 + exp(−z / T)) for each class of a multi-label model.
+    Call it with images: paths, bytes of files, Pillow images or uint8 arrays. Probabilities are
+    p = softmax(z / T) of the logits z, or 1 / (1 + exp(−z / T)) for each class of a multi-label
+    model. Preprocessing, temperature T and thresholds are those of the model's evaluation.
 
-    top_k: classes in `Prediction.top`, the surest first. `Prediction.labels` is the answer: the surest class, or of a multi-label
-    model every class at or above its threshold (0.5 where it has none).
-    batch_size: images in one forward pass. workers: threads that decode, None for one a processor and four that wait for disks.
-    tta: test-time augmentation, a name of VIEWS. z is then the mean of the views' logits, as the model's own is the mean of its
-    branches': one rule for both, and T keeps its meaning. Mirrored views are wrong for classes that are mirror images of each
-    other (letters, left and right hands); each view costs a forward pass.
-    abstain_below: a single-label model whose surest class has a lower probability gives no answer: `abstained` is set, `labels`
-    is empty and `top` says what it would have been.
-
-    An image that cannot be decoded gives a `Prediction` with `error` set; the others are classified all the same. Any number of
-    threads may call one Predictor: nothing in it changes, and their forward passes take turns.
+    `Prediction.labels` is the answer: the most probable class, or every class of a multi-label
+    model at or above its threshold (0.5 where it has none). An image that cannot be decoded gives
+    a `Prediction` with `error` set; the others are classified all the same. Any number of threads
+    may call one Predictor: it has no changing state, and forward passes take turns.
     """
 
     def __init__(
@@ -76,6 +75,25 @@ class Predictor:
         device: str = "auto",
         precision: str = "auto",
     ) -> None:
+        """
+        Args:
+            run: A run folder, a weight file or a name on the hub.
+            top_k: Number of classes in `Prediction.top`, the most probable first.
+            batch_size: Images in a forward pass.
+            tta: Test-time augmentation, a name in `VIEWS`. The logits are then the mean over the
+                views, as the model's are the mean over its branches, so T keeps its meaning. Each
+                view costs a forward pass. Mirrored views are wrong for classes that are mirror
+                images of each other (letters, left and right hands).
+            abstain_below: Probability in (0, 1] below which a single-label model gives no answer:
+                `abstained` is set, `labels` is empty and `top` has what it would have been.
+            workers: Decoding threads; None for one per processor and four that wait for disks.
+            engine: Inference engine: torch, onnxruntime, openvino, or auto for the fastest here.
+            device: auto, cpu, cuda or mps.
+            precision: auto (fp32), fp32, bf16 or fp16.
+
+        Raises:
+            UsageError: For an argument outside its range, or a run that cannot be found.
+        """
         for name, value in (("top_k", top_k), ("batch_size", batch_size), ("workers", workers)):
             if value is not None and value < 1:
                 raise UsageError(f"{name} = {value}: should be 1 or more")
@@ -89,7 +107,8 @@ class Predictor:
         self.multi_label = self.trained.task == MULTI_LABEL
         if abstain_below is not None and self.multi_label:
             raise UsageError(
-                f"{run} has several labels an image: its thresholds say which are given, so leave out abstain_below"
+                f"{run} has several labels an image: its thresholds say which are given, "
+                "so leave out abstain_below"
             )
         self.classes = self.trained.classes
         self.preprocessing = self.trained.preprocessing
@@ -102,11 +121,17 @@ class Predictor:
         self.tta = tta
         self.abstain_below = abstain_below
         self.workers = workers
-        self._turn = threading.Lock()
+        self._forward_lock = threading.Lock()
 
     def __call__(self, images: Iterable[ImageSource] | ImageSource) -> list[Prediction]:
-        """One Prediction an image, in the order given. A single image may come without a list around it; an array (B, H, W, 3)
-        is B of them."""
+        """Classify images.
+
+        Args:
+            images: Images, or a single one; an array (B, H, W, 3) is B images.
+
+        Returns:
+            A Prediction per image, in their order.
+        """
         if isinstance(images, str | Path | bytes | Image.Image) or (
             isinstance(images, np.ndarray) and images.ndim < 4
         ):
@@ -114,13 +139,14 @@ class Predictor:
         return list(self.stream(images))
 
     def stream(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
-        """As a call, in constant memory: images are taken as they are needed."""
+        """As a call, in constant memory: images are taken from the iterable as needed."""
         return chain.from_iterable(self.batches(images))
 
     def batches(self, images: Iterable[ImageSource]) -> Iterator[list[Prediction]]:
-        """The predictions of each `batch_size` images. The next batches are decoded while one is computed.
+        """Yield the predictions of each `batch_size` images; later ones are decoded meanwhile.
 
-        What an image's logits are may depend on its batch in their last bits, so the batches follow from the order alone.
+        The last bits of an image's logits may depend on its batch, so batches follow from the
+        order of the images alone.
         """
         remaining = iter(images)
         waiting: deque[tuple[list[ImageSource], list[Future[NDArray[np.float32] | DataError]]]] = (
@@ -143,7 +169,7 @@ class Predictor:
             pool.shutdown(cancel_futures=True)
 
     def _prepare(self, source: ImageSource) -> NDArray[np.float32] | DataError:
-        """An image as the engine takes it, (V, C, H, W)."""
+        """The engine's input for an image, (V, C, H, W), or the error."""
         try:
             picture = self.preprocessing.read(source)
             views = VIEWS[self.tta]
@@ -161,10 +187,9 @@ class Predictor:
             )
         except DataError as error:
             return error
-        except Exception as error:  # noqa: BLE001  # whatever one picture does, the others are classified
-            return DataError(
-                f"{source_name(source)}: cannot be prepared ({' '.join(str(error).split()) or type(error).__name__})"
-            )
+        except Exception as error:  # noqa: BLE001  # the other images are classified all the same
+            reason = " ".join(str(error).split()) or type(error).__name__
+            return DataError(f"{source_name(source)}: cannot be prepared ({reason})")
 
     def _classify(
         self, sources: Sequence[ImageSource], prepared: Sequence[NDArray[np.float32] | DataError]
@@ -181,11 +206,11 @@ class Predictor:
 
     def _probabilities(self, views: NDArray[np.float32]) -> NDArray[np.float64]:
         """(V, B, C, H, W) -> (B, classes)."""
-        with self._turn:
+        with self._forward_lock:
             outputs = [self.engine(view) for view in views]
         fused = np.mean([output.logits for output in outputs], axis=0)  # (B, classes)
         logits: NDArray[np.float64] = fused.astype(np.float64) / self.trained.temperature
-        with np.errstate(invalid="ignore"):  # `_answer` says what is not finite
+        with np.errstate(invalid="ignore"):  # `_answer` reports what is not finite
             total = (
                 np.logaddexp(0, logits)
                 if self.multi_label
@@ -198,19 +223,20 @@ class Predictor:
         if not np.isfinite(probabilities).all():
             return Prediction(
                 name,
-                error=f"{name}: the model's answer is not a finite number; its weights may be damaged",
+                error=f"{name}: the model's answer is not a finite number; "
+                "its weights may be damaged",
             )
         order = np.argsort(-probabilities, kind="stable")
         top = tuple(
             Label(self.classes[index], float(probabilities[index])) for index in order[: self.top_k]
         )
         if self.multi_label:
-            said = (index for index in order if probabilities[index] >= self.thresholds[index])
+            positive = (index for index in order if probabilities[index] >= self.thresholds[index])
             return Prediction(
                 name,
                 top,
                 labels=tuple(
-                    Label(self.classes[index], float(probabilities[index])) for index in said
+                    Label(self.classes[index], float(probabilities[index])) for index in positive
                 ),
             )
         if self.abstain_below is not None and top[0].probability < self.abstain_below:
@@ -219,7 +245,12 @@ class Predictor:
 
 
 def centre(picture: Picture, share: float) -> Picture:
-    """The central `share` of each side of a Pillow picture or an array (H, W, C), at least one pixel."""
+    """The centre of a picture.
+
+    Args:
+        picture: A Pillow image or an array (H, W, C).
+        share: The part of each side that is kept, in (0, 1]; at least one pixel.
+    """
     if isinstance(picture, Image.Image):
         left, right = _middle_of(picture.width, share)
         top, bottom = _middle_of(picture.height, share)
@@ -230,5 +261,5 @@ def centre(picture: Picture, share: float) -> Picture:
 
 
 def _middle_of(side: int, share: float) -> tuple[int, int]:
-    kept = max(1, round(share * side))
-    return (side - kept) // 2, (side - kept) // 2 + kept
+    length = max(1, round(share * side))
+    return (side - length) // 2, (side - length) // 2 + length

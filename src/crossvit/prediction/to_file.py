@@ -1,7 +1,7 @@
-"""Predictions of any number of images into a file, in constant memory, that a kill does not lose.
+"""Predictions of any number of images into a file, in constant memory, resumable after a kill.
 
-Beside the results lies OUT.options.json: the model and the options that made them, so that `resume` goes on with the same ones or
-not at all.
+OUT.options.json beside the results holds the model and the options that made them; `resume` refuses
+any others.
 """
 
 from __future__ import annotations
@@ -21,14 +21,8 @@ from crossvit.prediction.result_files import ResultFile, open_results
 from crossvit.results import BatchPrediction, plain_name
 from crossvit.run import Run
 
-MODEL = (
-    "weights",
-    "classes",
-    "preprocessing",
-    "task",
-    "temperature",
-    "thresholds",
-)  # what a model's answers follow from
+# What a model's predictions depend on, and what else its results do.
+MODEL = ("weights", "classes", "preprocessing", "task", "temperature", "thresholds")
 OPTIONS = ("top_k", "batch_size", "tta", "abstain_below", "engine", "precision")
 
 
@@ -41,14 +35,27 @@ def predict_to_file(
     overwrite: bool = False,
     progress: Callable[[int], object] = lambda done: None,
 ) -> BatchPrediction:
-    """Write the prediction of each image, in order, to `out`: .jsonl, .csv, or .parquet (a folder of parts).
+    """Write the prediction of each image, in order, to a file.
 
-    Results are written after every batch of the predictor, so a kill loses one at most, and `resume` goes on where they end: the
-    file is then the same, byte for byte (Parquet: row for row), as one never interrupted, on the same machine. An image that
-    cannot be read is a result with its error. progress is called with the images done, after every batch.
+    Results are written after every batch, so a kill loses one batch at most. A resumed file is the
+    same, byte for byte (Parquet: row for row), as one never interrupted, on the same machine. An
+    image that cannot be read is a result with its error.
 
-    UsageError where `out` holds something else, or results and neither `resume` nor `overwrite` is given, or with `resume` they
-    are of another model, other options or other images, which are named; RunError if `out` cannot be written.
+    Args:
+        predictor: The model and its options.
+        images: Paths of images, taken as needed.
+        out: The file: .jsonl, .csv, or .parquet (a folder of parts).
+        resume: Continue after the results in `out`.
+        overwrite: Replace the results in `out`.
+        progress: Called after every batch with the number of images done.
+
+    Returns:
+        The counts of images, failures and abstentions, and the seconds taken.
+
+    Raises:
+        UsageError: Where `out` holds something else, or results without `resume` or `overwrite`, or
+            with `resume` results of another model, other options or other images, named.
+        RunError: Where `out` cannot be written.
     """
     if resume and overwrite:
         raise UsageError(
@@ -63,7 +70,7 @@ def predict_to_file(
     )
     try:
         _settle_options(path, results, predictor, resume=resume, overwrite=overwrite)
-        done = _Done()
+        done = _Progress()
         remaining = done.skip(path, results, iter(images), predictor.batch_size)
         skipped = done.n
         progress(done.n)
@@ -83,8 +90,8 @@ def predict_to_file(
     )
 
 
-class _Done:
-    """Counts of the results that are on disk."""
+class _Progress:
+    """Counts of the results on disk."""
 
     def __init__(self) -> None:
         self.n = self.failed = self.abstained = 0
@@ -92,24 +99,29 @@ class _Done:
     def skip(
         self, path: Path, results: ResultFile, images: Iterator[str], batch_size: int
     ) -> Iterator[str]:
-        """Pass over the images whose whole batches have results, drop what comes after those, and give back the other images."""
+        """Skip the images of complete batches in `results`, and cut off the rows after those.
+
+        Returns:
+            The remaining images.
+        """
         rows = results.rows()
         end = 0
         while batch := list(islice(images, batch_size)):
-            there = list(islice(rows, len(batch)))
-            for row, image in zip(there, batch, strict=False):
+            batch_rows = list(islice(rows, len(batch)))
+            for row, image in zip(batch_rows, batch, strict=False):
                 if row.image != plain_name(image):
                     raise UsageError(
-                        f"{path} goes on with {row.image} where the images given now have {plain_name(image)}: "
-                        "give the same images, or add --overwrite to start again"
+                        f"{path} goes on with {row.image} where the images given now have "
+                        f"{plain_name(image)}: give the same images, "
+                        "or add --overwrite to start again"
                     )
-            if len(there) < len(batch):
+            if len(batch_rows) < len(batch):
                 images = chain(batch, images)
                 break
-            end = there[-1].end
-            self.n += len(there)
-            self.failed += sum(row.failed for row in there)
-            self.abstained += sum(row.abstained for row in there)
+            end = batch_rows[-1].end
+            self.n += len(batch_rows)
+            self.failed += sum(row.failed for row in batch_rows)
+            self.abstained += sum(row.abstained for row in batch_rows)
         else:
             for row in rows:
                 raise UsageError(
@@ -123,46 +135,50 @@ class _Done:
 def _settle_options(
     path: Path, results: ResultFile, predictor: Predictor, *, resume: bool, overwrite: bool
 ) -> None:
-    """Write OUT.options.json; where there are results, refuse to mix them with others."""
+    """Write OUT.options.json, or where there are results compare it; see `predict_to_file`."""
     record_path = path.with_name(f"{path.name}.options.json")
-    now = _options(predictor)
+    current = _options(predictor)
     occupied = not results.is_blank()
     if occupied and not record_path.is_file():
         raise UsageError(
-            f"{path} was not made by `crossvit predict` (no {record_path.name}), so it is left alone: choose another"
+            f"{path} was not made by `crossvit predict` (no {record_path.name}), "
+            "so it is left alone: choose another"
         )
     if occupied and overwrite:
         results.clear()
     if not occupied or overwrite:
-        write_atomically(record_path, f"{json.dumps(now, indent=1)}\n".encode())
+        write_atomically(record_path, f"{json.dumps(current, indent=1)}\n".encode())
         return
     if not resume:
         raise UsageError(
-            f"{path} exists: add --resume to go on with it, --overwrite to replace it, or choose another --out"
+            f"{path} exists: add --resume to go on with it, --overwrite to replace it, "
+            "or choose another --out"
         )
     try:
-        then: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
+        recorded: dict[str, Any] = json.loads(record_path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{record_path}, which says what {path} was made with, cannot be read: start again with --overwrite"
+            f"{record_path}, which says what {path} was made with, cannot be read: "
+            "start again with --overwrite"
         ) from error
     for name in OPTIONS:
-        if then.get(name) != now[name]:
+        if recorded.get(name) != current[name]:
             option = f"--{name.replace('_', '-')}"
             raise UsageError(
-                f"--resume cannot change {option} {now[name]}: {path} was begun with {then.get(name)}; "
-                "give that, or choose another --out"
+                f"--resume cannot change {option} {current[name]}: "
+                f"{path} was begun with {recorded.get(name)}; give that, or choose another --out"
             )
-    differing = [name for name in MODEL if then.get(name) != now[name]]
+    differing = [name for name in MODEL if recorded.get(name) != current[name]]
     if differing:
         raise UsageError(
-            f"{path} was begun with another model ({then.get('run')}; its {', '.join(differing)} differ from those of "
-            f"{now['run']}): give that one, or choose another --out"
+            f"{path} was begun with another model ({recorded.get('run')}; its "
+            f"{', '.join(differing)} differ from those of {current['run']}): "
+            "give that one, or choose another --out"
         )
 
 
 def _options(predictor: Predictor) -> dict[str, Any]:
-    """What the results follow from. `run` is for people."""
+    """What the results depend on; `run` is for the reader alone."""
     trained = predictor.trained
     return {
         "run": trained.source,
