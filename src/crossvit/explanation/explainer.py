@@ -71,7 +71,13 @@ class Explainer:
 def explain(
     run: str | Path, image: ImageSource, *, class_name: str | None = None, device: str = "auto"
 ) -> Explanation:
-    """Explain the prediction for one image; see `Explainer`.
+    """Explain the prediction for one image.
+
+    Args:
+        run: A run folder, a weight file or a name on the hub.
+        image: A path, the bytes of a file, a Pillow image or a uint8 array.
+        class_name: Explain this class instead of the predicted one.
+        device: auto, cpu, cuda or mps.
 
     Raises:
         DataError: For an image that cannot be decoded.

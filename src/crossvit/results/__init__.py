@@ -1,7 +1,8 @@
-"""The records that verbs return: frozen, plain, and the same for people (`crossvit ...`) and programs (`--json`).
+"""The records that verbs return: frozen, plain, the same for people and for programs (`--json`).
 
-Standard library and NumPy only; pictures are kept as encoded bytes and left out of JSON. Each module is imported when one of
-its names is first used: making forty dataclasses takes as long as classifying a small picture.
+Standard library and NumPy only; pictures are encoded bytes and left out of JSON. A module is
+imported when one of its names is first used: making forty dataclasses takes as long as classifying
+a small picture.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How fast models are beside their peers."""
+"""Speed of models and of their peers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,30 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BenchRow:
-    """One contestant in one precision on one batch, from rounds in turn with the others.
+    """One contestant in one precision on one batch, from rounds taken in turn with the others.
 
-    contestant: `who-how`, such as `timm-openvino`.  milliseconds: of a call, the median; fastest and slowest of the rounds.
-    ratio: times as fast as timm eager in fp32 (a training step: as timm's in its precision), the median over rounds.
-    difference: largest from timm eager in fp32, over the largest logit.  same_top1: share of images with the same class.
-    megabytes: what it took to come up and compute a batch (a training step: beyond weights and optimiser).
-    limit_share: of a large matrix product's rate in its precision.  What does not go with a row is None.
+    Attributes:
+        model: Name of the preset.
+        contestant: `who-how`, such as `timm-openvino`.
+        precision: fp32 or bf16.
+        batch: Images.
+        image_size: (height, width) in pixels.
+        milliseconds: Median of a call.
+        fastest: Fastest round, in milliseconds.
+        slowest: Slowest round, in milliseconds.
+        rounds: Number of rounds.
+        images_per_second: At the median.
+        ratio: Speed over timm eager in fp32 (of a training step, over timm's in the same
+            precision): median over the rounds.
+        ratio_low: Lowest ratio of a round.
+        ratio_high: Highest ratio of a round.
+        difference: Largest difference from the logits of timm eager in fp32, over the largest
+            logit; None for a training step.
+        same_top1: Share of images with the same class; None for a training step.
+        megabytes: Memory to start and compute a batch (of a training step, beyond weights and
+            optimiser); None where it was not measured.
+        limit_share: Share of the rate of a large matrix product in the same precision; None where
+            it was not measured.
     """
 
     model: str
@@ -37,7 +54,10 @@ class BenchRow:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Growth:
-    """Time of an image in fp32 as `by` grows: `batch` (at the model's own size) or `image size` (at one batch)."""
+    """Milliseconds of an image in fp32 as `by` grows.
+
+    `by` is `batch` (at the model's image size) or `image size` (at one batch).
+    """
 
     contestant: str
     by: str
@@ -49,7 +69,11 @@ class Growth:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench:
-    """`crossvit bench`: the machine, GFLOP/s of a large matrix product by precision, rows, and what was left out and why."""
+    """Result of `crossvit bench`.
+
+    The machine, `limits` (GFLOP/s of a large matrix product by precision), the rows, and what was
+    left out with the reason (`skipped`).
+    """
 
     processor: str
     device: str

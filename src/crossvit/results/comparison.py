@@ -1,4 +1,4 @@
-"""Runs side by side."""
+"""Comparison of runs."""
 
 from __future__ import annotations
 
@@ -12,8 +12,20 @@ from crossvit.results.training import Epoch
 
 @dataclasses.dataclass(frozen=True)
 class ComparedRun:
-    """One of several runs: a short name that no other has, what it costs (parameters, and multiply-accumulates of one image as it
-    computes them, None where a part that is not built in has its own), the seconds it was trained for, and how it did. record (`run.json`) and epochs are left out of JSON."""
+    """One of the compared runs.
+
+    Attributes:
+        name: Short name, unique among them.
+        run: Its folder.
+        model: Name of the preset.
+        parameters: Number of parameters.
+        macs: Multiply-accumulates of one image as the model computes them; None with a part that is
+            not built in.
+        seconds: Duration of training.
+        evaluation: On the common images.
+        record: Its run.json, left out of JSON.
+        epochs: Its log, left out of JSON.
+    """
 
     name: str
     run: str
@@ -28,8 +40,17 @@ class ComparedRun:
 
 @dataclasses.dataclass(frozen=True)
 class RunsCompared:
-    """Runs on the same n images. tests: of each run but the first against the first. differing: of each field of the recipe that
-    is not the same in all, its values in the order of `runs` (None where a run has no such field)."""
+    """Runs on the same `n` images.
+
+    Attributes:
+        data: The data, as they were given.
+        split: Part of the data.
+        n: Number of images.
+        runs: The runs.
+        tests: Each run but the first, against the first.
+        differing: Fields of the recipe that differ, with their values in the order of `runs` (None
+            where a run has no such field).
+    """
 
     data: str
     split: str

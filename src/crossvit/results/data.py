@@ -1,4 +1,4 @@
-"""What is in some data, and what is wrong with it."""
+"""Results of checking and of sharding data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ class ShardSummary:
 
 @dataclasses.dataclass(frozen=True)
 class PartCheck:
-    """One part of the data: its images, how many of each class, and their smallest, median and largest (height, width)."""
+    """One part of the data.
+
+    Number of images in all and by class, and their smallest, median and largest (height, width).
+    """
 
     part: str
     n: int
@@ -38,7 +41,10 @@ class BrokenImage:
 
 @dataclasses.dataclass(frozen=True)
 class ImagePair:
-    """Two images that are the same, or nearly: `bits` of 64 in which their perceptual hashes differ."""
+    """Two identical images or near-duplicates.
+
+    `bits` of the 64 of their perceptual hashes differ.
+    """
 
     images: tuple[str, str]
     parts: tuple[str, str]
@@ -59,9 +65,24 @@ class ImagePair:
 
 @dataclasses.dataclass(frozen=True)
 class DataCheck:
-    """What `crossvit data check` found. imbalance: images of the largest class over those of the smallest. Counts are of all
-    pairs; `identical` and `near` list the first ones, leaks and conflicts before others. `leak_count` is of pairs of either
-    kind across parts, `conflict_count` of identical images with different labels."""
+    """Result of `crossvit data check`.
+
+    Attributes:
+        data: The data, as they were given.
+        n: Number of images.
+        parts: Each part of the data.
+        imbalance: Images of the largest class over those of the smallest.
+        modes: Number of images by Pillow's mode.
+        broken: Images that cannot be decoded.
+        identical_count: Number of pairs of identical images.
+        near_count: Number of pairs of near-duplicates.
+        leak_count: Number of pairs of either kind across parts.
+        conflict_count: Number of pairs of identical images with different labels.
+        near_bits: Most bits in which the hashes of near-duplicates differ.
+        identical: The first such pairs, leaks and conflicts before others.
+        near: The first such pairs, leaks before others.
+        notes: What was left out or skipped.
+    """
 
     data: str
     n: int
@@ -73,7 +94,7 @@ class DataCheck:
     near_count: int
     leak_count: int
     conflict_count: int
-    near_bits: int  # in which two nearly identical images differ at most
+    near_bits: int
     identical: tuple[ImagePair, ...]
     near: tuple[ImagePair, ...]
     notes: tuple[str, ...]

@@ -12,7 +12,10 @@ from crossvit.results.run_record import SINGLE_LABEL
 
 @dataclasses.dataclass(frozen=True)
 class BranchScore:
-    """One branch alone: its patch in pixels and the accuracy of its own head, 0 to 1 (the paper's Table 6 columns)."""
+    """Accuracy of one branch's head (0 to 1), a column of the paper's Table 6; `patch` in pixels.
+
+    Source: docs/paper.md, Ablations.
+    """
 
     name: str
     patch: int
@@ -21,7 +24,10 @@ class BranchScore:
 
 @dataclasses.dataclass(frozen=True)
 class ClassScore:
-    """One class: images, precision, recall and F1, 0 to 1 (0 where nothing was predicted or present)."""
+    """Support `n`, precision, recall and F1 of one class.
+
+    The last three are 0 to 1, and 0 where the class was neither predicted nor present.
+    """
 
     label: str
     n: int
@@ -32,16 +38,23 @@ class ClassScore:
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """A wrong prediction: the true and the predicted class, the confidence (0 to 1), and the picture as PNG bytes."""
+    """A wrong prediction.
+
+    Attributes:
+        image: Name of the image.
+        label: True class.
+        predicted: Predicted class.
+        probability: Confidence, 0 to 1.
+        picture: The image as PNG bytes.
+        map: Relevance laid over the image, as PNG bytes.
+    """
 
     image: str
     label: str
     predicted: str
     probability: float
     picture: bytes = dataclasses.field(default=b"", repr=False)
-    map: bytes = dataclasses.field(
-        default=b"", repr=False
-    )  # what it looked at, laid over the picture, as PNG bytes
+    map: bytes = dataclasses.field(default=b"", repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,11 +78,16 @@ class ReliabilityBin:
 
 @dataclasses.dataclass(frozen=True)
 class Calibration:
-    """Whether a confidence of 80 % means 80 % correct. ece: expected calibration error, 0 to 1, of logits divided by `temperature`.
+    """Whether a confidence of 80 % means 80 % correct.
 
-    suggested_temperature: the one that makes the cross-entropy of these images least; suggested_ece: the error with it, each
-    image under the temperature fitted to the others (two halves), so that it does not flatter. replaced: what there was
-    before `--calibrate` stored this temperature in the run.
+    Attributes:
+        ece: Expected calibration error, 0 to 1, of the logits divided by `temperature`.
+        temperature: The run's.
+        bins: Reliability diagram.
+        suggested_temperature: The one of least cross-entropy on these images.
+        suggested_ece: ECE with it, cross-fitted: the images are divided into two parts, and each is
+            measured with the temperature fitted on the other.
+        replaced: The calibration before `--calibrate` stored this temperature in the run.
     """
 
     ece: float
@@ -81,13 +99,19 @@ class Calibration:
 
     @property
     def stored(self) -> bool:
-        """Whether `temperature` was fitted to these images and is the run's own now."""
+        """Whether `temperature` was fitted to these images and stored in the run."""
         return self.replaced is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class RiskPoint:
-    """Answers with a confidence of `threshold` or more: their share of the images, and the share of them that is wrong."""
+    """Answers with a confidence of at least `threshold`.
+
+    Attributes:
+        threshold: Confidence, 0 to 1.
+        coverage: Share of the images with such an answer, 0 to 1.
+        risk: Share of wrong answers among these, 0 to 1.
+    """
 
     threshold: float
     coverage: float
@@ -96,8 +120,15 @@ class RiskPoint:
 
 @dataclasses.dataclass(frozen=True)
 class Selective:
-    """Risk against coverage. area: under the curve, lower is better. threshold: suggested, the lowest confidence from which at
-    most `target_risk` of the answers are wrong, with the coverage and risk it has here; None where none reaches it."""
+    """Risk against coverage, for abstention.
+
+    Attributes:
+        points: The curve.
+        area: Area under it (AURC); lower is better.
+        target_risk: Share of wrong answers to stay below, 0 to 1.
+        suggested: The point of lowest confidence at which at most `target_risk` of the answers are
+            wrong; None where there is none.
+    """
 
     points: tuple[RiskPoint, ...]
     area: float
@@ -107,7 +138,10 @@ class Selective:
 
 @dataclasses.dataclass(frozen=True)
 class LabelScore:
-    """One class of a multi-label model: images that have it, average precision, and at `threshold` precision, recall and F1."""
+    """Results of one class of a multi-label model, 0 to 1.
+
+    Support `n`, average precision, and precision, recall and F1 at `threshold`.
+    """
 
     label: str
     n: int
@@ -120,8 +154,14 @@ class LabelScore:
 
 @dataclasses.dataclass(frozen=True)
 class MultiLabel:
-    """Several classes an image. map: mean average precision over classes that occur. exact: share of images whose set of
-    classes is right at the thresholds. micro_f1: over all decisions; the mean over classes is `Evaluation.macro_f1`."""
+    """Results of a multi-label model, 0 to 1.
+
+    Attributes:
+        map: Mean average precision over the classes that occur.
+        exact: Share of images whose whole set of classes is correct at the thresholds.
+        micro_f1: F1 over all decisions; the mean over the classes is `Evaluation.macro_f1`.
+        classes: Results by class.
+    """
 
     map: float
     exact: float
@@ -139,7 +179,7 @@ class CorruptionScore:
 
 @dataclasses.dataclass(frozen=True)
 class SizeScore:
-    """Accuracy (0 to 1) on the same images scaled down to a shorter side of so many pixels before the preprocessing."""
+    """Accuracy (0 to 1) on the same images scaled down to a shorter side of `pixels` beforehand."""
 
     pixels: int
     top1: float
@@ -147,8 +187,15 @@ class SizeScore:
 
 @dataclasses.dataclass(frozen=True)
 class Robustness:
-    """Accuracy on corrupted images, and on the same images clean (`unspoilt`). n: images, of which there may be fewer than were evaluated.
-    mean: over corruptions and severities, None where none were asked for."""
+    """Accuracy on corrupted and on scaled-down images, 0 to 1.
+
+    Attributes:
+        corruptions: By corruption.
+        sizes: By shorter side.
+        mean: Over corruptions and severities; None without corruptions.
+        n: Number of images; possibly fewer than were evaluated.
+        unspoilt: Accuracy on the same images clean.
+    """
 
     corruptions: tuple[CorruptionScore, ...] = ()
     sizes: tuple[SizeScore, ...] = ()
@@ -159,13 +206,35 @@ class Robustness:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Accuracy of a run on labelled images. top1, top5, macro_f1: 0 to 1; loss: mean cross-entropy in nats.
+    """Metrics of a run on labelled images.
 
-    confusion: (classes, classes) counts, rows true, columns predicted. mistakes: the most confident first. intervals: of top1, top5,
-    macro_f1 (and map). Of a multi-label model top1 is the share of images whose most likely class is one of theirs, loss the mean
-    binary cross-entropy, and confusion, calibration and selective are left out. correct: of each image, in the order of
-    `images`, whether its prediction is correct (of a multi-label model: its whole set of classes), what a paired test of two runs
-    needs; left out of JSON.
+    Attributes:
+        top1: Accuracy, 0 to 1. For a multi-label model, the share of images whose most probable
+            class is one of theirs.
+        n: Number of images.
+        run: The model, as it was given.
+        data: The data, as they were given.
+        split: Part of the data.
+        top5: Share of images whose class is among the five most probable, 0 to 1.
+        macro_f1: Mean F1 over the classes that occur, 0 to 1.
+        loss: Mean cross-entropy in nats; for a multi-label model, mean binary cross-entropy.
+        branches: Accuracy of each branch's head.
+        classes: Results by class.
+        confusion: Counts (classes, classes), rows true, columns predicted; empty for a multi-label
+            model.
+        mistakes: The most confident first.
+        task: Single-label or multi-label.
+        intervals: 95 % intervals of top1, top5, macro_f1 (and map).
+        calibration: None for a multi-label model.
+        selective: Risk against coverage; None for a multi-label model.
+        multi_label: None for a single-label model.
+        robustness: None where it was not measured.
+        seconds: Duration.
+        precision: fp32 or bf16.
+        engine: What computed the logits.
+        images: Names, left out of JSON.
+        correct: Whether the prediction for each of `images` is correct (for a multi-label model:
+            its whole set of classes), as a paired test of two runs needs; left out of JSON.
     """
 
     top1: float
@@ -195,9 +264,18 @@ class Evaluation:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Two runs on the same n images. accuracies: 0 to 1, of each. only_first, only_second: images that one of them alone gets
-    right. difference: second minus first, with its 95 % interval. p: of McNemar's exact test, the chance of so uneven a pair of
-    counts if the two were equally good."""
+    """Two runs on the same `n` images.
+
+    Attributes:
+        runs: First and second run.
+        n: Number of images.
+        accuracies: Of each, 0 to 1.
+        only_first: Number of images that only the first predicts correctly.
+        only_second: Number of images that only the second predicts correctly.
+        difference: Accuracy of the second minus the first.
+        interval: 95 % interval of the difference.
+        p: p value of McNemar's exact test.
+    """
 
     runs: tuple[str, str]
     n: int

@@ -1,4 +1,4 @@
-"""What an answer was read from, and whether such maps mean anything."""
+"""Relevance maps of a prediction, and their faithfulness."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from crossvit.results.prediction import Label
 
 @dataclasses.dataclass(frozen=True)
 class TokenMap:
-    """How much of something each patch of one grid has: (heads, rows, columns), or (1, rows, columns) where heads are joined.
+    """A map over the patches of one grid.
 
-    kind: `attention` (what the class token of branch `reader` attended to in its own block; the mean over its patches in a model
-    without class tokens), `cross` (what it read from another branch in a fusion), `rollout` and `gradient` (what its answer was
-    read from, through all stages; gradient for one class), `difference` (its gradient map less the mean of the others').
-    reader: a branch, or `all` for the mean of their logits. on: the branch whose grid it is, or `all` for every grid's map
-    brought to the finest one. share: of what was read, the part that lies on these patches, 0 to 1: the rest is on class tokens
-    and on other grids (for gradient on other grids alone). stage, block: from 1, None for what goes through all of them.
-
-    Values of attention, cross, rollout and gradient are shares of what was read; on `all` they are multiples of the average (their
-    mean is 1), and a difference is one of those.
+    Attributes:
+        kind: `attention`: weights of the class token of branch `reader` in a block (the mean over
+            its patches in a model without class tokens). `cross`: weights of its read from another
+            branch in a fusion. `rollout`, `gradient`: relevance for its answer through all stages,
+            gradient for one class. `difference`: its gradient map minus the mean of the others'.
+        reader: A branch, or `all` for the mean of their logits.
+        on: The branch whose grid it is, or `all` for the maps of every grid, resampled to the
+            finest one.
+        share: Part of the weight that lies on these patches, 0 to 1; the rest is on class tokens
+            and on other grids (for gradient on other grids alone).
+        values: (heads, rows, columns), or (1, rows, columns) where heads are averaged. They are
+            shares of the weight; on `all`, multiples of the average (mean 1), and a difference is
+            one of those.
+        stage: From 1; None for maps through all stages.
+        block: From 1; None for maps through all blocks.
     """
 
     kind: str
@@ -36,16 +42,22 @@ class TokenMap:
 
     @property
     def name(self) -> str:
-        """What it is called among the arrays of an explanation: `attention.L.on-L.stage3.block4`."""
+        """Its name in the file of arrays, for instance `attention.L.on-L.stage3.block4`."""
         place = "" if self.stage is None else f".stage{self.stage}.block{self.block}"
         return f"{self.kind}.{self.reader}.on-{self.on}{place}"
 
 
 @dataclasses.dataclass(frozen=True)
 class BranchAnswer:
-    """One branch alone: its patch in pixels, its grid (rows, columns), its own answer, and what it gives the explained class.
+    """The answer of one branch's head.
 
-    from_other: of what it read (rollout), the share that came from other branches' patches.
+    Attributes:
+        name: S, L or a number.
+        patch: Side in pixels.
+        grid: (rows, columns).
+        top: Its most probable class.
+        explained: Its probability of the explained class.
+        from_other: Share of its rollout relevance on other branches' patches, 0 to 1.
     """
 
     name: str
@@ -58,13 +70,25 @@ class BranchAnswer:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What an answer was read from; or why there is none, in `error`.
+    """Which parts of an image the prediction came from.
 
-    top: the model's answer. explained: the class the gradient maps are for. disagreement: how far apart the branches' gradient
-    maps are, 0 (the same) to 1 (on different patches): the share of a branch's that would have to be moved to make it the mean
-    of the others', on average over the branches. size: (width, height) of the picture, upright; seen: (left, top, right,
-    bottom), the part of it that the model saw, in its pixels. photo: the picture, made smaller, (H, W, 3) uint8. features: of
-    each branch the last encoder's patch tokens, (D, rows, columns). picture, arrays: the files that were written.
+    Attributes:
+        image: Name of the image.
+        top: The model's answer.
+        explained: The class of the gradient maps.
+        branches: The answer of each branch.
+        disagreement: Distance of the branches' gradient maps, 0 (equal) to 1 (on different
+            patches): the share of a branch's map that would have to move to make it the mean of
+            the others', averaged over the branches.
+        size: (width, height) of the upright image in pixels.
+        seen: (left, top, right, bottom) of the part that the model saw, in pixels of the image.
+        maps: Every map.
+        photo: The image, scaled down, (H, W, 3) uint8.
+        features: Patch tokens of each branch after the last encoder, (D, rows, columns).
+        picture: File of the sheet, where it was written.
+        arrays: File of the arrays, where it was written.
+        features_picture: File of the feature maps, where it was written.
+        error: Why the image could not be explained; None where it was.
     """
 
     image: str
@@ -94,7 +118,14 @@ class Explanation:
         on: str | None = None,
         stage: int | None = None,
     ) -> list[TokenMap]:
-        """The maps of one kind, in the order of stages and blocks."""
+        """Maps of one kind in the order of stages and blocks.
+
+        Args:
+            kind: As `TokenMap.kind`.
+            reader: Only maps of this branch, or `all`.
+            on: Only maps on this branch's grid, or `all`.
+            stage: Only maps of this stage, from 1.
+        """
         criteria = {"reader": reader, "on": on, "stage": stage}
         wanted = {name: value for name, value in criteria.items() if value is not None}
         return [
@@ -106,7 +137,10 @@ class Explanation:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """The mean probability of the class (0 to 1) at each share of changed cells, its intervals and the area under it."""
+    """Mean probability of the class (0 to 1) at each share of changed cells.
+
+    With its 95 % intervals and the area under the curve.
+    """
 
     mean: tuple[float, ...]
     intervals: tuple[Interval, ...]
@@ -115,11 +149,19 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class MapScore:
-    """How well one kind of map says what the answer hangs on.
+    """Deletion and insertion curves of one kind of map, against random maps.
 
-    deletion: the most relevant cells taken away first; the lower the better. insertion: put back first; the higher the better.
-    deletion_gain, insertion_gain: by how much the area is better than that of random maps on the same images (positive is
-    better), with their 95 % intervals. verdict: `better` where that lies above zero, `worse` where below, else `no different`.
+    Attributes:
+        kind: The kind of map.
+        deletion: Curve of deleting the most relevant cells first; lower is better.
+        insertion: Curve of inserting the most relevant cells first; higher is better.
+        deletion_gain: By how much the area is better than that of random maps on the same images.
+        deletion_gain_interval: Its 95 % interval.
+        insertion_gain: As `deletion_gain`.
+        insertion_gain_interval: Its 95 % interval.
+        deletion_verdict: `better` where the interval lies above zero, `worse` where below, else
+            `no different`.
+        insertion_verdict: As `deletion_verdict`.
     """
 
     kind: str
@@ -135,10 +177,21 @@ class MapScore:
 
 @dataclasses.dataclass(frozen=True)
 class Faithfulness:
-    """Deletion and insertion of cells of the finest grid, for each kind of map, on `n` images; `fill` stands where one is away.
+    """Deletion and insertion of cells of the finest grid, for each kind of map.
 
-    shares: of cells changed, the places of the curves. intact, emptied: mean probability of the class (the model's own answer on
-    the whole picture) with every cell there and with none. scores: every kind of map, then the controls.
+    The probability is that of the class predicted for the whole image.
+
+    Attributes:
+        run: The model, as it was given.
+        data: The data, as they were given.
+        split: Part of the data.
+        n: Number of images.
+        fill: What replaces a deleted cell: blur or mean.
+        grid: (rows, columns) of the cells.
+        shares: Shares of changed cells at which the curves were measured, 0 to 1.
+        intact: Mean probability with every cell.
+        emptied: Mean probability with every cell deleted.
+        scores: Every kind of map, then the controls.
     """
 
     run: str

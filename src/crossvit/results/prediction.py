@@ -15,10 +15,15 @@ class Label:
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """The prediction for one image, or why there is none, in `error`.
+    """The prediction for one image.
 
-    top: the most likely classes first.  labels: the answer: the most likely class; of a multi-label model every class at or
-    above its threshold, the most likely first; empty if the image could not be read or the model `abstained`.
+    Attributes:
+        image: Name of the image.
+        top: The most probable classes, the most probable first.
+        error: Why the image could not be read; None where it was.
+        labels: The answer: the most probable class, or for a multi-label model every class at or
+            above its threshold, the most probable first. Empty without an answer.
+        abstained: Whether the confidence was below `abstain_below`.
     """
 
     image: str
@@ -29,14 +34,23 @@ class Prediction:
 
     @property
     def label(self) -> str | None:
-        """The most likely class of the answer; None where there is none."""
+        """The most probable class of the answer; None without an answer."""
         return self.labels[0].label if self.labels else None
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchPrediction:
-    """What `crossvit predict --out` wrote: `n` results, `failed` of them errors and `abstained` without an answer. `skipped` were
-    there already; the others took `seconds`."""
+    """Summary of `crossvit predict --out`.
+
+    Attributes:
+        run: The model, as it was given.
+        out: The file or folder of results.
+        n: Number of results.
+        failed: Number of them that are errors.
+        abstained: Number of them without an answer because of low confidence.
+        skipped: Number of them written by an earlier call.
+        seconds: Duration of the others.
+    """
 
     run: str
     out: str

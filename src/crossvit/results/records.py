@@ -11,7 +11,7 @@ from crossvit.results.run_record import RunRecord
 
 
 def to_json(record: Any) -> Any:
-    """A record, nested as it may be, as dicts, lists, numbers and strings in the order of its fields. Bytes are left out."""
+    """A record as dicts, lists, numbers and strings, in the order of its fields, without bytes."""
     if isinstance(record, RunRecord):
         record = record.to_dict()
     if dataclasses.is_dataclass(record) and not isinstance(record, type):
@@ -35,5 +35,8 @@ def branch_names(count: int) -> list[str]:
 
 
 def plain_name(name: str) -> str:
-    """A name of any bytes as text that can be encoded: what is not UTF-8 becomes the escape `\\udcxx`, as JSON writes it."""
+    """A file name as text that can be encoded.
+
+    Bytes that are not UTF-8 become the escape `\\udcxx`, as JSON writes them.
+    """
     return name.encode("utf-8", "backslashreplace").decode("utf-8")

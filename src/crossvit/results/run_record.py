@@ -31,7 +31,8 @@ class DataRecord:
         train: Number of training images.
         held_out_part: val, test or held-out.
         held_out_n: Number of held-out images.
-        held_out: Size in bytes of each held-out image by name; empty where the data has a part for them.
+        held_out: Size in bytes of each held-out image by name; empty where the data has a part
+            for them.
         notes: What was left out or skipped.
         warnings: What makes the score look better than it is.
         extra: Keys that this version does not know.
@@ -151,7 +152,11 @@ class RunRecord:
 
 
 def _checked(kind: type[Any], values: Mapping[str, Any], *, prefix: str = "") -> dict[str, Any]:
-    """Fields of the dataclass `kind` from JSON. ValueError names what is missing or of another kind."""
+    """Fields of the dataclass `kind` from JSON.
+
+    Raises:
+        ValueError: Names what is missing or of another type.
+    """
     fields = {field.name: field for field in dataclasses.fields(kind) if field.name != "extra"}
     missing = [
         prefix + name
@@ -181,7 +186,7 @@ def _plain(record: Any) -> dict[str, Any]:
 
 
 def _of_type(*types: type, item: type | tuple[type, ...] | None = None) -> Callable[..., Any]:
-    """A converter that lets values of `types` pass, of a list or object those whose items are `item`."""
+    """A converter that accepts values of `types`; of a list or object, with items of type `item`."""
 
     def convert(value: Any, name: str) -> Any:
         items = value.values() if isinstance(value, Mapping) else value

@@ -12,9 +12,21 @@ from crossvit.results.run_record import RunRecord
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """One line of a run's log. Accuracies are 0 to 1, `lr` is the last step's, `seconds` are of training alone, `skipped` counts
-    steps whose loss or gradient was not finite; if all were, there is no `loss` and `train_top1`. val_map: mean average
-    precision of several labels an image; None of one."""
+    """One line of a run's log.
+
+    Attributes:
+        epoch: From 1.
+        step: Steps so far.
+        loss: Mean training loss; None where every step was skipped.
+        train_top1: Accuracy on the training images as augmented, 0 to 1; None like `loss`.
+        val_top1: Accuracy on the held-out images, 0 to 1.
+        val_loss: Loss on the held-out images.
+        lr: Learning rate of the last step.
+        seconds: Duration of training alone.
+        images_per_second: Of training alone.
+        skipped: Number of steps whose loss or gradient was not finite.
+        val_map: Mean average precision of a multi-label run, 0 to 1; None of another.
+    """
 
     epoch: int
     step: int
@@ -31,8 +43,17 @@ class Epoch:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """A finished run: where it is, its record (`run.json`), its epochs and its evaluation on the held-out images, which is
-    None for a run that had finished before it was asked for."""
+    """A finished run.
+
+    Attributes:
+        run: Its folder.
+        top1: Accuracy on the held-out images, 0 to 1.
+        n: Number of held-out images.
+        seconds: Duration.
+        record: Its run.json.
+        epochs: Its log.
+        evaluation: On the held-out images; None for a run that had finished before.
+    """
 
     run: str
     top1: float
@@ -80,8 +101,21 @@ class Rehearsal:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScaledRun:
-    """A run on so many GPUs, as arithmetic has it. batch_on_each: images of a step on one GPU, taken in `accumulate` parts;
-    images_per_second: what has to be loaded, in all and by each process; hours: training and evaluation."""
+    """The arithmetic of a run on many GPUs.
+
+    Attributes:
+        gpus: Number of GPUs.
+        batch_size: Global batch.
+        batch_on_each: Images of a step on each GPU, taken in `accumulate` parts.
+        accumulate: Number of these parts.
+        lr: Learning rate.
+        steps_an_epoch: Steps of an epoch.
+        steps: Steps in all.
+        warmup_steps: Steps of warm-up.
+        images_per_second: Images to load, in all.
+        images_per_second_on_each: Images to load, by each process.
+        hours: Of training and evaluation.
+    """
 
     gpus: int
     batch_size: int
