@@ -10,7 +10,7 @@ CPP := $(wildcard src/crossvit/fast/native/*.cpp src/crossvit/fast/native/*.h)
 
 TWINS := tests/fast tests/model tests/engines/test_engines.py
 
-.PHONY: help quickstart test test-all check docs seal format bench bench-cold bench-levers bench-startup bench-attention bench-fusion bench-train bench-small bench-checkpoints bench-loader bench-predict clean
+.PHONY: help quickstart test test-all check docs seal format bench clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 18
@@ -47,41 +47,9 @@ format: $(VENV)/.installed-check  ## rewrite the code in the project's format
 	$(BIN)/clang-format -i $(CPP)
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.installed  ## both models against timm through every engine installed: a table, bench/bench.json, bench/bench.svg
-	$(BIN)/crossvit bench --out bench
-
-bench-cold: $(VENV)/.installed  ## the first prediction of one PNG, from the shell, against timm in a script and ONNX Runtime
-	$(BIN)/python benchmarks/coldstart.py
-
-bench-levers: $(VENV)/.installed  ## what each change of the inference form on a CPU gives
-	$(BIN)/python benchmarks/levers.py
-
-bench-startup: $(VENV)/.installed  ## time of `crossvit --help` beyond a bare interpreter
-	$(BIN)/python benchmarks/startup.py
-
-bench-attention: $(VENV)/.installed  ## fused against plain attention on this machine
-	$(BIN)/python benchmarks/attention.py
-
-bench-fusion: $(VENV)/.installed  ## lazy against materialised keys and values: time and peak memory
-	$(BIN)/python benchmarks/fusion.py
-
-bench-train: $(VENV)/.installed  ## a training step of ours against timm's
-	$(BIN)/python benchmarks/training.py
-
-bench-checkpoints: $(VENV)/.installed  ## what writing checkpoints adds to training
-	$(BIN)/python benchmarks/checkpoints.py
-
-DATA ?= caltech101_subset_160
-bench-loader: $(VENV)/.installed  ## images a second against torchvision's ImageFolder: make bench-loader DATA=folder
-	$(BIN)/python benchmarks/loader.py $(DATA)
-
-RUN ?= runs/signs
-bench-predict: $(VENV)/.installed  ## memory and images a second of prediction into a file: make bench-predict RUN=run DATA=folder
-	$(BIN)/python benchmarks/prediction.py $(RUN) $(DATA)
-
-PACKS ?= sign_digits_64 cifar10_subset
-bench-small: $(VENV)/.installed  ## from scratch on few photos against resnet18 and vit_tiny: make bench-small PACKS="folder folder"
-	$(BIN)/python benchmarks/small.py $(PACKS)
+NAME ?= list
+bench: $(VENV)/.installed  ## a benchmark: make bench NAME=attention ARGS="..."; alone, their list
+	@$(BIN)/python benchmarks/run.py $(NAME) $(ARGS)
 
 clean:  ## remove the environment and what tools left behind
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist site

@@ -97,7 +97,7 @@ def waiting(training: Training, count: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", help="a folder, or the name of an image pack")
+    parser.add_argument("data", nargs="?", default="caltech101_subset_160")
     parser.add_argument("--model", default="crossvit_micro_96")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--batches", type=int, default=12)

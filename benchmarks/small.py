@@ -135,7 +135,7 @@ def accuracy(model: nn.Module, plan: Plan) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("data", nargs="+")
+    parser.add_argument("data", nargs="*", default=["sign_digits_64", "cifar10_subset"])
     parser.add_argument("--models", nargs="+", default=["ours", *RIVALS])
     parser.add_argument("--seconds", type=float, default=70.0, help="of training")
     parser.add_argument("--seeds", type=int, default=3, help="how many")

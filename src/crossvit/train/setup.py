@@ -214,7 +214,7 @@ def suitable_batch(images: int) -> int:
 
 def suitable_parts(config: CrossViTConfig, *, images: int, device: str) -> int:
     """Parts to take a batch of `images` in: on a CPU so that about PART_IMAGES of a large model are worked on at once, which
-    its cache holds (`make bench-train`); all of them together elsewhere."""
+    its cache holds (`make bench NAME=training`); all of them together elsewhere."""
     most_tokens = max(math.prod(branch.grid(config.image_size)) for branch in config.branches)
     return math.ceil(images / PART_IMAGES) if device == "cpu" and most_tokens >= MANY_TOKENS else 1
 
