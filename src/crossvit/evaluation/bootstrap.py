@@ -142,8 +142,8 @@ def compare(
     ]
     if not pairs:
         raise UsageError(
-            f"{first.run} and {second.run} were evaluated on no image in common ({first.data}, {second.data}): evaluate both "
-            "on the same DATA and --split"
+            f"{first.run} and {second.run} were evaluated on no image in common "
+            f"({first.data}, {second.data}): evaluate both on the same DATA and --split"
         )
     a, b = np.array(pairs, dtype=bool).T
     n, only_first, only_second = len(pairs), int((a & ~b).sum()), int((b & ~a).sum())

@@ -1,4 +1,4 @@
-"""Calibration: whether a confidence of 80 % means 80 % correct, temperature scaling, and abstention.
+"""Calibration (does a confidence of 80 % mean 80 % correct?), temperature scaling, abstention.
 
 NumPy only. Shapes as in `metrics`: logits (n, C), labels (n,); confidences (n,) are the
 probabilities of the predicted classes, correct (n,) whether the predictions are.

@@ -1,4 +1,4 @@
-"""Runs side by side: each evaluated on the same images, and a paired test of each against the first."""
+"""Comparison of runs: all on the same images, with a paired test of each against the first."""
 
 from __future__ import annotations
 
@@ -104,8 +104,8 @@ def common_data(records: Mapping[str, RunRecord]) -> str:
     for name, identity in held_out.items():
         if identity != held_out[first]:
             raise UsageError(
-                f"{first} and {name} held out different images, so their scores cannot be compared: give images that are new to "
-                "both with --data DATA"
+                f"{first} and {name} held out different images, so their scores cannot be "
+                "compared: give images that are new to both with --data DATA"
             )
     location: str = records[first].recipe["data"]
     return location
@@ -124,8 +124,9 @@ def _refuse_other_images(
     if set(first.images) != set(second.images):
         common = len(set(first.images) & set(second.images))
         raise UsageError(
-            f"{first_name} and {second_name} were measured on different images of {first.data} ({first.n:,} and {second.n:,}, "
-            f"{common:,} in common), because each leaves out what it was trained on: give --data that is new to both"
+            f"{first_name} and {second_name} were measured on different images of {first.data} "
+            f"({first.n:,} and {second.n:,}, {common:,} in common), because each leaves out what "
+            "it was trained on: give --data that is new to both"
         )
 
 
@@ -146,7 +147,7 @@ def _compared(name: str, run: Run, record: RunRecord, evaluation: Evaluation) ->
 
 
 def _cost(config: CrossViTConfig) -> tuple[int, int | None]:
-    """(parameters, multiply-accumulates of an image), the latter None for parts that are not built in."""
+    """(parameters, multiply-accumulates of an image); None for parts that are not built in."""
     try:
         total = cost(config)["total"]
     except ConfigError:
@@ -170,7 +171,7 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def differing(recipes: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
-    """The fields in which recipes differ, nested ones as `outer.inner`, and their values in each."""
+    """Fields in which recipes differ, nested ones as `outer.inner`, with the values in each."""
     flat = [_flat(recipe) for recipe in recipes]
     fields = dict.fromkeys(field for recipe in flat for field in recipe)
     values = {

@@ -160,13 +160,13 @@ def with_pictures(
     *,
     model: CrossViT | None = None,
 ) -> Evaluation:
-    """Add a small picture of each of the most confident mistakes, for which it is decoded once more.
+    """Add a small picture of each of the most confident mistakes, decoded once more.
 
     Args:
         evaluation: What was measured.
         images: The images that it was measured on.
         preprocessing: The model's.
-        model: Lays what this model read its answer from over the picture, too (`Mistake.map`).
+        model: Adds its relevance map of each picture (`Mistake.map`).
     """
     index_of = {images.path(index): index for index in range(len(images))}
     indices = [index_of[mistake.image] for mistake in evaluation.mistakes]
@@ -190,7 +190,7 @@ def with_pictures(
 
 
 def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: str) -> None:
-    """Refuse to calibrate where the temperature cannot be stored, or on images that were trained on.
+    """Refuse to calibrate where the temperature cannot be stored, or on training images.
 
     A model is too confident on images that it was trained on.
 
@@ -199,11 +199,13 @@ def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: 
     """
     if trained.record is None:
         raise UsageError(
-            f"{trained.source} is not a run, so no temperature can be stored in it: leave out --calibrate"
+            f"{trained.source} is not a run, so no temperature can be stored in it: "
+            "leave out --calibrate"
         )
     if trained.task == MULTI_LABEL:
         raise UsageError(
-            f"{trained.source} gives several classes an image, and a temperature is of one: leave out --calibrate"
+            f"{trained.source} gives several classes an image, and a temperature is of one: "
+            "leave out --calibrate"
         )
     recorded = trained.record.data
     if part == "held-out" or (data.fingerprint == recorded.fingerprint and part in HELD_OUT_PARTS):
@@ -211,14 +213,15 @@ def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: 
     fix = f"give {recorded.location} itself, or images that are new to it"
     if part == "train":
         raise UsageError(
-            f"{images.location} may have been trained on, and --calibrate needs images that were not: {fix}"
+            f"{images.location} may have been trained on, and --calibrate needs images that "
+            f"were not: {fix}"
         )
     try:
         source = open_data(recorded.location)
     except CrossViTError as error:
         raise UsageError(
-            f"--calibrate needs images that {trained.source} was not trained on, and those it was trained on are not to be "
-            f"found ({error})"
+            f"--calibrate needs images that {trained.source} was not trained on, and those it was "
+            f"trained on are not to be found ({error})"
         ) from error
     train = source.parts.get("train") or source.part("all")
     trained_on = set(zip(train.names, train.file_sizes, strict=True))
@@ -227,8 +230,8 @@ def refuse_uncalibratable(trained: Trained, data: Data, images: ImageSet, part: 
     count = sum(file in trained_on for file in files)
     if count:
         raise UsageError(
-            f"{count:,} of the {len(images):,} images of {images.location} were trained on, and --calibrate needs images that "
-            f"were not: {fix}"
+            f"{count:,} of the {len(images):,} images of {images.location} were trained on, "
+            f"and --calibrate needs images that were not: {fix}"
         )
 
 
@@ -237,8 +240,8 @@ def fitted_temperature(fused: NDArray[np.float64], images: ImageSet) -> float:
     labels = images.targets()
     if metrics.topk_correct(fused, labels).all():
         raise DataError(
-            f"all {len(images):,} images of {images.location} are predicted correctly, so no temperature is the best: "
-            "calibrate with more images"
+            f"all {len(images):,} images of {images.location} are predicted correctly, "
+            "so no temperature is the best: calibrate with more images"
         )
     return fit_temperature(fused, labels)
 

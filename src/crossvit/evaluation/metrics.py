@@ -1,4 +1,4 @@
-"""Metrics of predictions: logits or probabilities and ground truth in, the records of `results` out.
+"""Metrics of predictions: logits or probabilities and ground truth in, records of `results` out.
 
 NumPy only. Shapes: n images, C classes; logits and probabilities (n, C); labels (n,) class indices;
 targets (n, C) of 0 and 1, for multi-label images. `calibration` measures whether the probabilities

@@ -107,7 +107,8 @@ def transforms(
     """
     if (corruptions or sizes) and channels not in COLOURS:
         raise UsageError(
-            f"pictures of {channels} channels cannot be corrupted: leave out --corruptions and --sizes"
+            f"pictures of {channels} channels cannot be corrupted: "
+            "leave out --corruptions and --sizes"
         )
     for name in corruptions:
         if name not in CORRUPTIONS:

@@ -1,6 +1,6 @@
-"""Explanations: what each branch looked at, what passed between the branches, and where they disagree.
+"""Explanations: relevance maps of each branch, what passed between them, where they disagree.
 
-The mathematics is in `relevance.py`; whether the maps mean anything is measured in `faithfulness.py`.
+The mathematics is in `relevance.py`; `faithfulness.py` measures whether the maps mean anything.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ALL = "all"
 class Explainer:
     """Explains the predictions of one trained model.
 
-    `explainer(image)` takes a path, the bytes of a file, a Pillow image or a uint8 array, and always
+    `explainer(image)` takes a path, the bytes of a file, a Pillow image or a uint8 array. It always
     returns an `Explanation`: for an image that cannot be decoded, one with `error` set.
 
     Args:
@@ -97,7 +97,7 @@ def mistake_maps(
     fitted: Sequence[NDArray[Any]] | None = None,
     side: int = 128,
 ) -> list[bytes]:
-    """What the model's answer to each picture was read from, laid over the picture.
+    """The relevance map of the model's answer to each picture, laid over the picture.
 
     The map is the gradient-weighted one of the predicted class; see `relevance.py`.
 
@@ -153,7 +153,7 @@ def arrays(explanation: Explanation) -> dict[str, NDArray[np.float32]]:
 
 
 def npz_bytes(explanation: Explanation) -> bytes:
-    """`arrays` as the bytes of a compressed .npz file, with `seen`, the part of the picture that the maps lie on."""
+    """Bytes of a compressed .npz file: `arrays`, and `seen`, their part of the picture."""
     buffer = io.BytesIO()
     np.savez_compressed(
         buffer, allow_pickle=False, seen=np.asarray(explanation.seen), **arrays(explanation)
@@ -215,7 +215,7 @@ def _assemble(image: str, picture: Image.Image, reading: Reading, trained: Train
 
 
 def _attention_maps(reading: Reading, branches: Sequence[str]) -> Iterator[TokenMap]:
-    """Each attention of the pass: the row of the reading branch's class token (or the mean of rows)."""
+    """Each attention of the pass: the row of the branch's class token (or the mean of rows)."""
     for seen in reading.attention:
         if seen.kind == "cross":
             assert seen.branch is not None
@@ -259,7 +259,7 @@ def _joint_maps(
 
 
 def _relevance_maps(reading: Reading, branches: Sequence[str]) -> Iterator[TokenMap]:
-    """Relevance of each branch and of the mean logits, on every grid and summed on the finest one."""
+    """Relevance of each branch and of the mean logits, on every grid and on the finest one."""
     for kind, rows in (("rollout", reading.rollout[:, 0]), ("gradient", reading.gradient[:, 0])):
         for reader, row in zip((*branches, ALL), (*rows, rows.mean(dim=0)), strict=True):
             parts = reading.on_grids(row)

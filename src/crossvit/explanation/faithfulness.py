@@ -1,18 +1,20 @@
 """Faithfulness of maps: deletion and insertion of cells of the picture in the order of a map.
 
-Deletion (Petsiuk, Das and Saenko, 2018): the cells with the most relevance are replaced first; if the answer depends on them its
-probability falls early and the area under the curve is small. Insertion: from a picture with nothing in it, the same cells are
-put back first; the area should be large. Cells are those of the finest branch's grid, in the model's input; a map of a coarser
-grid is resampled to it bilinearly. Each kind of map is compared with maps of independent random numbers on the same images: the
-mean difference of the areas, with a bootstrap interval over the images.
+Deletion (Petsiuk, Das and Saenko, 2018): the cells with the most relevance are replaced first; if
+the answer depends on them, its probability falls early and the area under the curve is small.
+Insertion: from a picture with nothing in it, the same cells are put back first; the area should be
+large. Cells are those of the finest branch's grid, in the model's input; a map of a coarser grid is
+resampled to it bilinearly. Each kind of map is compared with maps of independent random numbers on
+the same images: the mean difference of the areas, with a bootstrap interval over the images.
 
-Two controls are measured beside them. `random blobs` are random numbers on the coarsest grid, resampled as the maps of that grid:
-their cells lie together, as a map's do, where those of `random` are scattered, and scattered cells leave a picture recognisable.
-`centre` is the same for every picture and falls off from its middle: a map that does not beat it shows only where things
+Two controls are measured beside them. `random blobs` are random numbers on the coarsest grid,
+resampled like the maps of that grid: their cells lie together, as a map's do, where those of
+`random` are scattered, and scattered cells leave a picture recognisable. `centre` is the same for
+every picture and falls off from its middle: a map that does not beat it shows only where things
 usually are in photos.
 
-Deleted cells are filled with a fixed baseline: `blur`, the picture itself through a Gaussian whose sigma is a tenth
-of its shorter side (colours stay, shapes go), or `mean`, the picture's mean colour.
+Deleted cells are filled with a fixed baseline: `blur`, the picture through a Gaussian whose sigma
+is a tenth of its shorter side (colours stay, shapes go), or `mean`, the picture's mean colour.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ def check_maps(
         data: As for training.
         images: Number of pictures, 2 or more, drawn from `data`.
         steps: Number of steps from the whole picture to none of it, 2 or more.
-        fill: What repoints deleted cells: blur or mean.
+        fill: What replaces deleted cells: blur or mean.
         split: Part of `data`, as for `evaluate`.
         seed: Of the draw, and of the random maps.
         device: auto, cpu, cuda or mps.
@@ -153,7 +155,7 @@ def map_kinds(reading: Reading) -> dict[str, Tensor]:
 
 
 def _orders(reading: Reading, generator: np.random.Generator) -> dict[str, Tensor]:
-    """Cells from the most relevant to the least, (B, cells), of each map and control; ties at random."""
+    """Cells of each map and control, the most relevant first, (B, cells); ties at random."""
     rows, columns = finest(reading.grids)
     down, across = (
         torch.linspace(-1, 1, side, dtype=torch.float64) if side > 1 else torch.zeros(1)
@@ -187,8 +189,15 @@ def _counts(grid: tuple[int, int], steps: int) -> NDArray[np.int64]:
 
 
 def _measure(
-    model: CrossViT, trained: Trained, images: Tensor, targets: Tensor, orders: dict[str, Tensor], *, fill: str, steps: int
-) -> dict[str, NDArray[np.float64]]:  # fmt: skip
+    model: CrossViT,
+    trained: Trained,
+    images: Tensor,
+    targets: Tensor,
+    orders: dict[str, Tensor],
+    *,
+    fill: str,
+    steps: int,
+) -> dict[str, NDArray[np.float64]]:
     """Probabilities of the targets, (B, 2, points), of each kind: deletion, then insertion."""
     grid = finest(
         [branch.grid((images.shape[-2], images.shape[-1])) for branch in model.config.branches]
@@ -242,7 +251,7 @@ def filled(images: Tensor, fill: str) -> Tensor:
 def _scores(
     curves: dict[str, NDArray[np.float64]], shares: NDArray[np.float64], *, seed: int
 ) -> tuple[MapScore, ...]:
-    """(n, 2, points) curves of each kind -> their scores, with intervals over resamplings of the n images."""
+    """Scores of each kind from its curves (n, 2, points), with bootstrap intervals over images."""
     n = len(curves[RANDOM])
     drawn = np.random.default_rng(seed).integers(0, n, (RESAMPLINGS, n))
     # (resamplings, n): the mean of a resampling is a product with a row

@@ -1,36 +1,40 @@
-"""Relevance: what an answer was read from, from each branch's head back to the input tokens of every branch.
+"""Relevance: from each branch's head back to the input tokens of every branch.
 
-The two branches read different grids and meet in the fusions, so relevance is kept over all of them at once. The branches' input
-tokens stand one after the other, X = [X_1 ‖ X_2 ‖ ...], T = Σ N_b of them, and row i of R_b, (N_b, T), says what token i of
-branch b is made of. R starts as the identity and takes the model's own steps:
+The two branches read different grids and meet in the fusions, so relevance is kept over all of them
+at once. The branches' input tokens stand one after the other, X = [X_1 ‖ X_2 ‖ ...], T = Σ N_b of
+them, and row i of R_b, (N_b, T), says what token i of branch b is made of. R starts as the identity
+and takes the model's steps:
 
 - a block of branch b, attention A (N_b, N_b):  R_b <- step(R_b, A, R_b).
-- cross-attention: branch b reads the patches of branch a (the paper, equations 5-7). Its class row is carried to a's width,
-  t = R_b[c]; each block reads [t ‖ P_a] with one row of weights w (1, 1 + n_a):  t <- step(t, w, [t ‖ R_a[P]]);  R_b[c] <- t.
-  All of this reads the R of before the fusion, as the model does (a parallel update). f and g act on one token at a time and
-  move nothing between tokens.
+- cross-attention: branch b reads the patches of branch a (docs/paper.md, Fusion). Its class row is
+  carried to a's width, t = R_b[c]; each block reads [t ‖ P_a] with one row of weights w,
+  (1, 1 + n_a):  t <- step(t, w, [t ‖ R_a[P]]);  R_b[c] <- t. All of this reads R from before the
+  fusion, as the model does (a parallel update). f and g act on one token at a time and move nothing
+  between tokens.
 - all-attention: R <- step(R, A, R) over all rows of all branches, A (T, T).
-- class-token and pairwise have no attention: tokens are added. The row of a sum is the mean of its terms' rows, each branch
-  counting the same; in pairwise, rows of patches pass between grids by the model's own bilinear interpolation, whose weights
-  sum to one.
+- class-token and pairwise have no attention: tokens are added. The row of a sum is the mean of its
+  terms' rows, each branch counting the same; in pairwise, rows of patches pass between grids by the
+  model's bilinear interpolation, whose weights sum to one.
 - none: nothing crosses.
-- A model without class tokens: the mean of a branch's patch rows stands for c, and what the fusion adds to every patch is a sum
-  of two terms.
+- A model without class tokens: the mean of a branch's patch rows stands for c, and what the fusion
+  adds to every patch is a sum of two terms.
 
-Head b reads c_b (or the mean of its patches): its relevance is that row of R_b, (T,), n_a values on the grid of each branch a.
-The logits' mean is the mean of the branches' rows.
+Head b reads c_b (or the mean of its patches): its relevance is that row of R_b, (T,), n_a values on
+the grid of each branch a. The logits' mean is the mean of the branches' rows.
 
 Two steps are here, both with the heads' mean and both with the residual connection as an identity:
 
 - `Rollout` (Abnar and Zuidema, 2020):  step(R, A, S) = (R + Ā S) / 2,  Ā = E_h[A].
   Rows of R sum to one: R is what was read, whatever it was read for.
 - `GradientWeighted` (Chefer, Gur and Wolf, 2021, equations 5-9):  step(R, A, S) = R + Ā S,
-  Ā = E_h[(∂y/∂A ⊙ A)⁺], y one class's logit.
-  What a fusion reads from another branch is normalised first, S = R⁰_a + (R_a − R⁰_a) / rowsum (their equations 8-9): gradients
-  are small, so that without it the other branch's own mixing would count for nothing. R⁰ is R with every attention left out:
-  the identity, as theirs, where fusions move nothing but by attention. Their factor (R̄_bb)ᵀ is left out: here one row
-  alone reads, the class token's, and no other row of b has a part in it. The head's relevance is its row of R − R⁰.
-  y is branch b's own logit for row b, so that the relevance of the logits' mean is again the mean of the branches' rows.
+  Ā = E_h[(∂y/∂A ⊙ A)⁺], y the logit of a class.
+  What a fusion reads from another branch is normalised first, S = R⁰_a + (R_a − R⁰_a) / rowsum
+  (their equations 8-9): gradients are small, so that without it the mixing within the other branch
+  would count for nothing. R⁰ is R with every attention left out: the identity, as theirs, where
+  fusions move nothing but by attention. Their factor (R̄_bb)ᵀ is left out: here the row of the class
+  token alone reads, and no other row of b has a part in it. The head's relevance is its row of
+  R − R⁰. y is branch b's logit for row b, so that the relevance of the logits' mean is again the
+  mean of the branches' rows.
 
 Shapes: B batch, N_b tokens of branch b, T of all, H heads, n patches.
 """
@@ -57,12 +61,12 @@ AttentionKey = tuple[str, int, int | None, int]  # kind, stage, branch, block
 
 
 class Step(Protocol):
-    """The update of one attention: `rows` (B, M, T), kept by the residual, read `sources` (B, N, T)."""
+    """The update of one attention: residual `rows` (B, M, T) read `sources` (B, N, T)."""
 
     def __call__(self, rows: Tensor, key: AttentionKey, sources: Tensor) -> Tensor: ...
 
     def normalised(self, rows: Tensor, baseline: Tensor) -> Tensor:
-        """`rows` of another branch as a fusion reads them; `baseline`: the same without attention."""
+        """Another branch's `rows` as a fusion reads them; `baseline`: those without attention."""
 
 
 class Rollout:
@@ -109,7 +113,7 @@ class NoAttention:
 
 @dataclasses.dataclass(frozen=True)
 class Flow:
-    """The steps that the module's docstring derives, for a model of `config` on inputs whose patches lie on `grids`."""
+    """The steps of the module's docstring, for a model of `config` and patches on `grids`."""
 
     config: CrossViTConfig
     grids: Sequence[Grid]
@@ -319,7 +323,8 @@ def _require_known(model: CrossViT) -> None:
     """ConfigError for a model with parts that the equations of this module do not describe."""
     if model.config.fusion not in FUSIONS.built_in:
         raise ConfigError(
-            f"fusion {model.config.fusion!r} is not built in: relevance cannot be followed through it"
+            f"fusion {model.config.fusion!r} is not built in: "
+            "relevance cannot be followed through it"
         )
     for path, module in model.named_modules():
         if (
@@ -328,11 +333,13 @@ def _require_known(model: CrossViT) -> None:
             and not isinstance(module, EncoderBlock)
         ):
             raise ConfigError(
-                f"{path} is a {type(module).__name__}: relevance is followed through an EncoderBlock, or a subclass of it"
+                f"{path} is a {type(module).__name__}: relevance is followed through an "
+                "EncoderBlock, or a subclass of it"
             )
         if isinstance(module, EncoderBlock) and not isinstance(module.attention, SelfAttention):
             raise ConfigError(
-                f"{path}.attention is a {type(module.attention).__name__}: relevance is followed through a SelfAttention"
+                f"{path}.attention is a {type(module.attention).__name__}: relevance is followed "
+                "through a SelfAttention"
             )
 
 

@@ -16,7 +16,7 @@ CHANCE = 0.05  # p-value below which a difference counts as more than chance
 
 
 def comparison_page(found: RunsCompared, *, command: str) -> str:
-    """The HTML of runs side by side: accuracy, paired tests, curves, classes, branches, cost, recipes."""
+    """HTML of a comparison: accuracy, paired tests, curves, classes, branches, cost, recipes."""
     intervals = [run.evaluation.intervals.get("top1") for run in found.runs]
     classes = _classes(found)
     curves = (
@@ -95,7 +95,10 @@ def _conclusion(first: str, name: str, test: Comparison) -> str:
         return f"{name} gets as many right as {first}."
     better, worse = (name, first) if test.difference > 0 else (first, name)
     if test.p < CHANCE:
-        return f"{better} is better than {worse}: were they equally good, a difference like this would be rare."
+        return (
+            f"{better} is better than {worse}: "
+            "were they equally good, a difference like this would be rare."
+        )
     return f"{better} gets more right than {worse}, and that may be chance."
 
 

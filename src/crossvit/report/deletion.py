@@ -40,7 +40,7 @@ STYLE: dict[Any, Any] = {
 
 
 def faithfulness_png(result: Faithfulness) -> bytes:
-    """Mean probability against the share of cells taken away, and put back, for every kind of map; shades are 95 % intervals."""
+    """Deletion and insertion curves of every kind of map, PNG bytes; shades are 95 % intervals."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(12, 5.4), dpi=100, layout="constrained")
         deletion, insertion = figure.subplots(1, 2, sharey=True)
@@ -58,8 +58,9 @@ def faithfulness_png(result: Faithfulness) -> bytes:
         deletion.set_xlabel("cells taken away")
         insertion.set_xlabel("cells put back")
         deletion.set_ylabel("mean probability of the model's answer")
-        figure.suptitle(f"{result.n:,} {result.split} images of {result.data}, cells {result.grid[0]}x{result.grid[1]}, "
-                        f"fill {result.fill}", fontsize=12, x=0.01, ha="left")  # fmt: skip
+        rows, columns = result.grid
+        title = f"{result.n:,} {result.split} images of {result.data}, cells {rows}x{columns}"
+        figure.suptitle(f"{title}, fill {result.fill}", fontsize=12, x=0.01, ha="left")
         for axes in (deletion, insertion):
             axes.set_xlim(0, 1)
             axes.set_ylim(0, 1)

@@ -49,11 +49,12 @@ STYLE: dict[Any, Any] = {
 
 
 def explanation_png(explanation: Explanation) -> bytes:
-    """The sheet of one image: the photo and what the answer was read from, then every stage's attention, PNG bytes.
+    """The sheet of one image as PNG bytes: the photo, relevance, every stage's attention.
 
-    First row: the photo with what was cut off, rollout, the gradient-weighted map of the class, and where the branches disagree.
-    Second row: each branch's own. Then a row a stage: what each branch attended to and what crossed, the heads' mean
-    large and every head small. All heat maps of a block share the scale that its bar states.
+    First row: the photo with what was cut off, rollout, the gradient-weighted map of the class, and
+    where the branches disagree. Second row: the maps of each branch. Then a row a stage: attention
+    within each branch and between branches, the mean of the heads large and every head small. All
+    heat maps of a block share the scale that its bar states.
     """
     stages = max((item.stage for item in explanation.maps if item.stage is not None), default=0)
     readings = _readings(explanation)
@@ -74,8 +75,12 @@ def explanation_png(explanation: Explanation) -> bytes:
 
 
 def features_png(explanation: Explanation) -> bytes:
-    """The paper's Figure 5: of each branch the channels of the last encoder's patch tokens that vary most over the picture,
-    at most 24, on the branch's grid. Every channel has its own scale, from its least to its greatest value."""
+    """Feature maps as in the paper's Figure 5, PNG bytes.
+
+    For each branch, the channels of the last encoder's patch tokens that vary most over the
+    picture, at most 24, on the branch's grid. Every channel is
+    scaled from its lowest to its highest value.
+    """
     sheet = _rows_height(3, WIDTH / 8 * _aspect(explanation), title=SMALL_TITLE)
     heights = [0.6, *([0.4, sheet] * len(explanation.features))]
     with _drawing():
@@ -141,7 +146,7 @@ def _section(block: SubFigure, title: str, note: str, normal: Normalize) -> None
 
 
 def _summary(head: SubFigure, block: SubFigure, explanation: Explanation) -> None:
-    """The photo, what the whole answer was read from, where the branches disagree, and each branch's own maps."""
+    """The photo, relevance for the answer, where the branches disagree, and each branch's maps."""
     assert explanation.explained is not None
     class_name = _short(explanation.explained.label)
     names = [branch.name for branch in explanation.branches]
@@ -153,7 +158,8 @@ def _summary(head: SubFigure, block: SubFigure, explanation: Explanation) -> Non
     by_branch: list[tuple[str, Values]] = []
     if several:
         for branch in explanation.branches:
-            title = f"{branch.name}, rollout ({percent(branch.from_other, decimals=0)} from other branches)"
+            crossed = percent(branch.from_other, decimals=0)
+            title = f"{branch.name}, rollout ({crossed} from other branches)"
             by_branch.append((title, _whole(explanation, "rollout", branch.name)))
         by_branch += [
             (f"{name}, for {class_name}", _whole(explanation, "gradient", name)) for name in names
@@ -178,21 +184,28 @@ def _summary(head: SubFigure, block: SubFigure, explanation: Explanation) -> Non
 
 
 def _summary_columns(explanation: Explanation) -> int:
-    """Two maps a branch in the second row; the first has the photo, two maps and at least one difference."""
+    """Two maps a branch in the second row; photo, two maps, a difference or more in the first."""
     branches = len(explanation.branches)
     return max(4, 2 * branches)
 
 
 def _attention(
-    head: SubFigure, block: SubFigure, explanation: Explanation, readings: Sequence[tuple[str, str, str]], stages: int
-) -> None:  # fmt: skip
-    """One row a stage, one column a reading: the last block's heads joined (large) and each head (small)."""
+    head: SubFigure,
+    block: SubFigure,
+    explanation: Explanation,
+    readings: Sequence[tuple[str, str, str]],
+    stages: int,
+) -> None:
+    """One row a stage, one column a reading: the last block's mean of heads, and each head."""
     maps = [item for item in explanation.maps if item.stage is not None]
     drawn = [_last(maps, reading, stage) for stage in range(1, stages + 1) for reading in readings]
     normal = scale(
         [_even(item.values.mean(axis=0)) for item in drawn if item is not None], share=0.995
     )
-    note = "Weights of the class token (or the mean of patches) in each stage's last block: mean of heads, then each."
+    note = (
+        "Weights of the class token (or the mean of patches) in each stage's last block: "
+        "mean of heads, then each."
+    )
     _section(head, "Attention, stage by stage", note, normal)
     axes = _panels(block, stages, 2 * max(len(readings), 2))
     for row in range(stages):
@@ -258,7 +271,8 @@ def _difference(axes: Axes, explanation: Explanation, name: str, names: Sequence
     than = rest[0] if len(rest) == 1 else "the others"
     axes.set_title(f"{name} more (orange) or {than} (blue)")
     if len(rest) == 1 and explanation.disagreement is not None:
-        note = f"branches differ by {percent(explanation.disagreement, decimals=0)}; colours to ±{reach:.1f}"
+        distance = percent(explanation.disagreement, decimals=0)
+        note = f"branches differ by {distance}; colours to ±{reach:.1f}"
         axes.text(0.03, 0.03, note, transform=axes.transAxes, fontsize=7.5, bbox=NOTE)
 
 
@@ -301,8 +315,12 @@ def _mosaic(axes: Axes, explanation: Explanation, item: TokenMap, normal: Normal
 
 
 def _feature_sheet(
-    head: SubFigure, block: SubFigure, branch: BranchAnswer, values: NDArray[np.float32], aspect: float
-) -> None:  # fmt: skip
+    head: SubFigure,
+    block: SubFigure,
+    branch: BranchAnswer,
+    values: NDArray[np.float32],
+    aspect: float,
+) -> None:
     channels = np.argsort(-values.var(axis=(1, 2)), kind="stable")[:MOST_FEATURES]
     rows, columns = branch.grid
     places = (item for row in _panels(block, 3, 8, title=SMALL_TITLE) for item in row)
@@ -311,7 +329,10 @@ def _feature_sheet(
             values[channel], cmap=FEATURES, interpolation="nearest", aspect=aspect * columns / rows
         )
         place.set_title(str(channel), fontsize=8, color=QUIET, pad=1)
-    about = f"Branch {branch.name}: the {len(channels)} of {len(values)} channels that vary most on its {rows}x{columns} patches"
+    about = (
+        f"Branch {branch.name}: the {len(channels)} of {len(values)} channels that vary most "
+        f"on its {rows}x{columns} patches"
+    )
     head.text(
         MARGIN,
         0.4,

@@ -1,4 +1,4 @@
-"""The confusion matrix as a page shows it: its classes, shades, and the most frequent confusions."""
+"""The confusion matrix of a page: its classes, shades, and the most frequent confusions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A map laid over the part of a photo that the model saw. Pixels only: what `maps.py` puts on its panels."""
+"""A map laid over the part of a photo that the model saw: the pixels on the panels of `maps.py`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMOOTH_SIDE = 256  # pixels that an overlay has at least, so that a map on a sma
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """A photo, (H, W, 3) uint8, and the part of it that was seen, as shares of its width and height."""
+    """A photo, (H, W, 3) uint8, and the part that was seen, as shares of its width and height."""
 
     photo: NDArray[np.uint8]
     seen: Box
@@ -42,7 +42,10 @@ class Scene:
         return _blend(0.8 * grey, HEAT, level, strength=0.3 + 0.5 * level)
 
     def difference(self, values: Values, reach: float) -> Colours:
-        """The seen part, grey, orange where `values` are positive and blue where negative, in full colour from ±`reach` on."""
+        """The seen part in grey, orange where `values` are positive and blue where negative.
+
+        The colour is full from ±`reach` on.
+        """
         grey = self._part()
         share = np.clip(_resized(values, grey) / reach, -1, 1)
         return _blend(grey, SIDES, (share + 1) / 2, strength=0.1 + 0.75 * np.abs(share))
@@ -68,9 +71,12 @@ class Scene:
 
 
 def overlay_png(picture: Image.Image, values: Values, seen: Box) -> bytes:
-    """A heat map over the part `seen` (shares of width and height) of an RGB picture, PNG bytes of the picture's size.
+    """A heat map over a part of an RGB picture, as PNG bytes of the picture's size.
 
-    `values` are multiples of the average; the scale is the map's own.
+    Args:
+        picture: RGB.
+        values: Multiples of the average, (rows, columns); they set the scale.
+        seen: (left, top, right, bottom) of the part, as shares of width and height.
     """
     scene = Scene(np.asarray(picture), seen)
     left, top, right, bottom = scene.pixels()

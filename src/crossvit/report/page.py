@@ -18,11 +18,12 @@ from crossvit.report.templates import environment
 from crossvit.results import DataCheck, Evaluation, Mistake, RunRecord, TrainingResult
 from crossvit.text import measured_duration
 
-PICTURE_BYTES = 2_500_000  # of pictures and maps of mistakes that a page takes; as base64 a third more, of 5 MB in all
+# Of the pictures and maps of mistakes on a page; a third more as base64, of 5 MB for a page.
+PICTURE_BYTES = 2_500_000
 
 
 def run_page(result: TrainingResult, evaluation: Evaluation) -> str:
-    """The HTML of a finished run: learning curves, metrics, mistakes, and the command to train it again.
+    """HTML of a finished run: learning curves, metrics, mistakes, and the command to repeat it.
 
     Args:
         result: The run.
@@ -138,12 +139,8 @@ def _facts(evaluation: Evaluation, record: RunRecord | None) -> list[tuple[str, 
             ("evaluation", f"{measured_duration(evaluation.seconds)} ({rate:,.0f} images a second)")
         )
     facts.append(("inference engine", f"{evaluation.engine}, {evaluation.precision}"))
-    facts.append(
-        (
-            "loss",
-            f"{evaluation.loss:.4f} nats, mean cross-entropy{' of each decision' * bool(evaluation.multi_label)}",
-        )
-    )
+    each = " of each decision" if evaluation.multi_label else ""
+    facts.append(("loss", f"{evaluation.loss:.4f} nats, mean cross-entropy{each}"))
     if record is None:
         return facts
     if record.result is not None:

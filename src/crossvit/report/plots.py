@@ -1,4 +1,4 @@
-"""Plots as SVG text that takes its colours from the page, so that one picture is readable in light, in dark and on paper."""
+"""Plots as SVG text with the page's colours: readable in light, in dark and on paper."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ STYLE: dict[Any, Any] = {
 
 
 def curves(epochs: Sequence[Epoch]) -> list[str]:
-    """Loss and accuracy over the epochs, trained-on and held-out images: two SVGs, to stand side by side or stacked."""
+    """Loss and accuracy over the epochs, on training and held-out images: two SVGs."""
     with matplotlib.rc_context(STYLE):
         (loss_figure, loss), (accuracy_figure, accuracy) = _axes(), _axes()
         numbers = [entry.epoch for entry in epochs]
@@ -119,7 +119,10 @@ def _gap(value: float | None) -> float:
 
 
 def overlaid(runs: Sequence[tuple[str, Sequence[Epoch]]]) -> list[str]:
-    """Held-out loss and accuracy of several runs over their epochs: two SVGs, a colour and a dash for each (name, epochs)."""
+    """Held-out loss and accuracy of several runs over their epochs: two SVGs.
+
+    Each (name, epochs) has a colour and a dash.
+    """
     with matplotlib.rc_context(STYLE):
         (loss_figure, loss), (accuracy_figure, accuracy) = _axes(), _axes()
         for index, (name, epochs) in enumerate(runs):
@@ -199,7 +202,7 @@ def reliability(calibration: Calibration) -> str:
 
 
 def risk_coverage(selective: Selective) -> str:
-    """Risk against coverage: wrong answers against the share of images answered, most confident first."""
+    """Risk against coverage: wrong answers against images answered, most confident first."""
     coverage, risk = (
         [point.coverage for point in selective.points],
         [point.risk for point in selective.points],
@@ -241,7 +244,7 @@ def risk_coverage(selective: Selective) -> str:
 
 
 def sizes(scores: Sequence[SizeScore], top1: float) -> str:
-    """Accuracy on images that were scaled down, against their shorter side; dashed: unchanged images."""
+    """Accuracy on scaled-down images, against their shorter side; dashed: unchanged images."""
     ordered = sorted(scores, key=lambda score: score.pixels)
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes()

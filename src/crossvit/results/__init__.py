@@ -54,8 +54,9 @@ _NAMES = {  # of each module
     "bench": "Bench BenchRow Growth",
     "comparison": "ComparedRun RunsCompared",
     "data": "BrokenImage DataCheck ImagePair PartCheck ShardSummary",
-    "evaluation": "BranchScore Calibration ClassScore Comparison CorruptionScore Evaluation Interval LabelScore "
-    "Mistake MultiLabel ReliabilityBin RiskPoint Robustness Selective SizeScore",
+    "evaluation": "BranchScore Calibration ClassScore Comparison CorruptionScore Evaluation "
+    "Interval LabelScore Mistake MultiLabel ReliabilityBin RiskPoint Robustness Selective "
+    "SizeScore",
     "explanation": "BranchAnswer Curve Explanation Faithfulness MapScore TokenMap",
     "prediction": "BatchPrediction Label Prediction",
     "records": "branch_names plain_name to_json",

@@ -140,7 +140,8 @@ class RunRecord:
             if values["schema"] > SCHEMA:
                 version = values.get("crossvit", "unknown")
                 raise RunError(
-                    f"{Path(path).parent} was made by a newer crossvit ({version}): upgrade crossvit"
+                    f"{Path(path).parent} was made by a newer crossvit ({version}): "
+                    "upgrade crossvit"
                 )
             return cls(**_checked(cls, values))
         except ValueError as error:
@@ -186,7 +187,7 @@ def _plain(record: Any) -> dict[str, Any]:
 
 
 def _of_type(*types: type, item: type | tuple[type, ...] | None = None) -> Callable[..., Any]:
-    """A converter that accepts values of `types`; of a list or object, with items of type `item`."""
+    """A converter that accepts values of `types`; in a list or object, items of type `item`."""
 
     def convert(value: Any, name: str) -> Any:
         items = value.values() if isinstance(value, Mapping) else value
