@@ -83,8 +83,14 @@ TABLES = {
     "Table 8": "single-branch twins",
 }
 
-_UNUSED_MLP = "the printed 27.7 would need an unused MLP of ratio 1 in each encoder; one MSA and linear f, g make 26.8"
-_RELEASED_FORM = "printed for the released code, where the second block sees the class token alone (5.618 so); ours sees all patches"
+_UNUSED_MLP = (
+    "the printed 27.7 would need an unused MLP of ratio 1 in each encoder; "
+    "one MSA and linear f, g make 26.8"
+)
+_RELEASED_FORM = (
+    "printed for the released code, where the second block sees the class token alone (5.618 so); "
+    "ours sees all patches"
+)
 _CUT_OFF = "31.156 million cut off rather than rounded"
 
 
@@ -93,11 +99,17 @@ def _rows(
 ) -> tuple[Row, ...]:
     return tuple(
         Row(
-            table=table, label=label, model=model, top1=top1, giga_macs=macs, mega_parameters=millions, positions=positions,
+            table=table,
+            label=label,
+            model=model,
+            top1=top1,
+            giga_macs=macs,
+            mega_parameters=millions,
+            positions=positions,
             reasons=why,
         )
         for label, model, top1, macs, millions, why in rows
-    )  # fmt: skip
+    )
 
 
 # label, model, top-1, GMACs, M params, reasons
