@@ -18,7 +18,7 @@ from torch import Tensor
 
 import crossvit
 from crossvit.run import Run
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 from crossvit.train.loop import prepare
 from crossvit.train.trainer import Training
 
@@ -67,11 +67,11 @@ def main() -> None:
             recipe = crossvit.load_recipe(
                 "small", data="digits", out=str(run.path), model=name, batch_size=batch_size
             )
-            training = prepare(recipe, run, Watch())
+            training = prepare(recipe, run, Callback())
             run.path.mkdir()
             run.prepare(training.record(result=None), overwrite=False)
             training.model.train()
-            height, width = training.plan.config.image_size
+            height, width = training.prepared.config.image_size
             batch = torch.randn(batch_size, 3, height, width), torch.randint(0, 10, (batch_size,))
             times: dict[str, list[float]] = {way: [] for way in WAYS}
             stills: dict[str, list[float]] = {way: [] for way in WAYS}

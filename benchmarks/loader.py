@@ -27,9 +27,9 @@ from crossvit.data.preprocess import IMAGENET_MEAN, IMAGENET_STD
 from crossvit.data.shard_writing import write_shards
 from crossvit.data.sources import open_data
 from crossvit.run import Run
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 from crossvit.train.loop import prepare
-from crossvit.train.setup import Plan
+from crossvit.train.setup import PreparedRun
 from crossvit.train.trainer import Training
 
 Batches = Callable[[int], Iterator[tuple[Tensor, Tensor]]]
@@ -41,10 +41,10 @@ def made(data: str, options: argparse.Namespace, folder: Path) -> Training:
         "small", data=data, out=str(run.path), model=options.model, batch_size=options.batch_size, min_crop=0.5, flip=0.5,
         workers=options.workers,
     )  # fmt: skip
-    return prepare(recipe, run, Watch())
+    return prepare(recipe, run, Callback())
 
 
-def torchvisions(data: Path, plan: Plan, workers: int) -> Batches:
+def torchvisions(data: Path, plan: PreparedRun, workers: int) -> Batches:
     """ImageFolder with the transforms of `made`'s recipe, in torchvision's own words."""
     recipe = plan.recipe.augmentation
     crop = v2.RandomResizedCrop(
@@ -111,7 +111,7 @@ def main() -> None:
             "folder": made(str(data), options, folder / "a"),
             "shards": made(str(folder / "shards"), options, folder / "b"),
         }
-        plan = sources["folder"].plan
+        plan = sources["folder"].prepared
         rates: dict[str, list[float]] = {}
         for _ in range(options.rounds):
             rates.setdefault("torchvision ImageFolder", []).append(

@@ -25,11 +25,11 @@ from torch.nn import functional as F
 
 from crossvit.engines.torch import autocast, resolve_precision
 from crossvit.factory import create_model
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 from crossvit.train.optim import learning_rate
 from crossvit.train.recipe import load_recipe
 from crossvit.train.reproducibility import step_seed
-from crossvit.train.setup import Plan, make_plan
+from crossvit.train.setup import PreparedRun, prepare_run
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
@@ -50,14 +50,14 @@ class Curve:
     top1: list[float]
 
 
-def build(name: str, plan: Plan) -> nn.Module:
+def build(name: str, plan: PreparedRun) -> nn.Module:
     if name not in RIVALS:
         return create_model(plan.config)
     size = {"img_size": plan.config.image_size, "patch_size": 8} if name.startswith("vit") else {}
     return timm.create_model(name, num_classes=len(plan.train.classes), **size)
 
 
-def train(name: str, plan: Plan, *, seconds: float, precision: str) -> Curve:
+def train(name: str, plan: PreparedRun, *, seconds: float, precision: str) -> Curve:
     recipe = plan.recipe
     optimiser_recipe = dataclasses.replace(
         recipe.optimiser, lr=RIVALS.get(name, recipe.optimiser.lr)
@@ -116,7 +116,7 @@ def train(name: str, plan: Plan, *, seconds: float, precision: str) -> Curve:
     return curve
 
 
-def accuracy(model: nn.Module, plan: Plan) -> float:
+def accuracy(model: nn.Module, plan: PreparedRun) -> float:
     model.eval()
     images = plan.held_out
     right = 0
@@ -159,8 +159,8 @@ def compare(folders: dict[str, Path], options: argparse.Namespace) -> None:
         for colour, name in enumerate(options.models):
             curves = []
             for seed in range(options.seeds):
-                plan = make_plan(
-                    load_recipe("small", data=str(data), out="unused", seed=seed), Watch()
+                plan = prepare_run(
+                    load_recipe("small", data=str(data), out="unused", seed=seed), Callback()
                 )
                 model = plan.model_name if name == "ours" else name
                 curves.append(train(model, plan, seconds=options.seconds, precision=precision))

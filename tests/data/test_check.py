@@ -144,13 +144,13 @@ def test_train_warns_of_what_it_sees_anyway(scans: Path, tmp_path: Path) -> None
         shutil.copy(sorted((folder / "0").iterdir())[0], folder / "0" / f"again-{number}.png")
     for photo in sorted((folder / "2").iterdir())[2:]:
         photo.unlink()
-    watch = Heard()
-    fit(recipe(folder, tmp_path / "run"), watch=watch)
-    warned = [line for line in watch.lines if line.startswith("warn")]
+    callback = Heard()
+    fit(recipe(folder, tmp_path / "run"), callback=callback)
+    warned = [line for line in callback.lines if line.startswith("warn")]
     assert any(
         "identical images stand on both sides of the split, such as" in line for line in warned
     )
     assert any("--class-weights balanced or --sampling balanced" in line for line in warned)
     clean = Heard()
-    fit(recipe(scans, tmp_path / "clean"), watch=clean)
+    fit(recipe(scans, tmp_path / "clean"), callback=clean)
     assert not [line for line in clean.lines if line.startswith("warn")]

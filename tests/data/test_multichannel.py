@@ -342,15 +342,17 @@ def test_means_and_deviations_are_those_of_the_training_images(banded: Path) -> 
 def test_five_channels_train_evaluate_and_predict_with_one_preprocessing(
     banded: Path, tmp_path: Path, command: Command
 ) -> None:
-    watch = Heard()
-    result = fit(recipe(banded, tmp_path / "run", channels=5, epochs=2), watch=watch)
+    callback = Heard()
+    result = fit(recipe(banded, tmp_path / "run", channels=5, epochs=2), callback=callback)
     trained = open_trained(result.run)
     assert (
         trained.config.in_channels,
         trained.preprocessing.channels,
         len(trained.preprocessing.mean),
     ) == (5, 5, 5)
-    assert "note   colour is for one or three channels and left out with 5 channels" in watch.lines
+    assert (
+        "note   colour is for one or three channels and left out with 5 channels" in callback.lines
+    )
     status, out, err = command("evaluate", result.run, banded, "--json")
     assert status == 0, err
     assert f'"top1": {result.top1}, "n": {result.n}' in out
@@ -378,12 +380,12 @@ def test_a_wrong_number_of_channels_is_said_before_training(banded: Path, tmp_pa
 
 def test_grey_runs_start_from_weights_of_colour(scans: Path, tmp_path: Path) -> None:
     colour = fit(recipe(scans, tmp_path / "colour"))
-    watch = Heard()
+    callback = Heard()
     grey = fit(
         recipe(scans, tmp_path / "grey", channels=1, weights=colour.run, lr=1e-12, final_lr=0.0),
-        watch=watch,
+        callback=callback,
     )
-    assert any("adapted from 3 channels to 1" in line for line in watch.lines)
+    assert any("adapted from 3 channels to 1" in line for line in callback.lines)
     model = crossvit.create_model(open_trained(grey.run).config)
     load_weights(model, colour.run)
     name = (

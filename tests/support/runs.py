@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from crossvit.results import Epoch
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 from crossvit.train.recipe import Recipe, load_recipe
 
 # One epoch of a very small model: enough to go through everything.
@@ -22,17 +22,17 @@ TINY = {
 }
 
 
-class Heard(Watch):
+class Heard(Callback):
     """Remembers what a training run says."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.epochs: list[Epoch] = []
 
-    def say(self, line: str) -> None:
+    def on_message(self, line: str) -> None:
         self.lines.append(line)
 
-    def epoch_done(self, entry: Epoch) -> None:
+    def on_epoch_end(self, entry: Epoch) -> None:
         self.epochs.append(entry)
 
 

@@ -17,7 +17,7 @@ from crossvit.cli import FIRST_SAYS_WITHIN, run
 from crossvit.errors import TrainingError
 from crossvit.run import Run
 from crossvit.train import distributed as parallel
-from crossvit.train.distributed import Team, assembled
+from crossvit.train.distributed import Team, init_distributed
 from support.runs import EVERYTHING, ONE_THREAD, same_bits, weights_of, words
 
 PLAIN = {
@@ -71,7 +71,7 @@ def test_shares_are_in_order_and_whole() -> None:
     for size in (1, 2, 3, 7):
         for count in (0, 1, 2, 5, 47, 48):
             items = list(range(count))
-            shares = [Team(rank=rank, size=size).share(items) for rank in range(size)]
+            shares = [Team(rank=rank, size=size).shard(items) for rank in range(size)]
             assert [item for share in shares for item in share] == items
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -206,7 +206,7 @@ def test_a_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
                 TrainingError,
                 match=r"the processes of this run cannot meet \(.*\): try another --master-port",
             ) as raised,
-            assembled(torch.device("cpu")),
+            init_distributed(torch.device("cpu")),
         ):
             pass
     assert "\n" not in str(raised.value)
@@ -230,7 +230,7 @@ def test_a_process_that_has_gone_is_one_line(
     monkeypatch.setattr(parallel.dist, "all_reduce", gone)
     monkeypatch.setattr(parallel.dist, "get_backend", lambda: "gloo")
     with pytest.raises(TrainingError, match="another process of this run has ended"):
-        Team(size=2).total(1.0)
+        Team(size=2).all_reduce(1.0)
     with (
         pytest.raises(TrainingError, match="another process of this run has ended"),
         Team(size=2).exchanging(),

@@ -281,7 +281,7 @@ def test_a_hub_that_does_not_answer_is_named_and_given_up_soon(
 ) -> None:
     """The hub's own client would ask it ten times, for 46 seconds in all."""
     monkeypatch.setattr("crossvit.weights.hub.TIMEOUT", 0.3)
-    watch = Heard()
+    callback = Heard()
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         if server == "silent":
@@ -293,10 +293,10 @@ def test_a_hub_that_does_not_answer_is_named_and_given_up_soon(
         with pytest.raises(
             WeightsError, match=r"timm:resnet18 cannot be had \(.*(timed out|refused)"
         ):
-            fit(recipe(scans, tmp_path / "run", teacher="timm:resnet18"), watch=watch)
+            fit(recipe(scans, tmp_path / "run", teacher="timm:resnet18"), callback=callback)
     assert time.monotonic() - started < 20
     assert (
-        watch.lines[-1]
+        callback.lines[-1]
         == f"fetch  the weights of timm:resnet18 from {address}/timm/resnet18.a1_in1k"
     )
 
@@ -311,10 +311,10 @@ def test_a_teacher_is_fetched_once_and_that_is_said(hub: Hub, scans: Path, tmp_p
     )
     said = []
     for name in ("one", "two"):
-        watch = Heard()
+        callback = Heard()
         with pytest.raises(UsageError, match=r"answers for other classes \(1000 classes\)"):
-            fit(recipe(scans, tmp_path / name, teacher="timm:test_vit"), watch=watch)
-        said.append([line for line in watch.lines if line.startswith("fetch")])
+            fit(recipe(scans, tmp_path / name, teacher="timm:test_vit"), callback=callback)
+        said.append([line for line in callback.lines if line.startswith("fetch")])
     assert said == [
         [f"fetch  the weights of timm:test_vit from {hub.address}/timm/test_vit.r160_in1k"],
         [],

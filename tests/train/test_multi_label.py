@@ -336,15 +336,16 @@ def test_its_score_is_scikit_learns_on_the_same_images(taught: TrainingResult) -
 
 
 def test_best_and_patience_go_by_map(table: Path, tmp_path: Path) -> None:
-    watch = Heard()
+    callback = Heard()
     result = fit(
-        recipe(table, tmp_path / "run", epochs=6, lr=0.05, warmup="0", select="best"), watch=watch
+        recipe(table, tmp_path / "run", epochs=6, lr=0.05, warmup="0", select="best"),
+        callback=callback,
     )
-    scores = [(entry.val_map or 0.0, -entry.val_loss) for entry in watch.epochs]
+    scores = [(entry.val_map or 0.0, -entry.val_loss) for entry in callback.epochs]
     best = max(range(len(scores)), key=lambda index: scores[index])
     assert result.record.result.selected_epoch == best + 1
-    assert result.record.result.map == watch.epochs[best].val_map
-    assert any("several labels an image (8 images have none)" in line for line in watch.lines)
+    assert result.record.result.map == callback.epochs[best].val_map
+    assert any("several labels an image (8 images have none)" in line for line in callback.lines)
 
 
 def test_shards_train_to_the_same_bits_with_mixing_weights_and_parts(

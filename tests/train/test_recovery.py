@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
-from crossvit.cli.terminal import TerminalWatch
+from crossvit.cli.terminal import TerminalCallback
 from crossvit.errors import RunError, TrainingError
 from crossvit.report.plots import curves
 from crossvit.run import Run
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 from crossvit.train.checkpoint import best_path, copied, load_newest, save_checkpoint
 from crossvit.train.loop import fit
 from crossvit.train.step import BAD_IN_A_ROW
@@ -47,9 +47,9 @@ class Poison(Heard):
 def test_a_step_that_is_not_finite_is_skipped_and_counted(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = Poison(monkeypatch, lambda training: training.step in (1, 4))
-    result = fit(recipe(scans, tmp_path / "run", epochs=3), watch=watch)
-    assert [entry.skipped for entry in watch.epochs] == [1, 1, 0]
+    callback = Poison(monkeypatch, lambda training: training.step in (1, 4))
+    result = fit(recipe(scans, tmp_path / "run", epochs=3), callback=callback)
+    assert [entry.skipped for entry in callback.epochs] == [1, 1, 0]
     assert all(torch.isfinite(value).all() for value in weights_of(result.run).values())
     assert [line["skipped"] for line in Run(result.run).entries()] == [1, 1, 0]
 
@@ -57,9 +57,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(
 def test_many_in_a_row_go_back_to_the_last_checkpoint_with_half_the_rate(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = Poison(monkeypatch, lambda training: training.step >= 6 and training.rate_factor == 1)
-    result = fit(recipe(scans, tmp_path / "run", epochs=8), watch=watch)
-    told = [line for line in watch.lines if "not finite" in line]
+    callback = Poison(
+        monkeypatch, lambda training: training.step >= 6 and training.rate_factor == 1
+    )
+    result = fit(recipe(scans, tmp_path / "run", epochs=8), callback=callback)
+    told = [line for line in callback.lines if "not finite" in line]
     assert told == [
         f"the loss or its gradient was not finite for {BAD_IN_A_ROW} steps in a row in epoch 6: "
         "going back to step 6 of 24 with half the rate"
@@ -72,12 +74,12 @@ def test_many_in_a_row_go_back_to_the_last_checkpoint_with_half_the_rate(
 def test_if_that_fails_too_training_stops_with_a_clear_line(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watch = Poison(monkeypatch, lambda training: training.step >= 4)
+    callback = Poison(monkeypatch, lambda training: training.step >= 4)
     with pytest.raises(
         TrainingError,
         match=r"in epoch 5, at half the rate too: train anew with a lower --lr \(now 0\.001\)",
     ):
-        fit(recipe(scans, tmp_path / "run", epochs=8), watch=watch)
+        fit(recipe(scans, tmp_path / "run", epochs=8), callback=callback)
     assert load_newest(tmp_path / "run" / "checkpoints")[0] is not None
 
 
@@ -92,9 +94,9 @@ def test_a_failure_that_comes_again_goes_one_checkpoint_further_back(
             gone_through.add(training.step)
         return training.step >= 6 and not gone_through
 
-    watch = Poison(monkeypatch, poisoned)
-    result = fit(recipe(scans, tmp_path / "run", epochs=8), watch=watch)
-    told = [line.partition(": ")[2] for line in watch.lines if "not finite" in line]
+    callback = Poison(monkeypatch, poisoned)
+    result = fit(recipe(scans, tmp_path / "run", epochs=8), callback=callback)
+    told = [line.partition(": ")[2] for line in callback.lines if "not finite" in line]
     assert told == [
         "going back to step 6 of 24 with half the rate",
         "going back to step 3 of 24 with half the rate",
@@ -119,9 +121,9 @@ def test_weights_that_an_update_made_infinite_are_never_saved(
         return done
 
     monkeypatch.setattr(Training, "train_step", exploding)
-    watch = Heard()
-    result = fit(recipe(scans, tmp_path / "run", epochs=8, every="1 steps"), watch=watch)
-    assert [line.partition(": ")[2] for line in watch.lines if "not finite" in line] == [
+    callback = Heard()
+    result = fit(recipe(scans, tmp_path / "run", epochs=8, every="1 steps"), callback=callback)
+    assert [line.partition(": ")[2] for line in callback.lines if "not finite" in line] == [
         "going back to step 4 of 24 with half the rate"
     ]
     assert [entry.skipped for entry in result.epochs] == [0] * 8
@@ -131,8 +133,8 @@ def test_weights_that_an_update_made_infinite_are_never_saved(
 def test_an_epoch_whose_steps_were_all_skipped_has_no_loss(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    watch = Poison(monkeypatch, lambda training: 3 <= training.step < 6)
-    result = fit(recipe(scans, tmp_path / "run", epochs=3), watch=watch)
+    callback = Poison(monkeypatch, lambda training: 3 <= training.step < 6)
+    result = fit(recipe(scans, tmp_path / "run", epochs=3), callback=callback)
     assert [
         (entry.loss is None, entry.train_top1 is None, entry.skipped) for entry in result.epochs
     ] == [
@@ -141,9 +143,9 @@ def test_an_epoch_whose_steps_were_all_skipped_has_no_loss(
         (False, False, 0),
     ]
     assert [line["loss"] is None for line in Run(result.run).entries()] == [False, True, False]
-    terminal = TerminalWatch()
+    terminal = TerminalCallback()
     terminal.epochs = 3
-    terminal.epoch_done(result.epochs[1])
+    terminal.on_epoch_end(result.epochs[1])
     assert "epoch 2/3  loss -  train -  held out " in capsys.readouterr().err
     assert len(curves(result.epochs)) == 2
 
@@ -191,13 +193,13 @@ def test_a_torn_file_of_the_best_weights_ends_at_the_same_bits(
     settings: dict[str, Any] = {"epochs": 4, "select": "best"}
     fit(recipe(scans, tmp_path / "whole", **settings))
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe(scans, tmp_path / "cut", **settings), watch=StopAfter(steps=10))
+        fit(recipe(scans, tmp_path / "cut", **settings), callback=StopAfter(steps=10))
     torn = best_path(tmp_path / "cut" / "checkpoints", 9)
     torn.write_bytes(torn.read_bytes()[:-1000])
-    watch = Heard()
-    result = fit(recipe(scans, tmp_path / "cut", **settings), resume=True, watch=watch)
-    assert any("names best weights that are lost" in line for line in watch.lines)
-    assert "going on after epoch 2 of 4" in watch.lines
+    callback = Heard()
+    result = fit(recipe(scans, tmp_path / "cut", **settings), resume=True, callback=callback)
+    assert any("names best weights that are lost" in line for line in callback.lines)
+    assert "going on after epoch 2 of 4" in callback.lines
     assert result.record.result.selected_epoch == 3
     assert same_bits(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
 
@@ -290,18 +292,18 @@ def test_every_step_is_a_place_to_stop_and_go_on_from(
     out = tmp_path / "stopped"
     for _ in range(12):
         try:
-            fit(recipe(scans, out, **EVERYTHING), resume=True, watch=StopAfter(steps=1))
+            fit(recipe(scans, out, **EVERYTHING), resume=True, callback=StopAfter(steps=1))
         except KeyboardInterrupt:
             continue
         break
     assert same_bits(weights_of(out), weights_of(uninterrupted[0]))
 
 
-class StopAfter(Watch):
+class StopAfter(Callback):
     def __init__(self, *, steps: int) -> None:
         self.left = steps
 
-    def stepped(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
+    def on_step_end(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
         self.left -= 1
         if self.left < 0:
             raise KeyboardInterrupt

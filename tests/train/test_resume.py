@@ -17,7 +17,7 @@ from crossvit.data.augment import seed_generators
 from crossvit.errors import UsageError
 from crossvit.fast.native.build import native, without_kernels
 from crossvit.run import Run
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 from crossvit.train.distributed import Team
 from crossvit.train.loop import fit
 from crossvit.train.losses import Mixing
@@ -30,11 +30,11 @@ from support.runs import TINY, Heard, recipe, same_bits, weights_of
 Command = Callable[..., tuple[int, str, str]]
 
 
-class StopAfter(Watch):
+class StopAfter(Callback):
     def __init__(self, steps: int) -> None:
         self.left = steps
 
-    def stepped(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
+    def on_step_end(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
         self.left -= 1
         if self.left < 0:
             raise KeyboardInterrupt
@@ -43,7 +43,7 @@ class StopAfter(Watch):
 def cut(plan: Any, *, after: int) -> None:
     """A run of `plan` that is stopped when `after` steps are done."""
     with pytest.raises(KeyboardInterrupt):
-        fit(plan, watch=StopAfter(after))
+        fit(plan, callback=StopAfter(after))
 
 
 # ---- what is restored
@@ -145,12 +145,12 @@ def test_kernels_are_the_runs_own(
         del older["kernels"]
         run.record_path.write_text(json.dumps(older))
     monkeypatch.setattr(Training, "train_step", looked_at)
-    watch = Heard()
-    result = fit(recipe(scans, run.path, **plan), resume=True, watch=watch)
+    callback = Heard()
+    result = fit(recipe(scans, run.path, **plan), resume=True, callback=callback)
     assert set(seen) == {had}
     assert result.record.kernels is had
     assert native() is not None
-    assert not [line for line in watch.lines if line.startswith("warn") and "kernels" in line]
+    assert not [line for line in callback.lines if line.startswith("warn") and "kernels" in line]
     assert same_bits(weights_of(run.path), weights_of(tmp_path / "whole"))
 
 
@@ -163,12 +163,12 @@ def test_a_run_whose_kernels_are_not_here_is_warned_about_and_goes_on(
     run = Run(tmp_path / "run")
     assert run.record().kernels is False
     run.amend(kernels=True)
-    watch = Heard()
-    result = fit(plan, resume=True, watch=watch)
+    callback = Heard()
+    result = fit(plan, resume=True, callback=callback)
     problem = (
         "the run was computed with our kernels, and here there are none (CROSSVIT_KERNELS=off)"
     )
-    assert [line for line in watch.lines if "kernels" in line] == [
+    assert [line for line in callback.lines if "kernels" in line] == [
         f"warn   {problem}: its last bits become others"
     ]
     assert result.record.kernels is False
@@ -199,9 +199,13 @@ def test_checkpoints_by_time_come_in_the_middle_of_an_epoch(scans: Path, tmp_pat
     cut(recipe(scans, tmp_path / "run", epochs=2, every="0.001 s", keep=9), after=4)
     steps = [int(path.stem[-9:]) for path in sorted((tmp_path / "run" / "checkpoints").iterdir())]
     assert steps == [0, 1, 2, 3, 4]
-    watch = Heard()
-    fit(recipe(scans, tmp_path / "run", epochs=2, every="1 h", keep=9), resume=True, watch=watch)
-    assert "going on after epoch 1 of 2 and 1 steps" in watch.lines
+    callback = Heard()
+    fit(
+        recipe(scans, tmp_path / "run", epochs=2, every="1 h", keep=9),
+        resume=True,
+        callback=callback,
+    )
+    assert "going on after epoch 1 of 2 and 1 steps" in callback.lines
 
 
 @pytest.fixture
@@ -258,7 +262,7 @@ def test_the_same_recipe_goes_on_though_the_run_has_changed_it(scans: Path, tmp_
     with pytest.raises(UsageError, match=r"--resume cannot change --lr 0\.5 \("):
         fit(plan.changed(lr=0.5), resume=True)
     with pytest.raises(KeyboardInterrupt):
-        fit(plan, resume=True, watch=StopAfter(0))
+        fit(plan, resume=True, callback=StopAfter(0))
     fit(load_recipe(str(tmp_path / "run"), workers=0), resume=True)  # `--resume` and nothing else
     assert Run(tmp_path / "run").record().given == plan.to_dict()
 
@@ -306,11 +310,12 @@ def test_a_run_begun_on_another_device_says_so(scans: Path, tmp_path: Path) -> N
     cut(plan, after=1)
     run = Run(tmp_path / "run")
     run.amend(device="cuda")
-    watch = Heard()
-    fit(plan, resume=True, watch=watch)
+    callback = Heard()
+    fit(plan, resume=True, callback=callback)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     assert any(
-        line.startswith(f"note   the run was on cuda and goes on on {here}") for line in watch.lines
+        line.startswith(f"note   the run was on cuda and goes on on {here}")
+        for line in callback.lines
     ) == (here != "cuda")
 
 
@@ -326,7 +331,7 @@ def test_a_run_without_checkpoints_begins_again_and_what_a_kill_left_goes(
     shutil.rmtree(tmp_path / "cut" / "checkpoints")
     (tmp_path / "cut" / ".run.json.partial").write_bytes(b"{")
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe(scans, tmp_path / "cut"), resume=True, watch=StopAfter(0))
+        fit(recipe(scans, tmp_path / "cut"), resume=True, callback=StopAfter(0))
     partial = tmp_path / "cut" / "checkpoints" / ".step-000000003.ckpt.partial"
     partial.write_bytes(b"")
     fit(recipe(scans, tmp_path / "cut"), resume=True)
@@ -342,7 +347,7 @@ def test_the_weights_of_a_finished_run_are_made_again_from_its_last_checkpoint(
     before = weights_of(tmp_path / "run")
     (tmp_path / "run" / "model.safetensors").unlink()
     heard = Heard()
-    again = fit(plan, resume=True, watch=heard)
+    again = fit(plan, resume=True, callback=heard)
     assert same_bits(weights_of(tmp_path / "run"), before)
     assert not heard.epochs, "nothing was trained again"
     assert Run(tmp_path / "run").finished_record().result.top1 == again.top1

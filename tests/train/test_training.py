@@ -21,7 +21,7 @@ from crossvit.data.sources import open_data
 from crossvit.errors import RunError, TrainingError, UsageError
 from crossvit.results import Epoch, TrainingResult
 from crossvit.run import Run
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 from crossvit.train.checkpoint import checkpoint_path
 from crossvit.train.loop import fit
 from support.runs import ONE_THREAD, recipe, same_bits, weights_of
@@ -85,20 +85,20 @@ def test_a_run_has_everything_and_is_the_same_to_the_bit_when_repeated(
     assert len(Run(tmp_path / "one").entries()) == 1
 
 
-class Stop(Watch):
+class Stop(Callback):
     """Interrupts after some epochs, or in the middle of one."""
 
     def __init__(self, *, epochs: int, steps: int = 0) -> None:
         self.epochs, self.steps, self.lines = epochs, steps, []
 
-    def say(self, line: str) -> None:
+    def on_message(self, line: str) -> None:
         self.lines.append(line)
 
-    def epoch_done(self, entry: Epoch) -> None:
+    def on_epoch_end(self, entry: Epoch) -> None:
         if entry.epoch == self.epochs and not self.steps:
             raise KeyboardInterrupt
 
-    def stepped(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
+    def on_step_end(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
         if epoch == self.epochs and self.steps:
             self.steps -= 1
             if not self.steps:
@@ -113,11 +113,12 @@ def test_a_resumed_run_equals_one_never_stopped(
     fit(recipe(scans, tmp_path / "whole", **plan))
     with pytest.raises(KeyboardInterrupt):
         fit(
-            recipe(scans, tmp_path / "cut", **plan), watch=Stop(epochs=1, steps=steps_into_the_next)
+            recipe(scans, tmp_path / "cut", **plan),
+            callback=Stop(epochs=1, steps=steps_into_the_next),
         )
-    watch = Stop(epochs=99)
-    result = fit(recipe(scans, tmp_path / "cut", **plan), resume=True, watch=watch)
-    assert "going on after epoch 1 of 3" in watch.lines
+    callback = Stop(epochs=99)
+    result = fit(recipe(scans, tmp_path / "cut", **plan), resume=True, callback=callback)
+    assert "going on after epoch 1 of 3" in callback.lines
     assert same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
     assert [entry.epoch for entry in result.epochs] == [1, 2, 3]
     logged = [
@@ -130,14 +131,14 @@ def test_resume_goes_on_from_the_checkpoint_before_a_torn_one(scans: Path, tmp_p
     plan = {"epochs": 3}
     fit(recipe(scans, tmp_path / "whole", **plan))
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe(scans, tmp_path / "cut", **plan), watch=Stop(epochs=2))
+        fit(recipe(scans, tmp_path / "cut", **plan), callback=Stop(epochs=2))
     newest = checkpoint_path(tmp_path / "cut" / "checkpoints", 6)  # three steps an epoch
     newest.write_bytes(newest.read_bytes()[:1000])
-    watch = Stop(epochs=99)
-    fit(recipe(scans, tmp_path / "cut", **plan), resume=True, watch=watch)
+    callback = Stop(epochs=99)
+    fit(recipe(scans, tmp_path / "cut", **plan), resume=True, callback=callback)
     assert any(
         "step-000000006.ckpt is torn" in line and "using the one before it" in line
-        for line in watch.lines
+        for line in callback.lines
     )
     assert same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
 
@@ -163,7 +164,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_from_its_weights_again(
     plan = {"weights": tiny_run.run, "epochs": 1}
     fit(recipe(scans, tmp_path / "whole", **plan))
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe(scans, tmp_path / "cut", **plan), watch=Stop(epochs=0, steps=1))
+        fit(recipe(scans, tmp_path / "cut", **plan), callback=Stop(epochs=0, steps=1))
     fit(recipe(scans, tmp_path / "cut", **plan), resume=True)
     assert same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
 
@@ -185,18 +186,18 @@ def test_resume_takes_the_same_folder_however_it_is_written(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe(scans, tmp_path / "run", epochs=2), watch=Stop(epochs=1))
+        fit(recipe(scans, tmp_path / "run", epochs=2), callback=Stop(epochs=1))
     monkeypatch.chdir(scans.parent)
     assert fit(recipe(f"./{scans.name}/", tmp_path / "run", epochs=2), resume=True).n == 12
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_line(scans: Path, tmp_path: Path) -> None:
-    watch = Stop(epochs=99)
+    callback = Stop(epochs=99)
     with pytest.raises(
         TrainingError, match=r"not finite .*, at half the rate too: .* lower --lr \(now 1e\+09\)"
     ):
-        fit(recipe(scans, tmp_path / "run", epochs=30, lr=1e9), watch=watch)
-    assert any("not finite" in line and "going back to step" in line for line in watch.lines)
+        fit(recipe(scans, tmp_path / "run", epochs=30, lr=1e9), callback=callback)
+    assert any("not finite" in line and "going back to step" in line for line in callback.lines)
 
 
 def test_the_classifier_comes_along_for_the_same_classes_only(
@@ -207,18 +208,20 @@ def test_the_classifier_comes_along_for_the_same_classes_only(
         (own_scans / name).rename(own_scans / f"class {name}")
     said = []
     for data in (scans, own_scans):
-        watch = Stop(epochs=99)
+        callback = Stop(epochs=99)
         fit(
             recipe(data, tmp_path / "runs" / data.name, model=None, weights=tiny_run.run),
-            watch=watch,
+            callback=callback,
         )
-        said.append(any("new classifier: 3 classes in place of 3" in line for line in watch.lines))
+        said.append(
+            any("new classifier: 3 classes in place of 3" in line for line in callback.lines)
+        )
     assert said == [False, True]
 
 
 def test_resume_refuses_data_that_has_changed(own_scans: Path, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        fit(recipe(own_scans, tmp_path / "run", epochs=2), watch=Stop(epochs=1))
+        fit(recipe(own_scans, tmp_path / "run", epochs=2), callback=Stop(epochs=1))
     next((own_scans / "0").iterdir()).unlink()
     with pytest.raises(UsageError, match="are not those .* was trained on"):
         fit(recipe(own_scans, tmp_path / "run", epochs=2), resume=True)
@@ -256,10 +259,12 @@ def test_starting_from_another_runs_weights_takes_its_model(
     for path in list((own_scans / "2").iterdir()):
         path.unlink()
     (own_scans / "2").rmdir()
-    watch = Stop(epochs=99)
-    result = fit(recipe(own_scans, tmp_path / "run", model=None, weights=tiny_run.run), watch=watch)
+    callback = Stop(epochs=99)
+    result = fit(
+        recipe(own_scans, tmp_path / "run", model=None, weights=tiny_run.run), callback=callback
+    )
     assert result.record.model == "crossvit_pico_32"
-    assert any("new classifier: 2 classes in place of 3" in line for line in watch.lines)
+    assert any("new classifier: 2 classes in place of 3" in line for line in callback.lines)
     started, before = weights_of(tmp_path / "run"), weights_of(tiny_run.run)
     assert len(started["heads.0.weight"]) == 2
     moved = (started["tokens.0.positions"] - before["tokens.0.positions"]).abs().max()
@@ -281,9 +286,9 @@ def test_bad_images_stop_training_before_it_starts_or_are_skipped(
         crossvit.CrossViTError, match="2 of 26 images cannot be decoded"
     ):  # of both parts together
         fit(recipe(own_scans, tmp_path / "run"))
-    watch = Stop(epochs=99)
-    result = fit(recipe(own_scans, tmp_path / "run", skip_bad=True), watch=watch)
-    skipped = " ".join(line for line in watch.lines if "skipped: 2 of 26" in line)
+    callback = Stop(epochs=99)
+    result = fit(recipe(own_scans, tmp_path / "run", skip_bad=True), callback=callback)
+    skipped = " ".join(line for line in callback.lines if "skipped: 2 of 26" in line)
     assert "zero.png: the file is empty (0 bytes)" in skipped
     assert "text.jpg: not an image" in skipped
     assert result.record.data.train + result.n == 24
@@ -302,12 +307,12 @@ def test_the_first_lines_say_what_was_found_the_model_and_the_time(
     scans: Path, tmp_path: Path
 ) -> None:
     class Listen(Stop):
-        def started(self, lines: list[str], **_: object) -> None:  # type: ignore[override]
+        def on_train_start(self, lines: list[str], **_: object) -> None:  # type: ignore[override]
             self.lines += lines
 
-    watch = Listen(epochs=99)
-    fit(recipe(scans, tmp_path / "run", model=None), watch=watch)
-    text = "\n".join(watch.lines)
+    callback = Listen(epochs=99)
+    fit(recipe(scans, tmp_path / "run", model=None), callback=callback)
+    text = "\n".join(callback.lines)
     assert "3 classes, 60 images (48 train, 12 held out), 8x8 pixels" in text
     assert "crossvit_pico_32: 1.1" in text
     assert "chosen for 48 images with sides around 8 (--model takes another)" in text

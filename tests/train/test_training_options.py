@@ -21,12 +21,12 @@ from crossvit.engines.torch import TorchEngine
 from crossvit.errors import ConfigError, UsageError
 from crossvit.results import Epoch, Evaluation
 from crossvit.run import Run
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 from crossvit.train.dry_run import checkpoints_of, peak_bytes, time_step
-from crossvit.train.loop import fit, prepare, rehearse
+from crossvit.train.loop import dry_run, fit, prepare
 from crossvit.train.recipe import load_recipe
-from crossvit.train.setup import make_plan, suitable_batch, suitable_epochs
-from crossvit.train.validation import HeldOut
+from crossvit.train.setup import prepare_run, suitable_batch, suitable_epochs
+from crossvit.train.validation import Validator
 from support.runs import ONE_THREAD, TINY, Heard, recipe, same_bits, weights_of, words
 
 Command = Callable[..., tuple[int, str, str]]
@@ -88,7 +88,7 @@ def test_an_average_of_the_weights_is_kept_and_evaluated(scans: Path, tmp_path: 
 def test_the_average_follows_the_weights_at_its_literal_values(scans: Path, tmp_path: Path) -> None:
     """After the step s > 1 it is d·average + (1 − d)·weights with d = min(ema, 1 − s^(−2/3)), and before that the weights."""
     training = prepare(
-        recipe(scans, tmp_path / "run", epochs=4, ema=0.6), Run(tmp_path / "run"), Watch()
+        recipe(scans, tmp_path / "run", epochs=4, ema=0.6), Run(tmp_path / "run"), Callback()
     )
     name = "heads.0.weight"
     images, labels = next(iter(training.loader.epoch(0)))
@@ -108,16 +108,16 @@ def test_training_stops_when_the_score_no_longer_rises_and_takes_the_best(
     scans: Path, tmp_path: Path
 ) -> None:
     """A rate so high that the first epochs are the best."""
-    watch = Heard()
+    callback = Heard()
     result = fit(
         recipe(scans, tmp_path / "run", epochs=40, lr=0.05, warmup="0", patience="3 epochs"),
-        watch=watch,
+        callback=callback,
     )
-    scores = [(entry.val_top1, -entry.val_loss) for entry in watch.epochs]
+    scores = [(entry.val_top1, -entry.val_loss) for entry in callback.epochs]
     best = max(range(len(scores)), key=lambda index: scores[index])
     assert result.record.result.selected_epoch == best + 1
-    assert result.top1 == watch.epochs[best].val_top1
-    assert len(watch.epochs) == min(best + 1 + 3, 40)
+    assert result.top1 == callback.epochs[best].val_top1
+    assert len(callback.epochs) == min(best + 1 + 3, 40)
     last = fit(recipe(scans, tmp_path / "last", epochs=2, lr=0.05, warmup="0"))
     assert last.record.result.selected_epoch is None
 
@@ -125,8 +125,8 @@ def test_training_stops_when_the_score_no_longer_rises_and_takes_the_best(
 def test_patience_may_be_a_share_of_the_run(scans: Path, tmp_path: Path) -> None:
     settings = {"lr": 0.05, "warmup": "0", "epochs": 20}
     share, epochs = (Heard(), Heard())
-    fit(recipe(scans, tmp_path / "share", **settings, patience="10 %"), watch=share)
-    fit(recipe(scans, tmp_path / "epochs", **settings, patience="2 epochs"), watch=epochs)
+    fit(recipe(scans, tmp_path / "share", **settings, patience="10 %"), callback=share)
+    fit(recipe(scans, tmp_path / "epochs", **settings, patience="2 epochs"), callback=epochs)
     assert len(share.epochs) == len(epochs.epochs) < 20
 
 
@@ -149,11 +149,11 @@ def test_one_batch_is_taken_as_it_is_whatever_the_recipe_does(scans: Path, tmp_p
     }
     given = load_recipe("finetune", data=str(scans), out=str(tmp_path / "run"), **TINY, **asked)
     training = prepare(
-        given, Run(tmp_path / "run"), Watch(), teacher=lambda images: torch.zeros(len(images), 3)
+        given, Run(tmp_path / "run"), Callback(), teacher=lambda images: torch.zeros(len(images), 3)
     )
-    assert training.plan.config.drop_path == 0.0
+    assert training.prepared.config.drop_path == 0.0
     first = Order(open_data(str(scans)).split(held_out=0.2, seed=0)[0].labels, seed=0).epoch(0)[:16]
-    assert len({key.image for key in first}) == len(training.plan.train) == 16
+    assert len({key.image for key in first}) == len(training.prepared.train) == 16
     assert training.criterion.teacher is None
     assert training.recipe.sampling == "all"
     assert training.recipe.augmentation.repeats == 1
@@ -187,11 +187,11 @@ def test_one_batch_is_taken_as_it_is_whatever_the_recipe_does(scans: Path, tmp_p
 def test_options_that_do_less_than_asked_are_said(
     changes: dict[str, object], says: str, scans: Path, tmp_path: Path
 ) -> None:
-    watch = Heard()
-    make_plan(recipe(scans, tmp_path / "run", **changes), watch)
-    assert [line for line in watch.lines if line.startswith("warn") and says in line]
+    callback = Heard()
+    prepare_run(recipe(scans, tmp_path / "run", **changes), callback)
+    assert [line for line in callback.lines if line.startswith("warn") and says in line]
     plain = Heard()
-    make_plan(recipe(scans, tmp_path / "run", epochs=2), plain)
+    prepare_run(recipe(scans, tmp_path / "run", epochs=2), plain)
     assert not [line for line in plain.lines if line.startswith("warn")]
 
 
@@ -235,10 +235,12 @@ def test_a_rehearsal_measures_one_batch_and_counts_checkpoints(
     measured: list[int] = []
 
     def evaluate(
-        self: HeldOut, engine: TorchEngine, *, thorough: bool = False
+        self: Validator, engine: TorchEngine, *, thorough: bool = False
     ) -> tuple[Evaluation, tuple[float, ...]]:
-        measured.append(len(self.plan.held_out))
-        assert {self.plan.held_out.labels[index] for index in range(len(self.plan.held_out))} == {
+        measured.append(len(self.prepared.held_out))
+        assert {
+            self.prepared.held_out.labels[index] for index in range(len(self.prepared.held_out))
+        } == {
             0,
             1,
             2,
@@ -246,9 +248,9 @@ def test_a_rehearsal_measures_one_batch_and_counts_checkpoints(
         time.sleep(0.2)
         return whole(self, engine, thorough=thorough)
 
-    whole = HeldOut.evaluate
-    monkeypatch.setattr(HeldOut, "evaluate", evaluate)
-    found = rehearse(recipe(scans, tmp_path / "run", epochs=10, every="7 steps"))
+    whole = Validator.evaluate
+    monkeypatch.setattr(Validator, "evaluate", evaluate)
+    found = dry_run(recipe(scans, tmp_path / "run", epochs=10, every="7 steps"))
     assert measured == [4, 4]  # of 12; the second one by what ends a run
     assert found.evaluation_seconds >= 3 * 0.2
     assert (found.steps, found.checkpoints, found.processes) == (
@@ -289,7 +291,7 @@ def test_checkpoints_are_counted_by_steps_or_time(
     every: str, count: int, scans: Path, tmp_path: Path
 ) -> None:
     training = prepare(
-        recipe(scans, tmp_path / "run", epochs=10, every=every), Run(tmp_path / "run"), Watch()
+        recipe(scans, tmp_path / "run", epochs=10, every=every), Run(tmp_path / "run"), Callback()
     )
     assert checkpoints_of(training, seconds=100.0) == count
 
@@ -298,7 +300,7 @@ def test_a_step_is_timed_after_slow_first_ones_though_an_epoch_has_no_more(
     scans: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three steps an epoch. The clock is one that the steps move on."""
-    training = prepare(recipe(scans, tmp_path / "run"), Run(tmp_path / "run"), Watch())
+    training = prepare(recipe(scans, tmp_path / "run"), Run(tmp_path / "run"), Callback())
     assert training.per_epoch == 3
     taken, now, forward = [0.9, 0.9, 0.9, 0.1, 0.4, 0.2, 0.3, 0.5, 99.0], [0.0], training.forward
 
@@ -321,7 +323,7 @@ def test_a_step_is_timed_after_slow_first_ones_though_an_epoch_has_no_more(
 def test_the_memory_of_a_rehearsal_has_that_of_its_loading_processes(
     scans: Path, tmp_path: Path
 ) -> None:
-    training = prepare(recipe(scans, tmp_path / "run"), Run(tmp_path / "run"), Watch())
+    training = prepare(recipe(scans, tmp_path / "run"), Run(tmp_path / "run"), Callback())
     alone = peak_bytes(training)
     waiting = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
     waiting.start()
@@ -340,21 +342,21 @@ def test_epochs_are_chosen_by_the_number_of_images_and_stay(scans: Path, tmp_pat
     assert [suitable_epochs(images) for images in counts] == [240, 240, 120, 60, 60, 30, 6, 6]
     assert [suitable_batch(images) for images in (10, 399, 400, 10**6)] == [16, 16, 32, 32]
 
-    class Stop(Watch):
+    class Stop(Callback):
         def __init__(self, *, at: int) -> None:
             self.at = at
 
-        def epoch_done(self, entry: Epoch) -> None:
+        def on_epoch_end(self, entry: Epoch) -> None:
             if entry.epoch == self.at:
                 raise KeyboardInterrupt
 
     plan = recipe(scans, tmp_path / "run", epochs=0, batch_size=0, lr=0.0001)
     with pytest.raises(KeyboardInterrupt):
-        fit(plan, watch=Stop(at=2))
+        fit(plan, callback=Stop(at=2))
     recorded = Run(tmp_path / "run").record().recipe
     assert (recorded["epochs"], recorded["batch_size"]) == (240, 16)
     with pytest.raises(KeyboardInterrupt):  # what was chosen is not a change
-        fit(plan, resume=True, watch=Stop(at=4))
+        fit(plan, resume=True, callback=Stop(at=4))
     assert [entry["epoch"] for entry in Run(tmp_path / "run").entries()] == [1, 2, 3, 4]
 
 

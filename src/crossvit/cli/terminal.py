@@ -19,19 +19,19 @@ from rich.progress import (
 from rich.table import Column, Table
 
 from crossvit.text import duration, percent
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 
 if TYPE_CHECKING:
     from crossvit.fast.explain import FormUsed
     from crossvit.model.paper_tables import Row
-    from crossvit.results import DataCheck, Epoch, ImagePair, Rehearsal, TrainingResult
+    from crossvit.results import DataCheck, DryRun, Epoch, ImagePair, TrainingResult
 
 
 PAIRS_PRINTED = 8  # of each kind of finding; the rest are counted
 TABLE_WIDTH = 100  # columns that the widest table takes
 
 
-class TerminalWatch(Watch):
+class TerminalCallback(Callback):
     """Draws a training run on stderr: a bar while it goes on, one line an epoch."""
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class TerminalWatch(Watch):
         self.epochs = 0
         self.training = False  # whether there is a run to go on with
 
-    def __enter__(self) -> TerminalWatch:
+    def __enter__(self) -> TerminalCallback:
         self.progress.start()
         return self
 
@@ -67,31 +67,31 @@ class TerminalWatch(Watch):
     def stop(self) -> None:
         self.progress.stop()
 
-    def say(self, line: str) -> None:
+    def on_message(self, line: str) -> None:
         self.console.print(line, markup=False)
 
-    def checking(self, total: int) -> None:
+    def on_check_start(self, total: int) -> None:
         self._show("checking images", total)
 
-    def checked(self) -> None:
+    def on_image_checked(self) -> None:
         assert self.task is not None
         self.progress.advance(self.task)
 
-    def started(self, lines: Sequence[str], *, epochs: int, done: float, steps: int) -> None:
+    def on_train_start(self, lines: Sequence[str], *, epochs: int, done: float, steps: int) -> None:
         for line in lines:
-            self.say(line)
+            self.on_message(line)
         self.epochs = epochs
         self.training = True
         self._show("training", epochs * steps, completed=round(done * steps))
 
-    def stepped(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
+    def on_step_end(self, epoch: int, loss: float, top1: float, images_per_second: float) -> None:
         assert self.task is not None
         figures = f"loss {loss:.3f}  top-1 {100 * top1:5.1f} %  {images_per_second:,.0f} img/s"
         self.progress.update(
             self.task, advance=1, description=f"epoch {epoch + 1}/{self.epochs}", figures=figures
         )
 
-    def epoch_done(self, entry: Epoch) -> None:
+    def on_epoch_end(self, entry: Epoch) -> None:
         epoch = f"epoch {entry.epoch:>{len(str(self.epochs))}}/{self.epochs}"
         held_out = (
             f"{100 * entry.val_top1:5.1f} %"
@@ -102,7 +102,9 @@ class TerminalWatch(Watch):
         loss = "-" if entry.loss is None else f"{entry.loss:.3f}"
         skipped = f"  {entry.skipped} steps skipped (not finite)" if entry.skipped else ""
         pace = f"{entry.images_per_second:,.0f} img/s  {entry.seconds:.1f} s"
-        self.say(f"{epoch}  loss {loss}  train {train}  held out {held_out}  {pace}{skipped}")
+        self.on_message(
+            f"{epoch}  loss {loss}  train {train}  held out {held_out}  {pace}{skipped}"
+        )
 
     def _show(self, description: str, total: int, *, completed: int = 0) -> None:
         if self.task is not None:
@@ -130,7 +132,7 @@ def print_training(result: TrainingResult) -> None:
     print(f"report {result.run}/report.html (open it in a browser)")
 
 
-def print_rehearsal(result: Rehearsal) -> None:
+def print_dry_run(result: DryRun) -> None:
     steps = f"{result.steps:,} steps of {1000 * result.seconds_a_step:,.0f} ms"
     evaluation = f"{result.evaluation_seconds:.1f} s of evaluation"
     print(

@@ -60,28 +60,28 @@ def train(
         )
     given = {} if options is None else vars(options)
     going_on = resume and Run(out).exists()
-    plan = load_recipe(recipe or (out if going_on else "small"), data=data, out=out, **given)
-    _refuse_early(plan, dry_run=dry_run, resume=resume, overwrite=overwrite)
+    chosen = load_recipe(recipe or (out if going_on else "small"), data=data, out=out, **given)
+    _refuse_early(chosen, dry_run=dry_run, resume=resume, overwrite=overwrite)
 
-    from crossvit.cli.terminal import TerminalWatch, print_rehearsal, print_training
+    from crossvit.cli.terminal import TerminalCallback, print_dry_run, print_training
     from crossvit.files import write_atomically
     from crossvit.report.page import run_page
     from crossvit.results import to_json
+    from crossvit.train import loop
     from crossvit.train.distributed import leading
-    from crossvit.train.loop import fit, rehearse
 
-    with TerminalWatch() as watch:
+    with TerminalCallback() as callback:
         try:
             if dry_run:
-                rehearsal = rehearse(plan, watch=watch)
+                outlook = loop.dry_run(chosen, callback=callback)
             else:
-                result = fit(plan, resume=resume, overwrite=overwrite, watch=watch)
+                result = loop.fit(chosen, resume=resume, overwrite=overwrite, callback=callback)
         except KeyboardInterrupt:
-            watch.stop()
+            callback.stop()
             again = shlex.join(["crossvit", "train", data, "--out", out, "--resume"])
             print(
                 f"crossvit: stopped; go on with `{again}`"
-                if watch.training
+                if callback.training
                 else "crossvit: stopped",
                 file=sys.stderr,
             )
@@ -90,9 +90,9 @@ def train(
         return 0
     if dry_run:
         if json:
-            print(json_line(to_json(rehearsal)))
+            print(json_line(to_json(outlook)))
         else:
-            print_rehearsal(rehearsal)
+            print_dry_run(outlook)
         return 0
     evaluation = result.evaluation or _evaluated_anew(result)
     if evaluation is not None:
@@ -106,7 +106,7 @@ def train(
     return 0
 
 
-def _refuse_early(plan: Recipe, *, dry_run: bool, resume: bool, overwrite: bool) -> None:
+def _refuse_early(chosen: Recipe, *, dry_run: bool, resume: bool, overwrite: bool) -> None:
     """UsageError for what needs no torch to be seen. `fit` says the same, after the seconds that loading torch takes."""
     from pathlib import Path
 
@@ -120,18 +120,18 @@ def _refuse_early(plan: Recipe, *, dry_run: bool, resume: bool, overwrite: bool)
     several = "RANK" in os.environ  # the first of them looks, in `fit`, before any makes the folder
     if (
         not (dry_run or several)
-        and recorded_run(plan, Run(plan.out), resume=resume, overwrite=overwrite) is not None
+        and recorded_run(chosen, Run(chosen.out), resume=resume, overwrite=overwrite) is not None
     ):
         return
     for registry in (BLOCKS, FUSIONS, TOKENISERS):
-        if (name := getattr(plan, registry.kind)) is not None:
+        if (name := getattr(chosen, registry.kind)) is not None:
             registry.check(name)
-    if plan.model:
-        preset(plan.model)
-    if not (is_elsewhere(plan.data) or Path(plan.data).expanduser().exists()):
-        open_data(plan.data)
-    if plan.weights and not several:
-        locate(plan.weights)
+    if chosen.model:
+        preset(chosen.model)
+    if not (is_elsewhere(chosen.data) or Path(chosen.data).expanduser().exists()):
+        open_data(chosen.data)
+    if chosen.weights and not several:
+        locate(chosen.weights)
 
 
 def _evaluated_anew(result: TrainingResult) -> Evaluation | None:

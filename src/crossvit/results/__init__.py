@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         ResultRecord,
         RunRecord,
     )
-    from crossvit.results.training import Epoch, Rehearsal, ScaledRun, TrainingResult
+    from crossvit.results.training import DryRun, Epoch, ScaledRun, TrainingResult
 
 _NAMES = {  # of each module
     "bench": "Bench BenchRow Growth",
@@ -61,7 +61,7 @@ _NAMES = {  # of each module
     "prediction": "BatchPrediction Label Prediction",
     "records": "branch_names plain_name to_json",
     "run_record": "MULTI_LABEL SINGLE_LABEL DataRecord ResultRecord RunRecord",
-    "training": "Epoch Rehearsal ScaledRun TrainingResult",
+    "training": "Epoch DryRun ScaledRun TrainingResult",
 }
 _HOMES = {
     name: f"crossvit.results.{module}" for module, names in _NAMES.items() for name in names.split()
@@ -84,6 +84,7 @@ __all__ = [
     "Curve",
     "DataCheck",
     "DataRecord",
+    "DryRun",
     "Epoch",
     "Evaluation",
     "Explanation",
@@ -98,7 +99,6 @@ __all__ = [
     "MultiLabel",
     "PartCheck",
     "Prediction",
-    "Rehearsal",
     "ReliabilityBin",
     "ResultRecord",
     "RiskPoint",

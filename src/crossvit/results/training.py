@@ -81,7 +81,7 @@ class TrainingResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rehearsal:
+class DryRun:
     """What one step of everything shows of a run: its time in seconds and its memory in bytes (on a CPU the peaks of all its
     processes, those that load images too, added up; on a GPU torch's, of the process with the most). `loss` is of the step;
     evaluation_seconds is of all held-out images, from a batch of them; checkpoints is how many the run writes."""

@@ -43,7 +43,7 @@ class Team:
     restarts: int = 0
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes and speaks for all."""
         return self.rank == 0
 
@@ -59,18 +59,18 @@ class Team:
         """This process's share of `count` things: from, to. The shares are in order and differ by one at most."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def shard(self, items: Sequence[T]) -> Sequence[T]:
         """This process's share of `items`."""
         start, end = self.bounds(len(items))
         return items[start:end]
 
-    def total(self, *numbers: float) -> list[float]:
+    def all_reduce(self, *numbers: float) -> list[float]:
         """Each number added up over the processes, in float64."""
         if self.size == 1:
             return list(numbers)
         device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         tensor = torch.tensor(numbers, dtype=torch.float64, device=device)
-        with _neighbours():
+        with _peer_failures():
             dist.all_reduce(tensor)
         return [float(number) for number in tensor.tolist()]
 
@@ -79,24 +79,24 @@ class Team:
         if self.size == 1:
             return [own]
         found: list[Any] = [None] * self.size
-        with _neighbours():
+        with _peer_failures():
             dist.all_gather_object(found, own)
         return found
 
-    def tell(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """The first process's `value`."""
         if self.size == 1:
             return value
         told: list[Any] = [value]
-        with _neighbours():
+        with _peer_failures():
             dist.broadcast_object_list(told, src=0)
         return told[0]  # type: ignore[no-any-return]
 
     def exchanging(self) -> contextlib.AbstractContextManager[None]:
         """Around the backward pass, in which gradients are exchanged: TrainingError where another process has gone."""
-        return _neighbours() if self.size > 1 else contextlib.nullcontext()
+        return _peer_failures() if self.size > 1 else contextlib.nullcontext()
 
-    def together(self, module: nn.Module) -> nn.Module:
+    def wrap_ddp(self, module: nn.Module) -> nn.Module:
         """`module` whose gradients are the mean over the processes. They start from the first one's parameters."""
         if self.size == 1:
             return module
@@ -107,7 +107,7 @@ class Team:
         )
 
 
-ALONE = Team()
+SINGLE_PROCESS = Team()
 
 
 def started_by_torchrun() -> bool:
@@ -120,10 +120,10 @@ def leading() -> bool:
 
 
 @contextlib.contextmanager
-def assembled(device: torch.device) -> Iterator[Team]:
-    """The team that torchrun started, gloo on a CPU and nccl on CUDA; ALONE without torchrun."""
+def init_distributed(device: torch.device) -> Iterator[Team]:
+    """The team that torchrun started, gloo on a CPU and nccl on CUDA; SINGLE_PROCESS without torchrun."""
     if not started_by_torchrun():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     team = Team(
         rank=int(os.environ["RANK"]),
@@ -177,7 +177,7 @@ def _round(store: Store, rank: int, size: int) -> str:
 
 
 @contextlib.contextmanager
-def _neighbours() -> Iterator[None]:
+def _peer_failures() -> Iterator[None]:
     """TrainingError in one line where another process has gone; any other error is left as it is."""
     try:
         yield

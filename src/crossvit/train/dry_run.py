@@ -19,7 +19,7 @@ from crossvit.hardware import peak_memory
 from crossvit.text import duration
 from crossvit.train.durations import parse_duration
 from crossvit.train.trainer import Training
-from crossvit.train.validation import HeldOut
+from crossvit.train.validation import Validator
 
 TIMED_STEPS, WARM_UP_STEPS = 8, 3  # the first ones are slower
 TIMED_SECONDS = 10.0  # no further step is timed after this long
@@ -27,15 +27,15 @@ TIMED_SECONDS = 10.0  # no further step is timed after this long
 
 def described(training: Training) -> list[str]:
     """What is trained, and how long what is left of it will take: two lines for people."""
-    plan, recipe = training.plan, training.recipe
+    prepared, recipe = training.prepared, training.recipe
     parameters = sum(parameter.numel() for parameter in training.model.parameters())
     trained = sum(
         parameter.numel() for parameter in training.model.parameters() if parameter.requires_grad
     )
     frozen = "" if trained == parameters else f", {trained / 1e6:.2f} M of them trained"
-    height, width = plan.config.image_size
+    height, width = prepared.config.image_size
     evaluation = (
-        len(plan.held_out) / recipe.batch_size / 3
+        len(prepared.held_out) / recipe.batch_size / 3
     )  # in steps: forward alone is about a third of one
     left = time_step(training) * (
         training.steps - training.step + evaluation * (recipe.epochs - len(training.epochs))
@@ -45,7 +45,7 @@ def described(training: Training) -> list[str]:
         threads if training.team.size == 1 else f"{training.team.size} processes of {threads}"
     )
     return [
-        f"model  {plan.model_name}: {parameters / 1e6:.2f} M parameters{frozen} at {height}x{width}{plan.why_model}",
+        f"model  {prepared.model_name}: {parameters / 1e6:.2f} M parameters{frozen} at {height}x{width}{prepared.why_model}",
         f"train  {recipe.epochs} x {training.per_epoch} steps, batch {recipe.batch_size}, "
         f"{training.precision} on {training.device.type} with {workforce}, about {duration(left)}",
     ]
@@ -64,7 +64,7 @@ def time_step(training: Training) -> float:
         for part, wanted in zip(
             images.to(device).split(chunk), labels.to(device).split(chunk), strict=True
         ):
-            with training.apart(True):
+            with training.no_sync(True):
                 with autocast(device, training.precision):
                     logits = training.forward(part)
                 loss = training.criterion(logits, wanted, part)
@@ -80,10 +80,10 @@ def time_step(training: Training) -> float:
 
 def evaluate_few(training: Training) -> None:
     """Have `training` measured on a batch of held-out images for each process, from all over them, in place of all."""
-    images, team = training.plan.held_out, training.team
+    images, team = training.prepared.held_out, training.team
     few = images.take(range(0, len(images), math.ceil(len(images) / (team.size * BATCH_SIZE))))
-    training.plan = dataclasses.replace(training.plan, held_out=few)
-    training.held_out = HeldOut(training.plan, run=str(training.run.path), team=team)
+    training.prepared = dataclasses.replace(training.prepared, held_out=few)
+    training.held_out = Validator(training.prepared, run=str(training.run.path), team=team)
 
 
 def checkpoints_of(training: Training, *, seconds: float) -> int:

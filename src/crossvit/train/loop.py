@@ -11,16 +11,21 @@ from pathlib import Path
 
 from crossvit.engines.torch import resolve_device
 from crossvit.errors import UsageError
-from crossvit.results import Rehearsal, RunRecord, TrainingResult
+from crossvit.results import DryRun, RunRecord, TrainingResult
 from crossvit.run import Run
-from crossvit.train.callbacks import Watch
-from crossvit.train.distributed import ALONE, Team, assembled
+from crossvit.train.callbacks import Callback
+from crossvit.train.distributed import SINGLE_PROCESS, Team, init_distributed
 from crossvit.train.dry_run import checkpoints_of, described, evaluate_few, peak_bytes, time_step
 from crossvit.train.losses import Teacher
 from crossvit.train.recipe import Recipe
 from crossvit.train.reproducibility import deterministic, same_kernels, threads
-from crossvit.train.resume import as_given, gone_on_with, recorded_run, refuse_contradiction
-from crossvit.train.setup import make_plan, suitable_parts
+from crossvit.train.resume import (
+    recorded_run,
+    refuse_contradiction,
+    requested_recipe,
+    resumed_recipe,
+)
+from crossvit.train.setup import prepare_run, suitable_parts
 from crossvit.train.teachers import A_CALLABLE, load_teacher
 from crossvit.train.trainer import Training
 
@@ -30,43 +35,43 @@ def fit(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    watch: Watch | None = None,
+    callback: Callback | None = None,
     teacher: Teacher | None = None,
 ) -> TrainingResult:
     """Train by `recipe` into its run folder and evaluate on the held-out images.
 
     resume: go on from the newest checkpoint (from the beginning if there is none; a finished run is returned as it is), to the
-    same weights to the bit as if it had never stopped.  overwrite: replace a run that is there.  watch: is told what
-    happens (see `Watch`).  teacher: for distillation, any function from images (B, C, H, W), normalised as the student
+    same weights to the bit as if it had never stopped.  overwrite: replace a run that is there.  callback: is told what
+    happens (see `Callback`).  teacher: for distillation, any function from images (B, C, H, W), normalised as the student
     gets them, to logits (B, classes); the recipe's `teacher` names others. Raises the errors of `crossvit.errors`.
     """
-    watch = watch or Watch()
+    callback = callback or Callback()
     refuse_contradiction(resume=resume, overwrite=overwrite)
     if teacher is not None:
         recipe = recipe.changed(teacher=A_CALLABLE)
     run = Run(recipe.out)
     with contextlib.ExitStack() as held:
         device = resolve_device(recipe.device)
-        team = held.enter_context(assembled(device))
+        team = held.enter_context(init_distributed(device))
         held.enter_context(deterministic(device))
-        watch = watch if team.leads else Watch()
+        callback = callback if team.is_main else Callback()
         if team.restarts:  # torchrun has started the run anew after one of its processes died
             resume, overwrite = True, False
-        recorded = team.tell(
-            recorded_run(recipe, run, resume=resume, overwrite=overwrite) if team.leads else None
+        recorded = team.broadcast_object(
+            recorded_run(recipe, run, resume=resume, overwrite=overwrite) if team.is_main else None
         )
         if recorded is not None and recorded.result:
-            watch.say(f"{run.path} has finished training already")
+            callback.on_message(f"{run.path} has finished training already")
             return TrainingResult.of_finished(str(run.path), recorded, run.entries())
-        if run.exists() and team.leads:
+        if run.exists() and team.is_main:
             held.enter_context(
                 run.lock()
             )  # before the images are read; a new run's folder is made only after them
         if recorded is not None:
             held.enter_context(threads(recorded.threads))
-        held.enter_context(same_kernels(recorded, device, watch, team))
-        training = prepare(recipe, run, watch, recorded=recorded, teacher=teacher, team=team)
-        if recorded is None and team.leads:
+        held.enter_context(same_kernels(recorded, device, callback, team))
+        training = prepare(recipe, run, callback, recorded=recorded, teacher=teacher, team=team)
+        if recorded is None and team.is_main:
             if not run.exists():
                 held.enter_context(run.lock())
             run.prepare(training.record(result=None), overwrite=overwrite)
@@ -77,23 +82,23 @@ def fit(
         return training.finish()
 
 
-def rehearse(
-    recipe: Recipe, *, watch: Watch | None = None, teacher: Teacher | None = None
-) -> Rehearsal:
+def dry_run(
+    recipe: Recipe, *, callback: Callback | None = None, teacher: Teacher | None = None
+) -> DryRun:
     """One step of everything in a folder that is thrown away: training, evaluation of a batch, checkpoint and weights. Returns
     the time and memory that the run would take; of several processes, each takes its share of the step as in the run."""
-    watch = watch or Watch()
+    callback = callback or Callback()
     with contextlib.ExitStack() as held:
-        team = held.enter_context(assembled(resolve_device(recipe.device)))
-        watch = watch if team.leads else Watch()
+        team = held.enter_context(init_distributed(resolve_device(recipe.device)))
+        callback = callback if team.is_main else Callback()
         folder = held.enter_context(
             tempfile.TemporaryDirectory(prefix="crossvit-", ignore_cleanup_errors=True)
         )
         run = Run(Path(folder) / "run")
-        training = prepare(recipe, run, watch, teacher=teacher, team=team)
-        all_held_out = len(training.plan.held_out)
+        training = prepare(recipe, run, callback, teacher=teacher, team=team)
+        all_held_out = len(training.prepared.held_out)
         evaluate_few(training)
-        if team.leads:
+        if team.is_main:
             run.path.mkdir()
             run.prepare(training.record(result=None), overwrite=False)
         images, labels = next(iter(training.loader.epoch(0)))
@@ -102,7 +107,9 @@ def rehearse(
         seconds = time_step(training)
         started = time.perf_counter()
         training.evaluate()
-        evaluation = (time.perf_counter() - started) * all_held_out / len(training.plan.held_out)
+        evaluation = (
+            (time.perf_counter() - started) * all_held_out / len(training.prepared.held_out)
+        )
         started = time.perf_counter()
         with training.writer:
             training.save()
@@ -111,8 +118,8 @@ def rehearse(
         training.finish()
         without_checkpoints = training.steps * seconds + training.recipe.epochs * evaluation
         checkpoints = checkpoints_of(training, seconds=without_checkpoints)
-        return Rehearsal(
-            model=training.plan.model_name,
+        return DryRun(
+            model=training.prepared.model_name,
             steps=training.steps,
             loss=loss,
             seconds_a_step=seconds,
@@ -131,11 +138,11 @@ def rehearse(
 def prepare(
     recipe: Recipe,
     run: Run,
-    watch: Watch,
+    callback: Callback,
     *,
     recorded: RunRecord | None = None,
     teacher: Teacher | None = None,
-    team: Team = ALONE,
+    team: Team = SINGLE_PROCESS,
 ) -> Training:
     """The training of `recipe` in its starting state: the newest checkpoint's, or that of the starting weights. Writes
     nothing."""
@@ -143,38 +150,46 @@ def prepare(
     given = recipe
     if recorded is not None:
         given, recipe = (
-            as_given(recorded),
-            gone_on_with(recipe, Recipe.from_dict(recorded.recipe)),
+            requested_recipe(recorded),
+            resumed_recipe(recipe, Recipe.from_dict(recorded.recipe)),
         )
         if recorded.device != device.type:
-            watch.say(
+            callback.on_message(
                 f"note   the run was on {recorded.device} and goes on on {device.type}: its last bits become others"
             )
-    plan = make_plan(recipe, watch, recorded=recorded, team=team)
-    if plan.recipe.accumulate == 0:
-        share = math.ceil(plan.recipe.batch_size / team.size)
-        parts = suitable_parts(plan.config, images=share, device=device.type)
-        plan = dataclasses.replace(plan, recipe=dataclasses.replace(plan.recipe, accumulate=parts))
-    if recorded is not None and recorded.data.fingerprint != plan.data.fingerprint:
+    prepared = prepare_run(recipe, callback, recorded=recorded, team=team)
+    if prepared.recipe.accumulate == 0:
+        share = math.ceil(prepared.recipe.batch_size / team.size)
+        parts = suitable_parts(prepared.config, images=share, device=device.type)
+        prepared = dataclasses.replace(
+            prepared, recipe=dataclasses.replace(prepared.recipe, accumulate=parts)
+        )
+    if recorded is not None and recorded.data.fingerprint != prepared.data.fingerprint:
         fix = "put them back, or train anew with --overwrite"
         raise UsageError(
             f"the files in {recipe.data} are not those {run.path} was trained on: {fix}"
         )
-    if plan.recipe.overfit_one_batch:
+    if prepared.recipe.overfit_one_batch:
         teacher = None
-    elif teacher is None and plan.recipe.distillation.teacher:
+    elif teacher is None and prepared.recipe.distillation.teacher:
         teacher = load_teacher(
-            plan.recipe.distillation.teacher, plan, watch, device=team.device(device)
+            prepared.recipe.distillation.teacher, prepared, callback, device=team.device(device)
         )
     precision = recorded.precision if recorded else recipe.precision
     training = Training(
-        plan, run, watch, precision=precision, given=given.to_dict(), teacher=teacher, team=team
+        prepared,
+        run,
+        callback,
+        precision=precision,
+        given=given.to_dict(),
+        teacher=teacher,
+        team=team,
     )
     if recorded is None or not training.restore_newest():
         training.load_starting_weights()
     elif training.step:
         epochs, batch = divmod(training.step, training.per_epoch)
-        watch.say(
+        callback.on_message(
             f"going on after epoch {epochs} of {training.recipe.epochs}"
             + (f" and {batch} steps" if batch else "")
         )

@@ -12,7 +12,7 @@ import torch
 
 from crossvit.fast.native.build import native, why_none, without_kernels
 from crossvit.results import RunRecord
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 from crossvit.train.distributed import Team
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"  # without a fixed workspace cuBLAS may add in another order; see its documentation
@@ -35,7 +35,7 @@ def computes_with_kernels(device: torch.device) -> bool:
 
 
 def same_kernels(
-    recorded: RunRecord | None, device: torch.device, watch: Watch, team: Team
+    recorded: RunRecord | None, device: torch.device, callback: Callback, team: Team
 ) -> AbstractContextManager[None]:
     """Inside, our kernels compute if they did in the run that is gone on with (`recorded`, None for a new one), and only where
     every process of `team` has them. A run whose kernels are not to be had is warned about."""
@@ -46,7 +46,7 @@ def same_kernels(
         return without_kernels()
     missing = next(filter(None, team.gather(why_none())), "")
     if missing and goes_on:
-        watch.say(
+        callback.on_message(
             f"warn   the run was computed with our kernels, and here there are none ({missing}): its last bits become others"
         )
     return without_kernels() if missing else nullcontext()

@@ -13,7 +13,7 @@ from crossvit.run import Run
 from crossvit.train.recipe import Recipe
 
 # What a resumed run may be given anew: no step hangs on it, and on `every` and `keep` only how far a run goes back.
-FREE_TO_CHANGE = ("out", "workers", "skip_bad", "every", "keep")
+CHANGEABLE_ON_RESUME = ("out", "workers", "skip_bad", "every", "keep")
 CHOSEN = ("epochs", "batch_size", "accumulate")  # at 0 by the images, when the run began
 
 
@@ -36,12 +36,12 @@ def recorded_run(recipe: Recipe, run: Run, *, resume: bool, overwrite: bool) -> 
         run.refuse_occupied(overwrite=overwrite)
         return None
     recorded = run.record()
-    refuse_changes(recipe, Recipe.from_dict(recorded.recipe), as_given(recorded))
+    refuse_changes(recipe, Recipe.from_dict(recorded.recipe), requested_recipe(recorded))
     has_weights = run.weights_path.is_file()
     return recorded if has_weights else dataclasses.replace(recorded, result=None)
 
 
-def as_given(recorded: RunRecord) -> Recipe:
+def requested_recipe(recorded: RunRecord) -> Recipe:
     """The recipe that a run was begun with, before the images decided what it leaves open. Older runs have the latter alone."""
     return Recipe.from_dict(recorded.recipe if recorded.given is None else recorded.given)
 
@@ -52,7 +52,7 @@ def refuse_changes(recipe: Recipe, recorded: Recipe, given: Recipe) -> None:
     changed = [
         f"{'DATA' if name == 'data' else '--' + name.replace('_', '-')} {now[name]} (the run has {before[name]})"
         for name in now
-        if name not in FREE_TO_CHANGE
+        if name not in CHANGEABLE_ON_RESUME
         and _same(name, now[name]) not in (_same(name, before[name]), _same(name, first[name]))
         if not (name in CHOSEN and now[name] == 0)
         # Patience takes the best whatever `select` is; older runs have it recorded as `select` too.
@@ -65,10 +65,12 @@ def refuse_changes(recipe: Recipe, recorded: Recipe, given: Recipe) -> None:
         raise UsageError(f"--resume cannot change {', '.join(changed)}: {fix}")
 
 
-def gone_on_with(recipe: Recipe, recorded: Recipe) -> Recipe:
+def resumed_recipe(recipe: Recipe, recorded: Recipe) -> Recipe:
     """The recorded recipe, with what may change as `recipe` has it."""
     given = _flat(recipe.to_dict())
-    return recorded.changed(data=recipe.data, **{name: given[name] for name in FREE_TO_CHANGE})
+    return recorded.changed(
+        data=recipe.data, **{name: given[name] for name in CHANGEABLE_ON_RESUME}
+    )
 
 
 def _same(name: str, value: Any) -> Any:

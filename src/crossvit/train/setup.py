@@ -23,8 +23,8 @@ from crossvit.model.config import BranchConfig, CrossViTConfig
 from crossvit.model.presets import preset
 from crossvit.model.registry import BLOCKS, FUSIONS, TOKENISERS
 from crossvit.results import MULTI_LABEL, SINGLE_LABEL, DataRecord, RunRecord
-from crossvit.train.callbacks import Watch
-from crossvit.train.distributed import ALONE, Team
+from crossvit.train.callbacks import Callback
+from crossvit.train.distributed import SINGLE_PROCESS, Team
 from crossvit.train.durations import STEP_UNITS, parse_duration
 from crossvit.train.recipe import AugmentationRecipe, DistillationRecipe, MixingRecipe, Recipe
 from crossvit.weights.files import read_weights, weight_file
@@ -48,7 +48,7 @@ UNEVEN = 10  # times as many images of one class as of another, from which it is
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PreparedRun:
     """Everything a run is decided by before it starts. `held_out_part` is val, test or held-out."""
 
     recipe: Recipe
@@ -104,9 +104,13 @@ class Plan:
         )
 
 
-def make_plan(
-    recipe: Recipe, watch: Watch, *, recorded: RunRecord | None = None, team: Team = ALONE
-) -> Plan:
+def prepare_run(
+    recipe: Recipe,
+    callback: Callback,
+    *,
+    recorded: RunRecord | None = None,
+    team: Team = SINGLE_PROCESS,
+) -> PreparedRun:
     """Open the data, look at every image, choose the model and say what was found.
 
     recorded: run.json of the run that is gone on with; its model stays.  team: each process looks at its share.
@@ -122,11 +126,11 @@ def make_plan(
             f"{recipe.data} has several labels an image: --class-weights balanced in place of --sampling balanced"
         )
     chosen = _chosen_model(recipe, recorded)
-    watch.checking(sum(len(team.share(images.names)) for images in data.parts.values()))
+    callback.on_check_start(sum(len(team.shard(images.names)) for images in data.parts.values()))
     reader = Preprocessing(
         image_size=(1, 1), channels=recipe.channels
     )  # before the model, and with it the size, is known
-    looked = {part: _look(images, reader, watch, team) for part, images in data.parts.items()}
+    looked = {part: _look(images, reader, callback, team) for part, images in data.parts.items()}
     data = _without_broken(data, looked, skip=recipe.skip_bad)
     train, held_out = data.split(held_out=recipe.held_out, seed=recipe.seed)
     sizes = [size for findings in looked.values() for size in findings.sizes]
@@ -161,14 +165,14 @@ def make_plan(
             ),
         )
     )
-    plan = Plan(recipe, data, train, held_out, part, name, why, config, preprocessing)
-    plan = dataclasses.replace(plan, warnings=tuple(_warnings(plan, looked)))
+    prepared = PreparedRun(recipe, data, train, held_out, part, name, why, config, preprocessing)
+    prepared = dataclasses.replace(prepared, warnings=tuple(_warnings(prepared, looked)))
     for line in (
-        *_found(plan, sizes),
-        *(f"warn   {warning}" for warning in (*plan.warnings, *_less_than_asked(plan))),
+        *_found(prepared, sizes),
+        *(f"warn   {warning}" for warning in (*prepared.warnings, *_less_than_asked(prepared))),
     ):
-        watch.say(line)
-    return plan
+        callback.on_message(line)
+    return prepared
 
 
 def fitting_preprocessing(images: ImageSet, preprocessing: Preprocessing) -> Preprocessing:
@@ -190,9 +194,9 @@ def fitting_preprocessing(images: ImageSet, preprocessing: Preprocessing) -> Pre
     )
 
 
-def _look(images: ImageSet, reader: Preprocessing, watch: Watch, team: Team) -> Findings:
+def _look(images: ImageSet, reader: Preprocessing, callback: Callback, team: Team) -> Findings:
     own = images.take(range(*team.bounds(len(images))))
-    found = team.gather(look_at(own, preprocessing=reader, progress=watch.checked))
+    found = team.gather(look_at(own, preprocessing=reader, progress=callback.on_image_checked))
     return Findings(
         {name: reason for one in found for name, reason in one.broken.items()},
         {name: look for one in found for name, look in one.looks.items()},
@@ -305,33 +309,33 @@ def _without_broken(data: Data, looked: Mapping[str, Findings], *, skip: bool) -
     return dataclasses.replace(good, notes=(*data.notes, f"skipped: {line}"))
 
 
-def _warnings(plan: Plan, looked: Mapping[str, Findings]) -> list[str]:
+def _warnings(prepared: PreparedRun, looked: Mapping[str, Findings]) -> list[str]:
     """What makes a score look better than it is, or a class be learnt worse than others."""
     sides = (
-        {"train": plan.train}
-        if plan.held_out is plan.train
-        else {"train": plan.train, "held out": plan.held_out}
+        {"train": prepared.train}
+        if prepared.held_out is prepared.train
+        else {"train": prepared.train, "held out": prepared.held_out}
     )
-    lines = warnings_of(plan.data, looked, sides)
-    counts = {name: count for name, count in plan.train.counts().items() if count}
+    lines = warnings_of(prepared.data, looked, sides)
+    counts = {name: count for name, count in prepared.train.counts().items() if count}
     most, least = max(counts, key=counts.__getitem__), min(counts, key=counts.__getitem__)
     if (
         counts[most] > UNEVEN * counts[least]
-        and plan.recipe.sampling != "balanced"
-        and plan.recipe.class_weights == "none"
+        and prepared.recipe.sampling != "balanced"
+        and prepared.recipe.class_weights == "none"
     ):
-        sampling = " or --sampling balanced" * (plan.train.task == SINGLE_LABEL)
+        sampling = " or --sampling balanced" * (prepared.train.task == SINGLE_LABEL)
         lines.append(
             f"{most} has {counts[most]} images and {least} {counts[least]}: --class-weights balanced{sampling} makes up for it"
         )
     return lines
 
 
-def _less_than_asked(plan: Plan) -> list[str]:
+def _less_than_asked(prepared: PreparedRun) -> list[str]:
     """Fields of the recipe that another one, or the length of the run, takes the effect from."""
-    recipe, optimiser = plan.recipe, plan.recipe.optimiser
+    recipe, optimiser = prepared.recipe, prepared.recipe.optimiser
     lines: list[str] = []
-    steps_an_epoch = math.ceil(len(plan.train) / recipe.batch_size)
+    steps_an_epoch = math.ceil(len(prepared.train) / recipe.batch_size)
     steps = recipe.epochs * steps_an_epoch
     warmup = parse_duration(optimiser.warmup, name="warmup", units=STEP_UNITS).steps(
         per_epoch=steps_an_epoch, total=steps
@@ -356,28 +360,30 @@ def _less_than_asked(plan: Plan) -> list[str]:
     return lines
 
 
-def _found(plan: Plan, image_sizes: Sequence[tuple[int, int]]) -> list[str]:
+def _found(prepared: PreparedRun, image_sizes: Sequence[tuple[int, int]]) -> list[str]:
     heights, widths = zip(*image_sizes, strict=True)
     smallest, largest = f"{min(heights)}x{min(widths)}", f"{max(heights)}x{max(widths)}"
     sizes = smallest if smallest == largest else f"{smallest} to {largest}"
-    total = len(plan.train) + len(plan.held_out)
-    where = plan.held_out_part if plan.held_out_part != "held-out" else "held out"
+    total = len(prepared.train) + len(prepared.held_out)
+    where = prepared.held_out_part if prepared.held_out_part != "held-out" else "held out"
     lines = [
-        f"data   {plan.data.location}: {len(plan.data.classes)} classes, {total:,} images "
-        f"({len(plan.train):,} train, {len(plan.held_out):,} {where}), {sizes} pixels"
+        f"data   {prepared.data.location}: {len(prepared.data.classes)} classes, {total:,} images "
+        f"({len(prepared.train):,} train, {len(prepared.held_out):,} {where}), {sizes} pixels"
     ]
-    lines += [f"note   {note}" for note in (*plan.data.notes, *plan.augment().left_out)]
-    if plan.train.task == MULTI_LABEL:
-        bare = sum(label == () for images in (plan.train, plan.held_out) for label in images.labels)
+    lines += [f"note   {note}" for note in (*prepared.data.notes, *prepared.augment().left_out)]
+    if prepared.train.task == MULTI_LABEL:
+        bare = sum(
+            label == () for images in (prepared.train, prepared.held_out) for label in images.labels
+        )
         lines.append(
             f"note   several labels an image ({bare:,} images have none): a yes or no for each class"
         )
-    without = [name for name, count in plan.held_out.counts().items() if count == 0]
+    without = [name for name, count in prepared.held_out.counts().items() if count == 0]
     if without:
         lines.append(
             f"note   {where} has no image of {', '.join(without)}: nothing is measured for them"
         )
-    patch = max(branch.patch for branch in plan.config.branches)
+    patch = max(branch.patch for branch in prepared.config.branches)
     tiny = sum(min(size) < patch for size in image_sizes)
     if tiny:
         lines.append(

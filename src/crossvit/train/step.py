@@ -1,4 +1,4 @@
-"""The model of a plan and what moves its weights, a batch at a time.
+"""The model of a run and what moves its weights, a batch at a time.
 
 Every draw in a step follows from the seed and the step alone.
 """
@@ -21,12 +21,12 @@ from crossvit.errors import UsageError
 from crossvit.factory import create_model
 from crossvit.model.crossvit import CrossViT
 from crossvit.results import MULTI_LABEL
-from crossvit.train.distributed import ALONE, BranchLogits, Team
+from crossvit.train.distributed import SINGLE_PROCESS, BranchLogits, Team
+from crossvit.train.epoch_meter import EpochMeter, count_correct
 from crossvit.train.losses import Criterion, Mixing, Teacher, class_weights, positive_weights
 from crossvit.train.optim import freeze, learning_rate, make_optimiser
 from crossvit.train.reproducibility import computes_with_kernels, step_seed
-from crossvit.train.setup import Plan
-from crossvit.train.tally import Tally, surest_right
+from crossvit.train.setup import PreparedRun
 
 BAD_IN_A_ROW = 10  # steps without a finite loss and gradient after which a run goes back; fp16 needs a few to find its scale
 
@@ -36,13 +36,18 @@ class Diverged(Exception):  # noqa: N818  # a turn in a run, not an error until 
 
 
 class Learner:
-    """Model, loss and optimiser of a plan, and the step they are at. `train_step` takes a batch; who calls it counts `step`."""
+    """Model, loss and optimiser of a prepared run, and the step they are at. `train_step` takes a batch; who calls it counts `step`."""
 
     def __init__(
-        self, plan: Plan, *, precision: str, teacher: Teacher | None = None, team: Team = ALONE
+        self,
+        prepared: PreparedRun,
+        *,
+        precision: str,
+        teacher: Teacher | None = None,
+        team: Team = SINGLE_PROCESS,
     ) -> None:
-        self.plan, self.team = plan, team
-        self.recipe = recipe = plan.recipe
+        self.prepared, self.team = prepared, team
+        self.recipe = recipe = prepared.recipe
         self.device = team.device(resolve_device(recipe.device))
         if recipe.batch_size < team.size:
             raise UsageError(
@@ -52,38 +57,38 @@ class Learner:
         self.kernels = computes_with_kernels(self.device)
         torch.manual_seed(recipe.seed)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.model: CrossViT = create_model(plan.config).to(self.device, memory_format=layout)  # type: ignore[call-overload]
+        self.model: CrossViT = create_model(prepared.config).to(self.device, memory_format=layout)  # type: ignore[call-overload]
         self.model.set_gradient_checkpointing(recipe.gradient_checkpointing)
-        freeze(self.model, plan.config, recipe.freeze)
-        self.together = team.together(BranchLogits(self.model))
+        freeze(self.model, prepared.config, recipe.freeze)
+        self.ddp = team.wrap_ddp(BranchLogits(self.model))
         self.forward: Callable[[Tensor], Tensor] = (
-            self.model.branch_logits if team.size == 1 else self.together
+            self.model.branch_logits if team.size == 1 else self.ddp
         )
         if recipe.compile:
             _refuse_without_compiler(self.device)
             self.forward = torch.compile(self.forward)
-        self.optimiser = make_optimiser(self.model, plan.config, recipe.optimiser)
+        self.optimiser = make_optimiser(self.model, prepared.config, recipe.optimiser)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
         self.average = _average(self.model, recipe.ema)
-        self.loader = plan.training_loader(bounds=team.bounds)
+        self.loader = prepared.training_loader(bounds=team.bounds)
         self.mixing = Mixing(
             recipe.mixing,
-            classes=plan.config.num_classes,
+            classes=prepared.config.num_classes,
             label_smoothing=recipe.label_smoothing,
             seed=recipe.seed,
-            task=plan.train.task,
+            task=prepared.train.task,
         )
         self.criterion = Criterion(
             label_smoothing=recipe.label_smoothing,
-            weights=balancing(plan.train).to(self.device)
+            weights=balancing(prepared.train).to(self.device)
             if recipe.class_weights == "balanced"
             else None,
             teacher=teacher,
             recipe=recipe.distillation,
-            task=plan.train.task,
+            task=prepared.train.task,
         )
         self.step = 0
-        self.tally = Tally()  # of the epoch so far
+        self.meter = EpochMeter()  # of the epoch so far
         self.rate_factor = 1.0  # halved when a run goes back
         self.bad_in_a_row = 0
 
@@ -118,23 +123,23 @@ class Learner:
         left = len(images)
         for part, wanted, label in parts:
             left -= len(part)
-            with self.apart(left > 0), autocast(self.device, self.precision):
+            with self.no_sync(left > 0), autocast(self.device, self.precision):
                 logits = self.forward(part)
             loss = self.criterion(logits, wanted, part) * (len(part) / size if own else 0.0)
             with (
                 self.team.exchanging(),
-                self.apart(left > 0),
+                self.no_sync(left > 0),
             ):  # gradients of several processes become their mean
                 self.scaler.scale(self.team.size * loss).backward()
             total += loss.item()
-            right += surest_right(logits.float().mean(dim=0), label) * (own > 0)
-        total, right = self.team.total(total, right)
+            right += count_correct(logits.float().mean(dim=0), label) * (own > 0)
+        total, right = self.team.all_reduce(total, right)
         self._update(finite=math.isfinite(total))
         return total, int(right)
 
-    def apart(self, apart: bool) -> contextlib.AbstractContextManager[object]:
-        """Inside, with `apart`, gradients add up in this process: they are exchanged with the batch's last part."""
-        return self.together.no_sync() if apart and self.team.size > 1 else contextlib.nullcontext()  # type: ignore[operator]
+    def no_sync(self, wanted: bool) -> contextlib.AbstractContextManager[object]:
+        """Inside, where `wanted`, gradients add up in this process: they are exchanged with the batch's last part."""
+        return self.ddp.no_sync() if wanted and self.team.size > 1 else contextlib.nullcontext()  # type: ignore[operator]
 
     def _update(self, *, finite: bool) -> None:
         """Move the weights by the gradients, or count the step as skipped if they or the loss are not finite."""
@@ -150,7 +155,7 @@ class Learner:
         else:
             if self.scaler.is_enabled():
                 self.scaler.update(self.scaler.get_scale() * self.scaler.get_backoff_factor())
-            self.tally.skipped += 1
+            self.meter.skipped += 1
             self.bad_in_a_row += 1
         self.optimiser.zero_grad()
         if self.bad_in_a_row >= BAD_IN_A_ROW:

@@ -14,25 +14,27 @@ from crossvit.errors import UsageError, WeightsError, unknown_name
 from crossvit.factory import create_model
 from crossvit.model.config import CrossViTConfig
 from crossvit.run import Run
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 from crossvit.train.losses import NormalisedAnew, Teacher
-from crossvit.train.setup import Plan
+from crossvit.train.setup import PreparedRun
 from crossvit.weights.hub import HUB_FILE, hub_address, in_hubs_cache, knock
 
 TIMM = "timm:"
 A_CALLABLE = "a callable"  # recorded as the teacher of a run whose teacher was given in Python
 
 
-def load_teacher(name: str, plan: Plan, watch: Watch, *, device: torch.device) -> Teacher:
+def load_teacher(
+    name: str, plan: PreparedRun, callback: Callback, *, device: torch.device
+) -> Teacher:
     """`timm:NAME` (pretrained; `timm:local-dir:FOLDER` too) or a run folder, behind its own normalisation and input size. A timm
-    model is taken to answer as the data asks: with one class, or with a sigmoid a class. `watch` is told what is fetched.
+    model is taken to answer as the data asks: with one class, or with a sigmoid a class. `callback` is told what is fetched.
 
     UsageError for a name that is neither, or a teacher of other classes, channels or another task than the plan's; WeightsError
     for weights that cannot be fetched.
     """
     student = plan.preprocessing
     if name.startswith(TIMM):
-        model, own, classes = _timm_teacher(name.removeprefix(TIMM), watch)
+        model, own, classes = _timm_teacher(name.removeprefix(TIMM), callback)
         fits = classes == len(plan.train.classes)
         known = f"{classes} classes"
     elif Run(name).exists():
@@ -69,7 +71,7 @@ def load_teacher(name: str, plan: Plan, watch: Watch, *, device: torch.device) -
     return teacher.to(device).eval().requires_grad_(False)
 
 
-def _timm_teacher(name: str, watch: Watch) -> tuple[torch.nn.Module, Preprocessing, int]:
+def _timm_teacher(name: str, callback: Callback) -> tuple[torch.nn.Module, Preprocessing, int]:
     """(pretrained model, its preprocessing, its classes). UsageError for a name that timm has not, before anything is fetched;
     WeightsError, in one line, where its weights cannot be fetched or read."""
     import timm
@@ -89,7 +91,7 @@ def _timm_teacher(name: str, watch: Watch) -> tuple[torch.nn.Module, Preprocessi
         with _errors_alone():
             address = _fetched_from(name)
             if address is not None:
-                watch.say(f"fetch  the weights of {TIMM}{name} from {address}")
+                callback.on_message(f"fetch  the weights of {TIMM}{name} from {address}")
                 knock(address)
             model = timm.create_model(name, pretrained=True)
     except Exception as error:  # no network, no pretrained weights, a damaged folder: whatever hub, safetensors or timm raise

@@ -22,47 +22,47 @@ from crossvit.errors import TrainingError
 from crossvit.evaluation.evaluator import with_pictures
 from crossvit.results import Epoch, Evaluation, ResultRecord, RunRecord, TrainingResult, to_json
 from crossvit.run import Run
-from crossvit.train.callbacks import Watch
+from crossvit.train.callbacks import Callback
 from crossvit.train.checkpoint import Writer
-from crossvit.train.distributed import ALONE, Team
+from crossvit.train.checkpoint_manager import CheckpointManager
+from crossvit.train.distributed import SINGLE_PROCESS, Team
+from crossvit.train.epoch_meter import EpochMeter
 from crossvit.train.losses import Teacher
-from crossvit.train.recovery import Recovery
-from crossvit.train.setup import Plan
+from crossvit.train.setup import PreparedRun
 from crossvit.train.step import BAD_IN_A_ROW, Diverged, Learner
-from crossvit.train.tally import Tally
-from crossvit.train.validation import HeldOut, mean_average_precision
+from crossvit.train.validation import Validator, mean_average_precision
 from crossvit.weights.files import header, read_weights, write_weights
 from crossvit.weights.load import load_weights
 
 
 class Training(Learner):
-    """One run of a plan: its epochs, its checkpoints and what it leaves behind. `run_epoch` until `ended`, then `finish`."""
+    """One prepared run: its epochs, its checkpoints and what it leaves behind. `run_epoch` until `ended`, then `finish`."""
 
     def __init__(
         self,
-        plan: Plan,
+        prepared: PreparedRun,
         run: Run,
-        watch: Watch,
+        callback: Callback,
         *,
         precision: str,
         given: dict[str, Any],
         teacher: Teacher | None = None,
-        team: Team = ALONE,
+        team: Team = SINGLE_PROCESS,
     ) -> None:
         """given: the recipe as it was asked for, before the images decided what it leaves open."""
-        super().__init__(plan, precision=precision, teacher=teacher, team=team)
-        self.run, self.watch, self.given = run, watch, given
-        self.held_out = HeldOut(plan, run=str(run.path), team=team)
+        super().__init__(prepared, precision=precision, teacher=teacher, team=team)
+        self.run, self.callback, self.given = run, callback, given
+        self.held_out = Validator(prepared, run=str(run.path), team=team)
         self.epochs: list[Epoch] = []
         self.best: tuple[float, float, int] | None = (
             None  # top-1 or mAP, minus the loss, and the epoch that had them
         )
-        self.recovery = Recovery(run.checkpoints, plan.recipe.checkpoints)
+        self.checkpoints = CheckpointManager(run.checkpoints, prepared.recipe.checkpoints)
 
     @property
     def writer(self) -> Writer:
         """Writes the checkpoints: enter it for as long as there may be any."""
-        return self.recovery.writer
+        return self.checkpoints.writer
 
     @property
     def ended(self) -> bool:
@@ -78,7 +78,7 @@ class Training(Learner):
         says: by their names, or by their number. Of other classes, those with the same name keep their rows."""
         if not self.recipe.weights:
             return
-        classes = self.plan.train.classes
+        classes = self.prepared.train.classes
         weights = read_weights(self.recipe.weights)
         same = (
             weights.classes == classes if weights.classes else weights.num_classes == len(classes)
@@ -86,29 +86,29 @@ class Training(Learner):
         for note in load_weights(
             self.model, weights, head="same" if same else "new", classes=classes
         ):
-            self.watch.say(f"note   {note}")
+            self.callback.on_message(f"note   {note}")
         if self.average is not None:
             self.average.set(self.model)
 
     def restore_newest(self, *, before: int | None = None) -> bool:
         """Take up the newest whole checkpoint, of those before step `before`; False if there is none. The first process reads it
         for all."""
-        state, passed_over = self.team.tell(
-            self.recovery.newest(before=before) if self.team.leads else (None, [])
+        state, passed_over = self.team.broadcast_object(
+            self.checkpoints.newest(before=before) if self.team.is_main else (None, [])
         )
         for line in passed_over:
-            self.watch.say(f"{line}; using the one before it")
+            self.callback.on_message(f"{line}; using the one before it")
         if state is not None:
             self.restore(state)
         return state is not None
 
     def start(self, lines: Sequence[str]) -> None:
         """Say `lines`, which are about the run, and have a checkpoint to go back to."""
-        if self.team.leads:
+        if self.team.is_main:
             self.run.make_ready()
-            self.recovery.begin_at(self.step)
+            self.checkpoints.begin_at(self.step)
             self.run.rewrite_log([to_json(epoch) for epoch in self.epochs])
-        self.watch.started(
+        self.callback.on_train_start(
             lines, epochs=self.recipe.epochs, done=self.step / self.per_epoch, steps=self.per_epoch
         )
         if self.step == 0:
@@ -130,14 +130,14 @@ class Training(Learner):
         if not (math.isfinite(evaluation.loss) and self.finite()):
             self._go_back(f"the held-out loss or a weight was not finite after epoch {epoch + 1}")
             return
-        tally = self.tally
-        loss, top1 = tally.means() or (None, None)
+        meter = self.meter
+        loss, top1 = meter.means() or (None, None)
         entry = Epoch(
-            epoch + 1, self.step, loss, top1, evaluation.top1, evaluation.loss, self.rate(self.step - 1), tally.seconds,
-            tally.seen / max(tally.seconds, 1e-9), tally.skipped, mean_average_precision(evaluation),
+            epoch + 1, self.step, loss, top1, evaluation.top1, evaluation.loss, self.rate(self.step - 1), meter.seconds,
+            meter.seen / max(meter.seconds, 1e-9), meter.skipped, mean_average_precision(evaluation),
         )  # fmt: skip
         self.epochs.append(entry)
-        self.tally = Tally()
+        self.meter = EpochMeter()
         score = (
             evaluation.top1 if entry.val_map is None else entry.val_map,
             -evaluation.loss,
@@ -145,51 +145,51 @@ class Training(Learner):
         )
         if self.best is None or score[:2] > self.best[:2]:
             self.best = score
-            if self._keeps_best and self.team.leads:
-                self.recovery.keep_best(self.evaluated.state_dict(), step=self.step)
+            if self._keeps_best and self.team.is_main:
+                self.checkpoints.keep_best(self.evaluated.state_dict(), step=self.step)
         if self.ended or self._due():
             self.save()
-        if self.team.leads:
+        if self.team.is_main:
             self.run.log(to_json(entry))
-        self.watch.epoch_done(entry)
+        self.callback.on_epoch_end(entry)
 
     def _train_epoch(self, epoch: int) -> None:
         self.model.train()
         done = self.step - epoch * self.per_epoch
-        started = time.perf_counter() - self.tally.seconds
+        started = time.perf_counter() - self.meter.seconds
         for images, labels in self.loader.epoch(epoch, start=done) if done < self.per_epoch else ():
             size = self.loader.batches.shares(self.step % self.per_epoch)[1]
             loss, right = self.train_step(images.to(self.device), labels.to(self.device))
             self.step += 1
-            tally = self.tally
+            meter = self.meter
             if math.isfinite(loss):
-                tally.loss, tally.right, tally.seen = (
-                    tally.loss + loss * size,
-                    tally.right + right,
-                    tally.seen + size,
+                meter.loss, meter.right, meter.seen = (
+                    meter.loss + loss * size,
+                    meter.right + right,
+                    meter.seen + size,
                 )
-            tally.seconds = time.perf_counter() - started
-            loss, top1 = tally.means() or (math.nan, math.nan)
-            self.watch.stepped(epoch, loss, top1, tally.seen / tally.seconds)
+            meter.seconds = time.perf_counter() - started
+            loss, top1 = meter.means() or (math.nan, math.nan)
+            self.callback.on_step_end(epoch, loss, top1, meter.seen / meter.seconds)
             if self.step < (epoch + 1) * self.per_epoch and self._due():
                 self.save()
-                started += time.perf_counter() - started - tally.seconds  # writing is not training
+                started += time.perf_counter() - started - meter.seconds  # writing is not training
 
     def _go_back(self, problem: str) -> None:
         """To the newest checkpoint with half the rate, and if that fails before another is written, to the one before it. A
         failure after that ends training."""
-        again = self.team.tell(self.recovery.returned_to)
+        again = self.team.broadcast_object(self.checkpoints.returned_to)
         rate = f"train anew with a lower --lr (now {self.recipe.optimiser.lr:g})"
         if self.rate_factor < 1 and (again is None or not self.restore_newest(before=again)):
             raise TrainingError(f"{problem}, at half the rate too: {rate}")
         if again is None and not self.restore_newest():
             raise TrainingError(f"{problem}, and there is no checkpoint to go back to: {rate}")
-        if self.team.leads:
-            self.recovery.go_back_to(self.step)
+        if self.team.is_main:
+            self.checkpoints.go_back_to(self.step)
             self.run.rewrite_log([to_json(entry) for entry in self.epochs])
         self.rate_factor = 0.5
         further = "" if again is None else " again"
-        self.watch.say(
+        self.callback.on_message(
             f"{problem}{further}: going back to step {self.step} of {self.steps} with half the rate"
         )
 
@@ -210,14 +210,14 @@ class Training(Learner):
 
     def _due(self) -> bool:
         """Whether a checkpoint is, at this step: never in the middle of steps that fail, so that the newest is a good one."""
-        return not self.bad_in_a_row and self.recovery.due(
+        return not self.bad_in_a_row and self.checkpoints.due(
             self.step, per_epoch=self.per_epoch, steps=self.steps
         )
 
     def save(self) -> None:
         """A checkpoint of this step, written beside the training by the first process; none of weights that are not numbers."""
-        if self.team.leads and self.finite():
-            self.recovery.save(self.state(), step=self.step)
+        if self.team.is_main and self.finite():
+            self.checkpoints.save(self.state(), step=self.step)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -226,7 +226,7 @@ class Training(Learner):
             "average": None if self.average is None else self.average.module.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "tally": dataclasses.astuple(self.tally),
+            "meter": dataclasses.astuple(self.meter),
             "epochs": [dataclasses.astuple(entry) for entry in self.epochs],
             "best": self.best,
             "best_step": self._best_step,
@@ -240,11 +240,11 @@ class Training(Learner):
             self.average.module.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
-        self.tally = Tally(*state["tally"])
+        self.meter = EpochMeter(*state["meter"])
         self.epochs = [Epoch(*entry) for entry in state["epochs"]]
         self.best = None if state["best"] is None else tuple(state["best"])
         if self._keeps_best and self.best is not None and state.get("best_step") is None:
-            self.watch.say(
+            self.callback.on_message(
                 "note   the best weights so far cannot be read: the best is chosen from what follows"
             )
             self.best = None
@@ -259,17 +259,19 @@ class Training(Learner):
         self.writer.flush()
         if self._best_step is not None:
             self.evaluated.load_state_dict(
-                self.team.tell(self.recovery.best(self._best_step) if self.team.leads else {})
+                self.team.broadcast_object(
+                    self.checkpoints.best(self._best_step) if self.team.is_main else {}
+                )
             )
         evaluation, thresholds = self.evaluate(thorough=True)
-        plan = self.plan
+        prepared = self.prepared
         described = header(
-            model=plan.model_name,
-            config=plan.config,
-            classes=plan.train.classes,
-            preprocessing=plan.preprocessing.to_dict(),
+            model=prepared.model_name,
+            config=prepared.config,
+            classes=prepared.train.classes,
+            preprocessing=prepared.preprocessing.to_dict(),
         )
-        if self.team.leads:
+        if self.team.is_main:
             write_weights(self.run.weights_path, self.evaluated.state_dict(), described)
         seconds = sum(entry.seconds for entry in self.epochs)
         several = evaluation.multi_label
@@ -282,19 +284,19 @@ class Training(Learner):
             selected_epoch=self.best[2] if self._keeps_best and self.best is not None else None,
         )
         record = self.record(result=result, thresholds=thresholds)
-        if self.team.leads:
+        if self.team.is_main:
             self.run.write_record(record)
         return TrainingResult(
             run=str(self.run.path),
             top1=evaluation.top1,
             n=evaluation.n,
             seconds=seconds,
-            record=self.team.tell(self.run.record() if self.team.leads else record),
+            record=self.team.broadcast_object(self.run.record() if self.team.is_main else record),
             epochs=tuple(self.epochs),
             evaluation=with_pictures(
-                evaluation, plan.held_out, plan.preprocessing, model=self.evaluated
+                evaluation, prepared.held_out, prepared.preprocessing, model=self.evaluated
             )
-            if self.team.leads
+            if self.team.is_main
             else evaluation,
         )
 
@@ -310,11 +312,11 @@ class Training(Learner):
         """What run.json holds."""
         return RunRecord(
             crossvit=crossvit.__version__,
-            model=self.plan.model_name,
+            model=self.prepared.model_name,
             result=result,
-            task=self.plan.train.task,
-            classes=tuple(self.plan.train.classes),
-            preprocessing=self.plan.preprocessing.to_dict(),
+            task=self.prepared.train.task,
+            classes=tuple(self.prepared.train.classes),
+            preprocessing=self.prepared.preprocessing.to_dict(),
             precision=self.precision,
             device=self.device.type,
             threads=torch.get_num_threads(),
@@ -327,7 +329,7 @@ class Training(Learner):
             },
             recipe=self.recipe.to_dict(),
             given=self.given,
-            config=self.plan.config.to_dict(),
-            data=self.plan.data_record(),
+            config=self.prepared.config.to_dict(),
+            data=self.prepared.data_record(),
             thresholds=thresholds or None,
         )

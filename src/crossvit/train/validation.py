@@ -14,15 +14,15 @@ from crossvit.evaluation.evaluator import measure, summarise
 from crossvit.evaluation.metrics import best_thresholds, probabilities
 from crossvit.results import MULTI_LABEL, Evaluation
 from crossvit.train.distributed import Team
-from crossvit.train.setup import Plan
+from crossvit.train.setup import PreparedRun
 
 
-class HeldOut:
+class Validator:
     """The held-out images of a plan; their pictures are kept between epochs where there is room."""
 
-    def __init__(self, plan: Plan, *, run: str, team: Team) -> None:
-        self.plan, self.run, self.team = plan, run, team
-        self.kept: dict[int, NDArray[Any]] | None = plan.room_for_held_out()
+    def __init__(self, prepared: PreparedRun, *, run: str, team: Team) -> None:
+        self.prepared, self.run, self.team = prepared, run, team
+        self.kept: dict[int, NDArray[Any]] | None = prepared.room_for_held_out()
 
     def evaluate(
         self, engine: TorchEngine, *, thorough: bool = False
@@ -30,16 +30,16 @@ class HeldOut:
         """(figures, thresholds): of several labels an image, the probability from which each class is said that has the best F1
         on these images; empty otherwise. thorough: as for `summarise`."""
         output, images = self._measure(engine)
-        plan = self.plan
+        prepared = self.prepared
         with np.errstate(all="ignore"):  # weights that have run away are noticed by the loss
             thresholds = self._thresholds(output, images)
             evaluation = summarise(
                 output,
                 images,
-                patches=[branch.patch for branch in plan.config.branches],
+                patches=[branch.patch for branch in prepared.config.branches],
                 run=self.run,
-                data=plan.recipe.data,
-                split=plan.held_out_part,
+                data=prepared.recipe.data,
+                split=prepared.held_out_part,
                 thresholds=thresholds,
                 thorough=thorough,
             )
@@ -53,11 +53,11 @@ class HeldOut:
 
     def _measure(self, engine: TorchEngine) -> tuple[EngineOutput, ImageSet]:
         """What the model gives of the images. Each process measures its share, none twice."""
-        images, team = self.plan.held_out, self.team
+        images, team = self.prepared.held_out, self.team
         if len(images) < team.size:
-            return measure(engine, images, self.plan.preprocessing, kept=self.kept)
+            return measure(engine, images, self.prepared.preprocessing, kept=self.kept)
         own = images.take(range(*team.bounds(len(images))))
-        output, _ = measure(engine, own, self.plan.preprocessing, kept=self.kept)
+        output, _ = measure(engine, own, self.prepared.preprocessing, kept=self.kept)
         return EngineOutput.join(team.gather(output)), images
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclasses.dataclass
-class Tally:
+class EpochMeter:
     """Sums over the epoch so far."""
 
     loss: float = 0.0
@@ -22,7 +22,7 @@ class Tally:
         return (self.loss / self.seen, self.right / self.seen) if self.seen else None
 
 
-def surest_right(logits: Tensor, targets: Tensor) -> int:
+def count_correct(logits: Tensor, targets: Tensor) -> int:
     """Images (B, C) whose surest class is theirs: of labels (B,), or one of those in (B, C)."""
     surest = logits.argmax(dim=1, keepdim=True)
     if targets.ndim == 1:

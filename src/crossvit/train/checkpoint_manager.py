@@ -21,7 +21,7 @@ from crossvit.train.durations import parse_duration
 from crossvit.train.recipe import CheckpointRecipe
 
 
-class Recovery:
+class CheckpointManager:
     """The checkpoints of one run in `folder`. Only the run's first process writes and reads; all ask what is `due`."""
 
     def __init__(self, folder: Path, recipe: CheckpointRecipe) -> None:
