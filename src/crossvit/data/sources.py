@@ -1,7 +1,7 @@
-"""Where labelled images come from: `open_data` tells by what DATA is which source it is, and opens it.
+"""Sources of labelled images: `open_data` recognises which source DATA is, and opens it.
 
-Folders of class folders and the scans inside scikit-learn are read here, lists in `tables.py`, tar shards in `shards.py`,
-Hugging Face's datasets in `rows.py`.
+Folders of class folders and the scans inside scikit-learn are read here, lists in `csv_lists.py`,
+tar shards in `shards.py`, Hugging Face's datasets in `hf_datasets.py`.
 """
 
 from __future__ import annotations

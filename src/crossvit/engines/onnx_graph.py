@@ -22,7 +22,7 @@ from crossvit.engines.protocol import Engine
 from crossvit.errors import EngineError
 from crossvit.fast.parity import compare, witness_images, write_witness
 from crossvit.files import write_atomically
-from crossvit.hardware import instruction_sets, is_installed, version_of
+from crossvit.hardware import instruction_sets, is_installed
 from crossvit.model.config import CrossViTConfig
 from crossvit.model.registry import BLOCKS, FUSIONS, TOKENISERS
 from crossvit.run import Run
@@ -58,18 +58,22 @@ def witness_of(path: Path) -> Path:
     return path.with_suffix(".witness.npy")
 
 
-def check_parity(engine: Engine, path: Path, trained: Trained) -> None:
+def check_parity(engine: Engine, path: Path, trained: Trained, *, version: str | None) -> None:
     """Compare an engine on an exported graph with the graph's witness.
 
     Done once for a graph, engine, version, precision and processor; an empty file beside the graph
     records the agreement.
 
+    Args:
+        engine: The engine, on the graph at `path`.
+        path: The graph.
+        trained: What the graph is of.
+        version: The engine's.
+
     Raises:
         EngineError: Where they differ.
     """
     machine = hashlib.sha256(instruction_sets().encode()).hexdigest()[:8]
-    # importlib.metadata takes longer than an attribute of a loaded package
-    version = getattr(sys.modules.get(engine.name), "__version__", "") or version_of(engine.name)
     kind = f"{engine.name}-{version}-{engine.precision}-{machine}"
     agreed = path.with_suffix(f".{kind}.agrees")
     if agreed.is_file():

@@ -57,7 +57,10 @@ class OnnxRuntimeEngine:
         assert precision == "fp32"
         path = onnx_file(trained)
         engine = cls(path, cache_optimised=True)
-        check_parity(engine, path, trained)
+        import onnxruntime
+
+        # importlib.metadata takes longer than an attribute of a loaded package
+        check_parity(engine, path, trained, version=onnxruntime.__version__)
         return engine
 
     def __call__(self, images: Images) -> EngineOutput:

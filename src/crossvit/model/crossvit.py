@@ -74,8 +74,11 @@ def _is_recorded(block: nn.Module) -> bool:
 class CrossViT(nn.Module):
     """The multi-scale vision transformer. `model(images)` gives logits (B, num_classes).
 
-    images: (B, C, H, W) float, normalised as the weights expect, at `config.image_size`, or of
+    Images are (B, C, H, W) float, normalised as the weights expect, at `config.image_size`, or of
     any size whose sides are no shorter than a patch with `config.dynamic_size`.
+
+    Args:
+        config: Is kept as `config`.
     """
 
     def __init__(self, config: CrossViTConfig) -> None:

@@ -40,10 +40,17 @@ def fit(
 ) -> TrainingResult:
     """Train by `recipe` into its run folder and evaluate on the held-out images.
 
-    resume: go on from the newest checkpoint (from the beginning if there is none; a finished run is returned as it is), to the
-    same weights to the bit as if it had never stopped.  overwrite: replace a run that is there.  callback: is told what
-    happens (see `Callback`).  teacher: for distillation, any function from images (B, C, H, W), normalised as the student
-    gets them, to logits (B, classes); the recipe's `teacher` names others. Raises the errors of `crossvit.errors`.
+    Args:
+        recipe: The choices of the run.
+        resume: Continue from the newest checkpoint, to the same bits as if the run had never
+            stopped; start where there is none; return a finished run as it is.
+        overwrite: Replace an existing run.
+        callback: Is told what happens (see `Callback`).
+        teacher: For distillation, a function from images (B, C, H, W), normalised as the student
+            gets them, to logits (B, classes). The recipe's `teacher` names one instead.
+
+    Raises:
+        CrossViTError: Of the kinds in `crossvit.errors`.
     """
     callback = callback or Callback()
     refuse_contradiction(resume=resume, overwrite=overwrite)

@@ -219,7 +219,7 @@ class CheckpointRecipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One training run."""
+    """The choices of a training run; every field is an option of `crossvit train`."""
 
     data: str = option(
         "", "`digits`, a folder of class folders, a CSV, shards or a dataset (docs/data.md)"
@@ -354,8 +354,12 @@ class Recipe:
         _require(self.device in DEVICES, "device", self.device, f"one of {', '.join(DEVICES)}")
 
     def changed(self, **changes: Any) -> Recipe:
-        """This recipe with `changes` laid over it by the fields' own names, in whichever table they are (`lr` is the
-        optimiser's); None leaves a field as it is."""
+        """This recipe with some fields changed.
+
+        Args:
+            **changes: Values by field name, whatever table the field is in (`lr` is in `optimiser`);
+                None leaves a field as it is.
+        """
         record = self.to_dict()
         tables = {name: table for table, name, _ in fields()}
         for name, value in changes.items():
@@ -414,8 +418,16 @@ def recipe_text(name: str) -> str:
 
 
 def load_recipe(name_or_path: str, **changes: Any) -> Recipe:
-    """A shipped recipe by name, a TOML file by path, or the recipe of a run folder, with `changes` laid over it as in
-    `Recipe.changed`."""
+    """Load a recipe.
+
+    Args:
+        name_or_path: A shipped recipe (`crossvit recipes`), a TOML file or a run folder.
+        **changes: Fields to change, as in `Recipe.changed`.
+
+    Raises:
+        UsageError: For a file that does not exist.
+        ConfigError: For a file or a value that cannot work.
+    """
     if Run(name_or_path).exists():
         return Recipe.from_dict(Run(name_or_path).record().recipe).changed(**changes)
     if name_or_path.endswith(".toml"):

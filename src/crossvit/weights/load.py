@@ -27,15 +27,23 @@ def load_weights(
 ) -> list[str]:
     """Fill `model` from weights in our, timm's or the authors' keys, told apart by the keys.
 
-    source: a run folder, a safetensors file, a state dict (`.pth`, flat or under `model`), an https:// address, a released
-    model's name or `owner/name` on the hub (see `weights.hub`).
-    head: `same` takes the file's classifier, which must have the model's number of classes; `new` keeps the model's own but
-    for the rows of classes with the same name, where the file says its names and `classes` are the model's.
-    Position embeddings are resampled to the model's grid, first convolutions adapted to its channel count. A model on the meta
-    device, which has names and shapes and no numbers, comes to be on the CPU.
+    Position embeddings are resampled to the model's grid, first convolutions adapted to its number
+    of channels; everything else must fit. A model on the meta device is moved to the CPU.
 
-    Returns what was adapted, a line each. Everything else must fit: a missing, unused or misshapen key is a WeightsError that
-    lists all of them, and the model is left as it was.
+    Args:
+        model: Is changed in place; left as it was where the weights do not fit.
+        source: A run folder, a safetensors file, a state dict (`.pth`, flat or under `model`), an
+            https:// address, a released model's name or `owner/name` on the hub (see `weights.hub`).
+        head: `same` takes the file's classifier, which must have the model's number of classes;
+            `new` keeps the model's, but for the rows of classes with the same name.
+        classes: Names of the model's classes, for `new`.
+
+    Returns:
+        What was adapted, a line each.
+
+    Raises:
+        ConfigError: For another `head`.
+        WeightsError: Lists every missing, unused or misshapen key.
     """
     if head not in HEADS:
         raise ConfigError(f"head = {head!r}: should be one of {', '.join(HEADS)}")
