@@ -94,7 +94,7 @@ def test_hidden_and_other_files_are_passed_over_and_counted(own_scans: Path) -> 
     (own_scans / ".git").mkdir()
     data = open_data(own_scans)
     assert (len(data.parts["all"]), data.classes) == (24, ("0", "1", "2"))
-    assert data.notes == ("files of a kind that is not read here are ignored: 1 .txt",)
+    assert data.notes == ("skipped 1 .txt: files of a kind that is not read here",)
 
 
 def test_layouts_that_would_be_misread_are_refused_or_said(own_scans: Path, tmp_path: Path) -> None:

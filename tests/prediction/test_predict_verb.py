@@ -28,7 +28,7 @@ def test_the_command_writes_resumes_and_tells(
     status, printed, err = command(*words)
     assert (status, err) == (0, "")
     assert printed.startswith("images  24 (")
-    assert printed.endswith(f"look    {out}\n")
+    assert printed.endswith(f"results {out}\n")
     status, printed, err = command(*words)
     assert (status, printed) == (2, "")
     assert (

@@ -167,7 +167,7 @@ def test_a_run_page_says_everything_of_the_run() -> None:
         f"{100 * evaluation.top1:.1f}\u202f%",
         f"{100 * evaluation.top1 - 2:.1f} – {100 * evaluation.top1 + 1.9:.1f}\u202f%",
         f"on {evaluation.n} val images, {evaluation.n - correct} wrong",
-        "2 identical images stand on both sides of the split",
+        "2 images are on both sides of the split",
         "3 files of kinds that are not read",
         f"differ by {100 * evaluation.calibration.ece:.1f}\u202f% on average",
         "Dividing the logits by 1.31 would bring that to",

@@ -204,7 +204,7 @@ def made_record(classes: Sequence[str], **changes: Any) -> RunRecord:
             held_out={},
             notes=("left out 3 files of kinds that are not read: 3 .heic",),
             warnings=(
-                "2 identical images stand on both sides of the split, such as train/crab/1.png and val/crab/7.png",
+                "2 images are on both sides of the split, such as train/crab/1.png and val/crab/7.png",
             ),
         ),
     )
@@ -363,7 +363,7 @@ def made_data_check(classes: Sequence[str]) -> DataCheck:
         near_bits=4,
         identical=(ImagePair(images, sides, ("crab", "lobster"), 0, _jpeg(1), _jpeg(1)),),
         near=(ImagePair(images, sides, ("crab", "crab"), 3, _jpeg(2), _jpeg(3)),),
-        notes=("files of a kind that is not read here are ignored: 3 .heic",),
+        notes=("skipped 3 .heic: files of a kind that is not read here",),
     )
 
 

@@ -119,7 +119,7 @@ def test_a_killed_worker_is_started_again_and_ends_at_the_same_bits(
     os.kill(workers[1], signal.SIGKILL)
     _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    assert "going on after epoch" in said
+    assert "resuming after epoch" in said
     assert same_bits(weights_of(tmp_path / "killed"), weights_of(tmp_path / "whole"))
 
 

@@ -170,5 +170,5 @@ def test_timm_is_not_given_a_block_that_it_does_not_have(file: Path, command: Co
     assert command("models", "--json", "--import", file)[0] == 0
     from crossvit.factory import model_config
 
-    with pytest.raises(WeightsError, match="cannot hold this model: its blocks are layerscale"):
+    with pytest.raises(WeightsError, match="cannot load it: its blocks are layerscale"):
         timm_arguments(model_config("crossvit_9_240", block="layerscale"))

@@ -199,7 +199,7 @@ def test_a_torn_file_of_the_best_weights_ends_at_the_same_bits(
     callback = Heard()
     result = fit(recipe(scans, tmp_path / "cut", **settings), resume=True, callback=callback)
     assert any("names best weights that are lost" in line for line in callback.lines)
-    assert "going on after epoch 2 of 4" in callback.lines
+    assert "resuming after epoch 2 of 4" in callback.lines
     assert result.record.result.selected_epoch == 3
     assert same_bits(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"))
 

@@ -205,7 +205,7 @@ def test_checkpoints_by_time_come_in_the_middle_of_an_epoch(scans: Path, tmp_pat
         resume=True,
         callback=callback,
     )
-    assert "going on after epoch 1 of 2 and 1 steps" in callback.lines
+    assert "resuming after epoch 1 of 2 and 1 steps" in callback.lines
 
 
 @pytest.fixture

@@ -118,7 +118,7 @@ def test_a_resumed_run_equals_one_never_stopped(
         )
     callback = Stop(epochs=99)
     result = fit(recipe(scans, tmp_path / "cut", **plan), resume=True, callback=callback)
-    assert "going on after epoch 1 of 3" in callback.lines
+    assert "resuming after epoch 1 of 3" in callback.lines
     assert same_bits(weights_of(tmp_path / "whole"), weights_of(tmp_path / "cut"))
     assert [entry.epoch for entry in result.epochs] == [1, 2, 3]
     logged = [

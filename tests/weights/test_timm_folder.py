@@ -140,7 +140,7 @@ def test_timms_preprocessing_of_a_picture_is_ours(crop: float | None, tmp_path: 
 def test_what_timm_cannot_compute_is_refused_with_every_reason(
     changes: dict[str, Any], reason: str
 ) -> None:
-    with pytest.raises(WeightsError, match=rf"cannot hold this model: .*{reason}"):
+    with pytest.raises(WeightsError, match=rf"cannot load it: .*{reason}"):
         timm_arguments(dataclasses.replace(OWN, **changes))
 
 

@@ -336,7 +336,7 @@ def test_what_the_other_layout_cannot_hold_is_refused_with_the_reason(
     tiny_run: TrainingResult, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        WeightsError, match="cannot hold this model: its tokenisers are halving and halving"
+        WeightsError, match="cannot load it: its tokenisers are halving and halving"
     ):
         convert_weights(tiny_run.run, tmp_path / "w.pth", to="authors")
     assert not (tmp_path / "w.pth").exists()

@@ -267,7 +267,7 @@ def _print_faithfulness(result: Faithfulness, out: str | None) -> None:
         "areas under the mean probability; deletion is better low, insertion high; 95 % intervals over the images"
     )
     if out is not None:
-        print(f"look  {out}/faithfulness.png")
+        print(f"picture  {out}/faithfulness.png")
 
 
 def _gain(score: MapScore, way: str) -> str:

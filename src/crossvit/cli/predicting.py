@@ -208,7 +208,7 @@ def _write(
         print(f"failed  {result.failed:,} could not be read: the results say why under `error`")
     if result.abstained:
         print(f"unsure  {result.abstained:,} without an answer")
-    print(f"look    {out}")
+    print(f"results {out}")
     return 1 if result.failed else 0
 
 

@@ -222,8 +222,9 @@ def print_data_check(found: DataCheck) -> None:
         if count > PAIRS_PRINTED:
             print(f"{what:8} and {count - PAIRS_PRINTED:,} more (--report draws them)")
     print(
-        f"in all   {len(found.broken)} broken, {found.identical_count:,} pairs the same, {found.near_count:,} nearly, "
-        f"{found.leak_count:,} of them on both sides of the split; {found.conflict_count} the same with two labels"
+        f"in all   {len(found.broken)} broken; {found.identical_count:,} exact duplicates "
+        f"({found.conflict_count:,} filed under two classes), {found.near_count:,} near-duplicates; "
+        f"{found.leak_count:,} of these shared by two parts of the split"
     )
 
 

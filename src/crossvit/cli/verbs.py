@@ -44,7 +44,7 @@ app.command(
 app.command(
     "crossvit.cli.explaining:explain",
     name="explain",
-    help="Show what a model read its answers from.",
+    help="Show which parts of a photo the answer came from.",
 )
 app.command(
     "crossvit.cli.benching:bench",

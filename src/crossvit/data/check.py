@@ -251,13 +251,13 @@ def warnings_of(
         conflicts += [(one, other)] * (_label(data, one) != _label(data, other))
     lines = []
     for pairs, what in (
-        (leaks, "stand on both sides of the split"),
-        (conflicts, "have two different labels"),
+        (leaks, "images are on both sides of the split"),
+        (conflicts, "images are filed under two classes"),
     ):
         if pairs:
             named = " and ".join(_path(data, where) for where in pairs[0])
             lines.append(
-                f"{len(pairs)} identical images {what}, such as {named}: see `crossvit data check {data.location}`"
+                f"{len(pairs)} {what}, such as {named}: see `crossvit data check {data.location}`"
             )
     return lines
 

@@ -74,7 +74,7 @@ def open_folder(root: Path) -> Data:
         kinds = ", ".join(
             f"{count} {suffix or 'without an ending'}" for suffix, count in ignored.most_common()
         )
-        notes.append(f"files of a kind that is not read here are ignored: {kinds}")
+        notes.append(f"skipped {kinds}: files of a kind that is not read here")
     return Data(str(root), classes, sets, tuple(notes))
 
 

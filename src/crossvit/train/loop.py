@@ -197,7 +197,7 @@ def prepare(
     elif training.step:
         epochs, batch = divmod(training.step, training.per_epoch)
         callback.on_message(
-            f"going on after epoch {epochs} of {training.recipe.epochs}"
+            f"resuming after epoch {epochs} of {training.recipe.epochs}"
             + (f" and {batch} steps" if batch else "")
         )
     return training

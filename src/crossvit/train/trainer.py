@@ -226,7 +226,7 @@ class Training(Learner):
             "average": None if self.average is None else self.average.module.state_dict(),
             "optimiser": self.optimiser.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "meter": dataclasses.astuple(self.meter),
+            "tally": dataclasses.astuple(self.meter),
             "epochs": [dataclasses.astuple(entry) for entry in self.epochs],
             "best": self.best,
             "best_step": self._best_step,
@@ -240,7 +240,7 @@ class Training(Learner):
             self.average.module.load_state_dict(state["average"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.scaler.load_state_dict(state["scaler"])
-        self.meter = EpochMeter(*state["meter"])
+        self.meter = EpochMeter(*state["tally"])
         self.epochs = [Epoch(*entry) for entry in state["epochs"]]
         self.best = None if state["best"] is None else tuple(state["best"])
         if self._keeps_best and self.best is not None and state.get("best_step") is None:

@@ -50,7 +50,8 @@ def timm_arguments(config: CrossViTConfig) -> tuple[str, dict[str, Any]]:
     reasons = _misfits(config)
     if reasons:
         raise WeightsError(
-            f"timm's and the authors' CrossViT cannot hold this model: {'; '.join(reasons)}"
+            f"this model exists only in crossvit, timm and Transformers cannot load it: "
+            f"{'; '.join(reasons)}. Train --model crossvit_9_240 to share it through timm"
         )
     for preset in PRESETS.values():
         sized = dataclasses.replace(
